@@ -1,0 +1,1 @@
+"""Networks, critic ensembles, distributions, normalizers and the policy that wraps them."""

@@ -1,0 +1,1 @@
+"""Collection, the training loops, evaluation."""

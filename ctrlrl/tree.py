@@ -1,0 +1,32 @@
+"""Observations are one tensor or a flat dict of tensors; these helpers treat both alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Obs: TypeAlias = Tensor | dict[str, Tensor]
+"""One tensor, or a flat dict of tensors that share their leading dimensions."""
+
+
+def map_obs(fn: Callable[[Tensor], Tensor], obs: Obs) -> Obs:
+    """Apply `fn` to each tensor of `obs`."""
+    return {key: fn(value) for key, value in obs.items()} if isinstance(obs, dict) else fn(obs)
+
+
+def obs_items(obs: Obs) -> list[tuple[str, Tensor]]:
+    """`(name, tensor)` pairs; a bare tensor is named `obs`."""
+    return list(obs.items()) if isinstance(obs, dict) else [("obs", obs)]
+
+
+def first_leaf(obs: Obs) -> Tensor:
+    """Any tensor of `obs`, for its leading dimensions or device."""
+    return next(iter(obs.values())) if isinstance(obs, dict) else obs
+
+
+def obs_to(obs: Obs, device: torch.device) -> Obs:
+    """`obs` on `device` (the same object where it already lies there)."""
+    return map_obs(lambda value: value.to(device, non_blocking=True), obs)

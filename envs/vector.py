@@ -1,0 +1,122 @@
+"""The vector-environment contract: what every backend gives and every collector relies on.
+
+N environments are stepped together. Tensors in, tensors out, on `device`. An environment that ends is reset inside the
+step (same-step autoreset), so `Step.obs` can always be acted on, while `Step.final_obs` is the true next observation of
+every row: a row of an automatic reset is never a transition.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctrlrl.tree import Obs
+
+
+@dataclass(slots=True)
+class Step:
+    """What one control step of N environments returned. The tensors are valid until the next step."""
+
+    obs: Obs
+    """(N, ...) observation to act on next: the first one of the new episode where the old one ended."""
+    action: Tensor
+    """(N, ...) action as applied, in the environment's units: after clamps, or a human's intervention."""
+    reward: Tensor
+    """(N,) float32."""
+    terminated: Tensor
+    """(N,) bool: the task ended; there is no value beyond."""
+    truncated: Tensor
+    """(N,) bool: we stopped watching (a time limit, say); the value beyond `final_obs` counts."""
+    final_obs: Obs
+    """(N, ...) true next observation of each row; equals `obs` where nothing ended."""
+    valid: Tensor
+    """(N,) bool: False for rows that are no transition (a backend's filler row, a diverged simulation)."""
+    log: dict[str, Tensor] = field(default_factory=dict)
+    """Per-row figures (N,), `success` among them where the task knows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnvState:
+    """What a backend needs to continue exactly: one JSON-able entry and one dict of arrays per environment.
+
+    `json[i]` is None where environment i cannot be continued (it crashed, say) and is started afresh.
+    """
+
+    json: list[dict[str, Any] | None]
+    arrays: list[dict[str, np.ndarray[Any, Any]]]
+
+
+class VectorEnv(ABC):
+    """N environments behind one `reset` and one `step`.
+
+    Attributes:
+        name: what a user types to get it (`HalfCheetah-v5`), for messages and run folders.
+        num_envs: N.
+        device: where every tensor lies.
+        observation_space: of one environment: a Box, or a flat Dict of Boxes.
+        action_space: of one environment: Box, Discrete or MultiDiscrete.
+        control_dt: seconds of simulated time per step; None where the environment has no clock.
+        may_be_invalid: whether `Step.valid` can ever be False; lets loops skip counting where it cannot.
+    """
+
+    name: str
+    num_envs: int
+    device: torch.device
+    observation_space: gym.Space[Any]
+    action_space: gym.Space[Any]
+    control_dt: float | None = None
+    may_be_invalid: bool = False
+
+    @property
+    def batched_observation_space(self) -> gym.Space[Any]:
+        """The space of N observations."""
+        return gym.vector.utils.batch_space(self.observation_space, self.num_envs)
+
+    @property
+    def batched_action_space(self) -> gym.Space[Any]:
+        """The space of N actions."""
+        return gym.vector.utils.batch_space(self.action_space, self.num_envs)
+
+    @abstractmethod
+    def reset(self, seed: int | Sequence[int] | None = None) -> Obs:
+        """Start a new episode in every environment; returns the first observations (N, ...).
+
+        `seed`: one number, from which each environment gets its own (see `derive_seeds`), or one number per
+        environment, used as it is. None goes on with the random states the environments have. An automatic reset
+        never reseeds.
+        """
+
+    @abstractmethod
+    def step(self, action: Tensor) -> Step:
+        """One control step with `action` (N, ...) in the environment's units; resets what ended."""
+
+    def get_state(self) -> EnvState:
+        """What `set_state` needs to go on from exactly here. By default: nothing, every environment starts afresh."""
+        return EnvState([None] * self.num_envs, [{} for _ in range(self.num_envs)])
+
+    def set_state(self, state: EnvState) -> tuple[Obs, list[str | None]]:
+        """Continue from `state`, in place of `reset`.
+
+        Returns the observations to act on (N, ...) and, per environment, None when it continues exactly or else the
+        reason why its episode was started afresh.
+        """
+        return self.reset(), [f"{self.name} cannot save its state"] * self.num_envs
+
+    def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The picture (H, W, 3) of environment 0; only where it was made with `render=True`."""
+        raise NotImplementedError(f"{type(self).__name__} does not render")
+
+    def close(self) -> None:  # noqa: B027  (a backend that holds nothing has nothing to do)
+        """Free processes, memory and windows. Safe to call twice."""
+
+
+def derive_seeds(seed: int, count: int) -> list[int]:
+    """`count` independent 32-bit seeds from one, the first ones the same whatever `count` is."""
+    return [int(child.generate_state(1)[0]) for child in np.random.SeedSequence(seed).spawn(count)]
