@@ -1,0 +1,118 @@
+"""What algorithms there are, without importing them: the command line lists and picks them by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from ctrlrl.config import Config, OffPolicyConfig
+from ctrlrl.errors import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Settings for a family of environments, picked by name."""
+
+    name: str
+    pattern: str
+    """Regular expression that the environment's ID must match from its start."""
+    values: dict[str, Any]
+    """Fields that differ from the defaults, nested."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One line of `ctrlrl algos`, and where the code is."""
+
+    name: str
+    title: str
+    actions: str
+    data: str
+    """Where it learns from: an environment, a dataset, both."""
+    paper: str
+    config: str
+    """`module:class` of its numbers."""
+    agent: str
+    """`module:class` of the agent."""
+    presets: tuple[Preset, ...] = field(default=())
+
+    def load_config_class(self) -> type[Config]:
+        """The dataclass of the algorithm's numbers; imports no torch."""
+        loaded: type[Config] = _load(self.config)
+        return loaded
+
+    def load_agent_class(self) -> Any:
+        """The agent's class; imports torch."""
+        return _load(self.agent)
+
+    def preset_for(self, env: str) -> Preset | None:
+        """The settings to start from on the environment `env`."""
+        return next((p for p in self.presets if re.match(p.pattern, env.rpartition(":")[2])), None)
+
+
+ALGORITHMS = {
+    algorithm.name: algorithm
+    for algorithm in (
+        Algorithm(
+            name="sac",
+            title="Soft actor-critic with a learned temperature",
+            actions="Box",
+            data="environment",
+            paper="Haarnoja et al. 2018, arXiv:1812.05905",
+            config="ctrlrl.algorithms.sac_config:SACConfig",
+            agent="ctrlrl.algorithms.sac:SAC",
+            presets=(
+                Preset(
+                    "swimmer",
+                    r"Swimmer-",
+                    {"agent": {"gamma": 0.999}},
+                    "0.99 sees too short a way ahead to swim (RL Zoo)",
+                ),
+                Preset(
+                    "pendulum",
+                    r"Pendulum-",
+                    {"learning_starts": 1_000, "eval_every": 2_000, "agent": {"actor_lr": 1e-3, "critic_lr": 1e-3}},
+                    "solved in a few thousand steps (RL Zoo's step size)",
+                ),
+            ),
+        ),
+    )
+}
+
+
+def find_algorithm(name: str) -> Algorithm:
+    """The algorithm called `name`.
+
+    Raises:
+        UsageError: if there is none; suggests the nearest names.
+    """
+    if name not in ALGORITHMS:
+        known = ", ".join(ALGORITHMS)
+        raise UsageError(f"no algorithm {name!r}.{nearest(name, ALGORITHMS)} There is: {known} (ctrlrl algos)")
+    return ALGORITHMS[name]
+
+
+@functools.cache
+def train_config_class(name: str) -> type[OffPolicyConfig]:
+    """The configuration of a training run with algorithm `name`: the loop's fields and `agent`."""
+    agent = find_algorithm(name).load_config_class()
+    made = dataclasses.make_dataclass(
+        f"Train{agent.__name__.removesuffix('Config')}",
+        [("agent", agent, field(default_factory=agent))],
+        bases=(OffPolicyConfig,),
+        frozen=True,
+        kw_only=True,
+    )
+    made.__doc__ = (agent.__doc__ or "").split("\n")[0]
+    made.__module__ = __name__
+    return made
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

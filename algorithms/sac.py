@@ -1,0 +1,203 @@
+"""Soft actor-critic with a learned temperature (Haarnoja et al. 2018, arXiv:1812.05905; arXiv:1801.01290).
+
+Shapes: G gradient steps, B batch, A action dimensions, K critics.
+The policy's tanh-Gaussian, its log-probability and the target entropy live in [-1, 1]^A; batches hold actions in the
+environment's units, which `policy.scaling` maps there. `batch.discount` is gamma^k * (1 - terminated), made by the
+sampler: a time limit still bootstraps, and gamma appears nowhere below.
+
+Deviations from the paper, each also in the authors' code or in Stable-Baselines3:
+- no state-value network: targets use the minimum over K target critics (second version of the paper);
+- the temperature's loss is linear in log alpha instead of alpha: the same fixed point, steps that do not shrink with it;
+- the temperature is stepped first, but this update's losses use its value from before, as does the log-probability.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import gymnasium as gym
+import torch
+from torch import Tensor, nn
+
+from ctrlrl.algorithms.sac_config import SACConfig
+from ctrlrl.errors import UsageError
+from ctrlrl.nn.encoder import (
+    CustomEncoder,
+    EncoderFactory,
+    FlatEncoder,
+    ObservationNormalizer,
+    critic_groups,
+    group_space,
+    make_encoder,
+    policy_groups,
+)
+from ctrlrl.nn.mlp import Ensemble, EnsembleMLP, NetworkFactory, mlp
+from ctrlrl.nn.optim import adam, adam_state, descend, load_adam_state
+from ctrlrl.nn.policy import SquashedGaussianPolicy, require_bounded_box
+from ctrlrl.replay.batch import Batch
+from ctrlrl.tree import Obs
+
+
+class Critics(nn.Module):
+    """K action-value functions, stacked; (B, ...) observations and (B, A) actions in [-1, 1] to (K, B)."""
+
+    def __init__(self, encoder: FlatEncoder | CustomEncoder, ensemble: EnsembleMLP | Ensemble) -> None:
+        super().__init__()
+        self.encoder, self.ensemble = encoder, ensemble
+
+    def forward(self, obs: Obs, action: Tensor) -> Tensor:
+        out: Tensor = self.ensemble(torch.cat([self.encoder(obs), action], -1))
+        return out.squeeze(-1)
+
+
+class SAC:
+    """Soft actor-critic agent for Box observations (or flat Dicts of them) and bounded Box actions.
+
+    Args:
+        observation_space: of one environment.
+        action_space: of one environment.
+        config: every number that changes the result.
+        seed: of the weights and of every later draw.
+        device: where weights and batches lie.
+        network: `factory(in_features, out_features)`, instead of the multilayer perceptrons of `config.hidden`; used
+            for the policy and, K times, for the critics.
+        encoder: `factory(space)` for observations that are not vectors; policy and critics get one each.
+
+    Raises:
+        UsageError: if the spaces do not suit SAC.
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        config: SACConfig | None = None,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        network: NetworkFactory | None = None,
+        encoder: EncoderFactory | None = None,
+    ) -> None:
+        self.config = c = config or SACConfig()
+        self.device = torch.device(device)
+        box = require_bounded_box(action_space, "SAC", "No algorithm for discrete actions is available yet.")
+        dim = math.prod(box.shape)
+        self.target_entropy = -float(dim) if c.target_entropy is None else c.target_entropy
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.normalizer = ObservationNormalizer(observation_space) if c.normalize_obs else None
+            policy_space = group_space(observation_space, c.policy_obs or policy_groups(observation_space))
+            critic_space = group_space(observation_space, c.critic_obs or critic_groups(observation_space))
+            features = make_encoder(policy_space, encoder, self.normalizer)
+            trunk = _network(network, features.out_features, 2 * dim, c.hidden)
+            self.policy = SquashedGaussianPolicy(
+                features, trunk, box, (c.log_std_bounds[0], c.log_std_bounds[1]), self.normalizer
+            )
+            features = make_encoder(critic_space, encoder, self.normalizer)
+            inputs = features.out_features + dim
+            ensemble = (
+                EnsembleMLP(c.num_critics, (inputs, *c.hidden, 1), layer_norm=c.layer_norm)
+                if network is None
+                else Ensemble(c.num_critics, lambda: _network(network, inputs, 1, c.hidden))
+            )
+            self.critics = Critics(features, ensemble)
+        self.policy.to(self.device).generator = self.generator
+        self.critics.to(self.device)
+        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
+        self.log_alpha = torch.tensor(math.log(c.initial_alpha), device=self.device, requires_grad=True)
+
+        self._actor = list(self.policy.parameters())
+        self._critic = list(self.critics.parameters())
+        self._target = list(self.target_critics.parameters())
+        self.actor_optimizer = adam(self._actor, c.actor_lr)
+        self.critic_optimizer = adam(self._critic, c.critic_lr)
+        self.alpha_optimizer = adam([self.log_alpha], c.alpha_lr)
+
+    def observe(self, obs: Obs, valid: Tensor) -> None:
+        """Take observations (N, ...) of valid rows into the running statistics, each once."""
+        if self.normalizer is not None:
+            self.normalizer.update(obs, valid)
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One gradient step for each of the G groups of `batch` [G, B, ...]; returns the metrics' means (0-d)."""
+        shape = (len(batch), 2, *batch.action.shape[1:2], self.policy.scaling.low.numel())
+        noise = torch.randn(shape, generator=self.generator, device=self.device)  # (G, 2, B, A)
+        metrics = [self.step(batch[g], noise[g]) for g in range(len(batch))]
+        return {name: torch.stack([m[name] for m in metrics]).mean() for name in metrics[0]}
+
+    def step(self, batch: Batch, noise: Tensor) -> dict[str, Tensor]:
+        """One gradient step on `batch` [B, ...], a pure function of weights, batch and `noise` (2, B, A)."""
+        c = self.config
+        alpha = self.log_alpha.detach().exp()
+
+        # Temperature: J(alpha) = E[-alpha log pi(a|s) - alpha H], eq. 18, with log alpha for alpha.
+        action, log_prob, _ = self.policy.distribution(batch.obs).rsample(noise[0])  # (B, A), (B, 1)
+        log_prob = log_prob.sum(-1)  # (B,)
+        if c.alpha_lr > 0:
+            alpha_loss = -self.log_alpha * (log_prob.detach() + self.target_entropy).mean()
+            descend(self.alpha_optimizer, alpha_loss, [self.log_alpha])
+
+        # Critics: J_Q = E[1/2 (Q(s,a) - r - gamma V(s'))^2], eqs. 3, 5 and 6, summed over the ensemble.
+        with torch.no_grad():
+            next_action, next_log_prob, _ = self.policy.distribution(batch.next_obs).rsample(noise[1])
+            next_q = self.target_critics(batch.next_obs, next_action).amin(0)
+            target = batch.reward + batch.discount * (next_q - alpha * next_log_prob.sum(-1))  # (B,)
+        q = self.critics(batch.obs, self.policy.scaling.to_unit(batch.action))  # (K, B)
+        critic_loss = 0.5 * (q - target.expand_as(q)).square().mean(-1).sum()
+        descend(self.critic_optimizer, critic_loss, self._critic)
+
+        # Policy: J_pi = E[alpha log pi(f(eps; s)|s) - Q(s, f(eps; s))], eq. 9.
+        actor_loss = (alpha * log_prob - self.critics(batch.obs, action).amin(0)).mean()
+        descend(self.actor_optimizer, actor_loss, self._actor)
+
+        torch._foreach_lerp_(self._target, self._critic, c.tau)
+        return {
+            "critic_loss": critic_loss.detach(),
+            "actor_loss": actor_loss.detach(),
+            "alpha": alpha,
+            "entropy": -log_prob.detach().mean(),
+            "q_mean": q.detach().mean(),
+            "target_mean": target.mean(),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights (the policy's hold the normalizer), optimizers, temperature and the generator."""
+        return {
+            "policy": self.policy.state_dict(),
+            "critics": self.critics.state_dict(),
+            "target_critics": self.target_critics.state_dict(),
+            "log_alpha": self.log_alpha.detach(),
+            "actor_optimizer": adam_state(self.actor_optimizer),
+            "critic_optimizer": adam_state(self.critic_optimizer),
+            "alpha_optimizer": adam_state(self.alpha_optimizer),
+            "generator": self.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to what `state_dict` returned."""
+        self.policy.load_state_dict(state["policy"])
+        self.critics.load_state_dict(state["critics"])
+        self.target_critics.load_state_dict(state["target_critics"])
+        with torch.no_grad():
+            self.log_alpha.copy_(state["log_alpha"])
+        load_adam_state(self.actor_optimizer, state["actor_optimizer"])
+        load_adam_state(self.critic_optimizer, state["critic_optimizer"])
+        load_adam_state(self.alpha_optimizer, state["alpha_optimizer"])
+        self.generator.set_state(state["generator"].cpu())
+
+
+def _network(make: NetworkFactory | None, inputs: int, outputs: int, hidden: tuple[int, ...]) -> nn.Module:
+    if make is None:
+        return mlp((inputs, *hidden, outputs))
+    module = make(inputs, outputs)
+    was_training = module.training
+    with torch.no_grad():
+        out = module.eval()(torch.zeros(2, inputs))
+    if not isinstance(out, Tensor) or out.shape != (2, outputs):
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise UsageError(f"network({inputs}, {outputs}) must map (B, {inputs}) to (B, {outputs}); for B = 2 it gave {got}")
+    return module.train(was_training)

@@ -1,0 +1,51 @@
+"""`ctrlrl eval RUN`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+from ctrlrl.cli.parse import parse
+from ctrlrl.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Deterministic returns of a run's policy on the fixed list of seeds, with a 95 % confidence interval."""
+
+    run: Positional[str]
+    """Run folder."""
+    checkpoint: str = "best"
+    """best, last, or a folder's name under checkpoints/."""
+    episodes: int | None = None
+    """Episodes, one per seed; by default as many as in training."""
+    video: bool = False
+    """Record the first of them under videos/ and put it into the report."""
+    device: str = "cpu"
+    """Where the policy runs."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Evaluate; returns the exit code."""
+    options = parse(Eval, arguments, "eval")
+    if options.episodes is not None and options.episodes < 1:
+        raise UsageError(f"--episodes must be at least 1, got {options.episodes}")
+    from ctrlrl.runs.statistics import mean_interval
+    from ctrlrl.training.session import evaluate_run  # imports torch: only now
+
+    result = evaluate_run(
+        options.run,
+        checkpoint=options.checkpoint,
+        episodes=options.episodes,
+        video=options.video,
+        device=options.device,
+    )
+    for seed, ret, length in zip(result.seeds, result.returns, result.lengths, strict=True):
+        print(f"seed {seed}: return {ret:,.2f}, {length:,} steps")
+    low, high = mean_interval(result.returns)
+    print(f"mean return {result.mean:,.2f}, 95 % interval [{low:,.2f}, {high:,.2f}], {len(result.seeds)} episodes")
+    if result.success is not None:
+        print(f"success {sum(result.success)} of {len(result.success)}")
+    return 0

@@ -1,0 +1,53 @@
+"""`ctrlrl COMMAND ...`: picks the command, and turns failures into one message and an exit code."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ctrlrl.errors import CtrlrlError, UsageError, nearest
+
+COMMANDS = {
+    "train": "train a policy: ctrlrl train sac --env HalfCheetah-v5",
+    "resume": "go on with a run exactly where it stopped, or extend it",
+    "eval": "deterministic returns of a run's policy, and a video",
+    "report": "one page of curves, tables and videos, for one run or to compare several",
+    "envs": "list environments",
+    "algos": "list algorithms",
+}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command; returns the exit code (0 done, 2 bad input, 3 non-finite training, 130 interrupted)."""
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(_help())
+            return 0 if arguments else 2
+        name, *rest = arguments
+        if name == "--version":
+            from importlib.metadata import version
+
+            print(f"ctrlrl {version('ctrlrl')}")
+            return 0
+        if name not in COMMANDS:
+            raise UsageError(f"no command {name!r}.{nearest(name, COMMANDS)} Commands: {', '.join(COMMANDS)}")
+        module = importlib.import_module(f"ctrlrl.cli.{name}")
+        code: int = module.run(rest)
+        return code
+    except CtrlrlError as error:
+        print(f"ctrlrl: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("ctrlrl: aborted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `ctrlrl envs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "usage: ctrlrl COMMAND ...\n\n" + "\n".join(lines) + "\n\nctrlrl COMMAND --help lists its options."

@@ -1,0 +1,33 @@
+"""`ctrlrl resume RUN`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tyro.conf import Positional
+
+from ctrlrl.cli.parse import parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Go on with a run exactly where it stopped; with more steps, extend it."""
+
+    run: Positional[str]
+    """Run folder."""
+    steps: int | None = None
+    """Environment steps in all, instead of what the run was started with."""
+    checkpoint: str = "last"
+    """Where to go on from: last, or a folder's name under checkpoints/. What came after it is deleted."""
+    quiet: bool = False
+    """Print nothing but errors."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Resume; returns the exit code."""
+    options = parse(Resume, arguments, "resume")
+    from ctrlrl.training.session import resume  # imports torch: only now
+
+    resume(options.run, steps=options.steps, checkpoint=options.checkpoint, quiet=options.quiet)
+    return 0

@@ -1,0 +1,272 @@
+"""Configurations: frozen dataclasses that check themselves, read strictly from files, without importing torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+import yaml
+from tyro.conf import arg
+from tyro.constructors import PrimitiveConstructorSpec
+
+from ctrlrl.errors import UsageError, nearest
+
+C = TypeVar("C", bound="Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Base of every configuration: on construction each field's type and range are checked.
+
+    Raises:
+        UsageError: naming the field, what is allowed and the value.
+    """
+
+    section: ClassVar[str] = ""
+    """Where the fields stand in the whole configuration: `agent`, `buffer`, or "" at the top."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        for f in dataclasses.fields(self):
+            path = f"{self.section}.{f.name}" if self.section else f.name
+            object.__setattr__(self, f.name, _coerce(getattr(self, f.name), hints[f.name], path))
+        self.check()
+
+    def check(self) -> None:
+        """Raise `UsageError` where a value is out of range; subclasses say what that is."""
+
+    def require(self, name: str, ok: bool, allowed: str) -> None:
+        """Raise unless `ok`: the field `name` must be `allowed`."""
+        if not ok:
+            path = f"{self.section}.{name}" if self.section else name
+            raise UsageError(f"{path} must be {allowed}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def from_dict(cls: type[C], data: Mapping[str, Any], *, base: C | None = None, source: str = "") -> C:
+        """Build from nested plain values; fields that `data` leaves out come from `base`, else from the defaults.
+
+        Raises:
+            UsageError: on an unknown field (with the nearest names) or a value of the wrong type or range.
+        """
+        return _build(cls, data, base, cls.section, source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values (tuples as lists), ready for JSON."""
+        out: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return out
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError("expected a JSON object such as '{\"healthy_reward\": 0.5}'")
+    return value
+
+
+JsonObject = Annotated[
+    dict[str, Any],
+    arg(metavar="JSON"),
+    PrimitiveConstructorSpec[dict[str, Any]](
+        nargs=1,
+        metavar="JSON",
+        instance_from_str=lambda args: _json_object(args[0]),
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]
+"""A field that takes a JSON object on the command line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig(Config):
+    """The replay memory."""
+
+    section: ClassVar[str] = "buffer"
+    capacity: int = 1_000_000
+    """Transitions kept; the oldest are overwritten."""
+    n_step: int = 1
+    """Rewards summed before the bootstrap; 1 is the papers' SAC."""
+
+    def check(self) -> None:
+        self.require("capacity", self.capacity >= 1, "at least 1")
+        self.require("n_step", 1 <= self.n_step <= 1000, "between 1 and 1000")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """What every algorithm's training run takes. All budgets count environment steps, summed over environments."""
+
+    env: str
+    """Environment to train on: an ID such as HalfCheetah-v5, or module:ID. `ctrlrl envs` lists them."""
+    steps: int = 1_000_000
+    """Environment steps in all."""
+    seed: int = 0
+    """Seed of everything random."""
+    num_envs: int = 1
+    """Environments stepped together."""
+    backend: Literal["auto", "gymnasium", "workers"] = "auto"
+    """Where environments run: gymnasium in this process, workers in processes of their own; auto picks."""
+    env_kwargs: JsonObject = field(default_factory=dict)
+    """Arguments of the environment, as JSON: '{"forward_reward_weight": 2.0}'."""
+    env_python: str | None = None
+    """Python interpreter for the workers, for environments whose packages conflict with ours."""
+    worker_timeout: float = 60.0
+    """Seconds after which a worker that does not answer counts as hanging."""
+    device: str = "auto"
+    """Where to learn: cpu, cuda, cuda:1; auto takes the GPU where there is one."""
+    threads: int | None = None
+    """CPU threads of the learner; by default the available cores, at most 8. Other counts give other last bits."""
+    out: str | None = None
+    """Run folder; must not hold a run yet. By default runs/ALGO-ENV-seedN."""
+    log_every: int = 1_000
+    """Environment steps between two lines of training metrics."""
+    eval_every: int = 10_000
+    """Environment steps between two evaluations; 0 turns them off."""
+    eval_episodes: int = 10
+    """Episodes of an evaluation, with the same fixed list of seeds each time."""
+    checkpoint_every: int = 10_000
+    """Environment steps between two checkpoints: what a crash can cost at most."""
+    keep_checkpoints: int = 2
+    """Resumable checkpoints kept, the newest ones; the best one for evaluation is kept besides."""
+    video: bool = True
+    """Record one episode of the best policy at the end."""
+
+    def check(self) -> None:
+        self.require("env", bool(self.env), "an environment ID")
+        self.require("steps", self.steps >= 1, "at least 1")
+        self.require("seed", 0 <= self.seed < 2**32, "between 0 and 4294967295")
+        self.require("num_envs", self.num_envs >= 1, "at least 1")
+        self.require("worker_timeout", self.worker_timeout > 0, "above 0")
+        self.require("threads", self.threads is None or self.threads >= 1, "at least 1")
+        self.require("log_every", self.log_every >= 1, "at least 1")
+        self.require("eval_every", self.eval_every >= 0, "0 (off) or more")
+        self.require("eval_episodes", self.eval_episodes >= 1, "at least 1")
+        self.require("checkpoint_every", self.checkpoint_every >= 1, "at least 1")
+        self.require("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffPolicyConfig(TrainConfig):
+    """What off-policy algorithms take besides."""
+
+    learning_starts: int = 5_000
+    """Environment steps with uniformly random actions before the first update."""
+    buffer: ReplayConfig = field(default_factory=ReplayConfig)
+    """The replay memory."""
+
+    def check(self) -> None:
+        super().check()
+        self.require("learning_starts", self.learning_starts >= 0, "0 or more")
+        capacity = self.buffer.capacity
+        if capacity < self.num_envs:
+            raise UsageError(f"buffer.capacity must be at least num_envs = {self.num_envs}, got {capacity}")
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """A YAML or JSON file as nested plain values.
+
+    Raises:
+        UsageError: if it cannot be read or is no mapping.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UsageError(f"no such config file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the config file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path} is no valid YAML or JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} must hold fields and their values, such as 'agent: {{gamma: 0.98}}'; got {data!r}")
+    return data
+
+
+def changed_fields(config: Config, reference: Config) -> list[str]:
+    """Dotted names of the fields in which `config` differs from `reference`."""
+    out = []
+    for f in dataclasses.fields(config):
+        mine, theirs = getattr(config, f.name), getattr(reference, f.name, None)
+        if isinstance(mine, Config) and isinstance(theirs, Config):
+            out += [f"{f.name}.{name}" for name in changed_fields(mine, theirs)]
+        elif mine != theirs:
+            out.append(f.name)
+    return out
+
+
+def _build(cls: type[C], data: Mapping[str, Any], base: C | None, path: str, source: str) -> C:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    names = [f.name for f in dataclasses.fields(cls)]
+    values: dict[str, Any] = {}
+    for key, value in data.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in names:
+            place = f" in {source}" if source else ""
+            raise UsageError(f"unknown field {where!r}{place}.{nearest(str(key), names)} Fields: {', '.join(names)}")
+        hint = hints[key]
+        if isinstance(hint, type) and issubclass(hint, Config) and isinstance(value, Mapping):
+            value = _build(hint, value, getattr(base, key, None), where, source)
+        values[key] = value
+    if base is not None:
+        return dataclasses.replace(base, **values)
+    required = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values
+    ]
+    if required:
+        raise UsageError(f"missing field {required[0]!r}" + (f" in {source}" if source else ""))
+    return cls(**values)
+
+
+def _coerce(value: Any, hint: Any, path: str) -> Any:
+    """`value` as the type `hint`, where that loses nothing (an int for a float, a list for a tuple)."""
+    origin = typing.get_origin(hint)
+    if origin is Annotated:
+        return _coerce(value, typing.get_args(hint)[0], path)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        for option in options:
+            try:
+                return _coerce(value, option, path)
+            except UsageError:
+                continue
+    elif origin is Literal:
+        options = typing.get_args(hint)
+        if value in options:
+            return value
+        raise UsageError(f"{path} must be one of {', '.join(map(str, options))}, got {value!r}")
+    elif origin is tuple and isinstance(value, list | tuple):
+        return tuple(_coerce(item, typing.get_args(hint)[0], path) for item in value)
+    elif (
+        (origin is dict and isinstance(value, dict))
+        or (hint is float and isinstance(value, float))
+        or (isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)))
+    ):
+        return value
+    elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    raise UsageError(f"{path} must be {_type_name(hint)}, got {value!r}")
+
+
+def _type_name(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_name(a) for a in args)
+    if origin is tuple:
+        return f"a list of {_type_name(args[0])} values"
+    if origin is dict:
+        return "a JSON object"
+    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(hint, getattr(hint, "__name__", str(hint)))

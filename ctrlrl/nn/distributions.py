@@ -1,0 +1,61 @@
+"""Action distributions. Log-probabilities are (..., D): one entry per decision, and a whole action vector is one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TanhNormal:
+    """tanh of a diagonal Gaussian: the density of actions in (-1, 1)^A, before they are scaled to the environment.
+
+    The one space for log-probability, its Jacobian and SAC's target entropy is this one, so the same settings serve
+    actuators of any range (Haarnoja et al. 2018, arXiv:1801.01290, appendix C).
+    """
+
+    mean: Tensor  # (..., A) of the Gaussian
+    log_std: Tensor  # (..., A)
+
+    @property
+    def mode(self) -> Tensor:
+        """tanh of the mean (..., A): the action a deterministic policy takes."""
+        return torch.tanh(self.mean)
+
+    def rsample(self, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Reparameterized sample from standard normal `noise` (..., A): the action, its log-density (..., 1), the raw u.
+
+        The raw sample u = atanh(action) is returned because atanh cannot recover it from a saturated action.
+        """
+        raw = self.mean + noise * self.log_std.exp()
+        gaussian = -0.5 * noise.square() - self.log_std - 0.5 * math.log(2 * math.pi)
+        return torch.tanh(raw), (gaussian - log_tanh_jacobian(raw)).sum(-1, keepdim=True), raw
+
+    def sample(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """As `rsample`, with noise from `generator` and no gradient."""
+        with torch.no_grad():
+            return self.rsample(torch.randn(self.mean.shape, generator=generator, device=self.mean.device))
+
+    def log_prob(self, action: Tensor) -> Tensor:
+        """Log-density (..., 1) of `action` (..., A) in [-1, 1]; actions on the bound count as just inside it."""
+        bound = 1 - torch.finfo(action.dtype).eps
+        raw = torch.atanh(action.clamp(-bound, bound))
+        noise = (raw - self.mean) * torch.exp(-self.log_std)
+        gaussian = -0.5 * noise.square() - self.log_std - 0.5 * math.log(2 * math.pi)
+        return (gaussian - log_tanh_jacobian(raw)).sum(-1, keepdim=True)
+
+    def entropy(self, noise: Tensor) -> Tensor:
+        """One-sample estimate (..., 1) from standard normal `noise` (..., A); it has no closed form."""
+        return -self.rsample(noise)[1]
+
+
+def log_tanh_jacobian(raw: Tensor) -> Tensor:
+    """log |d tanh(u) / du| = log(1 - tanh(u)^2), in the form that stays exact where tanh saturates.
+
+    The common log(1 - tanh^2 + 1e-6) is bounded below by -13.8 and biases saturated actions.
+    """
+    return 2 * (math.log(2) - raw - F.softplus(-2 * raw))

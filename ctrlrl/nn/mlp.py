@@ -1,0 +1,98 @@
+"""Multilayer perceptrons: one network, or an ensemble of them evaluated as one batched matrix product per layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+NetworkFactory = Callable[[int, int], nn.Module]
+"""`factory(in_features, out_features)` gives a module that maps (B, in_features) to (B, out_features)."""
+
+
+def mlp(sizes: Sequence[int], *, layer_norm: bool = False) -> nn.Sequential:
+    """Linear layers of the given sizes with ReLU between them, and LayerNorm before each ReLU if asked.
+
+    Initialized as `torch.nn.Linear` is: uniform within 1/sqrt(inputs), weights and biases alike.
+    """
+    layers: list[nn.Module] = []
+    for i, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        layers.append(nn.Linear(inputs, outputs))
+        if i < len(sizes) - 2:
+            layers += [nn.LayerNorm(outputs)] if layer_norm else []
+            layers.append(nn.ReLU())
+    return nn.Sequential(*layers)
+
+
+class EnsembleLinear(nn.Module):
+    """K linear layers in one batched product; (B, in) or (K, B, in) to (K, B, out)."""
+
+    def __init__(self, members: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(inputs)
+        self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 2:
+            x = x.expand(len(self.weight), *x.shape)
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class EnsembleLayerNorm(nn.Module):
+    """LayerNorm over the last dimension with an own gain and offset for each member; (K, B, F) to (K, B, F)."""
+
+    def __init__(self, members: int, features: int) -> None:
+        super().__init__()
+        self.features = features
+        self.weight = nn.Parameter(torch.ones(members, 1, features))
+        self.bias = nn.Parameter(torch.zeros(members, 1, features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, nn.functional.layer_norm(x, (self.features,)), self.weight)
+
+
+class EnsembleMLP(nn.Module):
+    """K multilayer perceptrons with the layers of `mlp`; (B, in) to (K, B, out)."""
+
+    def __init__(self, members: int, sizes: Sequence[int], *, layer_norm: bool = False) -> None:
+        super().__init__()
+        self.members = members
+        layers: list[nn.Module] = []
+        for i, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+            layers.append(EnsembleLinear(members, inputs, outputs))
+            if i < len(sizes) - 2:
+                layers += [EnsembleLayerNorm(members, outputs)] if layer_norm else []
+                layers.append(nn.ReLU())
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layers(x)
+        return out
+
+
+class Ensemble(nn.Module):
+    """K copies of any network, independently initialized and evaluated together by `torch.vmap`; (B, in) to (K, B, out).
+
+    For a user's own critic network; `EnsembleMLP` is the faster equivalent for multilayer perceptrons.
+    """
+
+    def __init__(self, members: int, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.members = members
+        networks = [make() for _ in range(members)]
+        parameters, buffers = stack_module_state(networks)  # type: ignore[arg-type]
+        self._names = {name.replace(".", "/"): name for name in [*parameters, *buffers]}  # a module's names hold no "."
+        for name, value in parameters.items():
+            self.register_parameter(name.replace(".", "/"), nn.Parameter(value.detach()))
+        for name, value in buffers.items():
+            self.register_buffer(name.replace(".", "/"), value)
+        self._skeleton = [networks[0].to("meta")]  # in a list, so that its parameters are not ours
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = {self._names[name]: value for name, value in [*self.named_parameters(), *self.named_buffers()]}
+        out: Tensor = torch.vmap(lambda s: functional_call(self._skeleton[0], s, (x,)), randomness="different")(state)
+        return out

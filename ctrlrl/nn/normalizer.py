@@ -1,0 +1,45 @@
+"""Running normalization of observations, kept by the agent and referred to by its policy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class RunningNormalizer(nn.Module):
+    """Standardizes (..., *shape) by the mean and population variance of all rows seen so far.
+
+    Statistics are float64 and combined batch by batch (Chan et al. 1979), so that 1e9 rows lose no precision.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+    def __init__(self, shape: tuple[int, ...], *, clip: float = 10.0, epsilon: float = 1e-8) -> None:
+        super().__init__()
+        self.clip, self.epsilon = clip, epsilon
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    @torch.no_grad()
+    def update(self, rows: Tensor, valid: Tensor) -> None:
+        """Take in `rows` (N, *shape) where `valid` (N,) is true, each once."""
+        rows = rows.to(torch.float64)
+        weight = valid.to(torch.float64).view(-1, *[1] * (rows.dim() - 1))
+        count = weight.sum()
+        mean = (rows * weight).sum(0) / count.clamp(min=1)
+        variance = ((rows - mean).square() * weight).sum(0) / count.clamp(min=1)
+        total = (self.count + count).clamp(min=1)
+        delta = mean - self.mean
+        old = torch.where(self.count > 0, self.variance * self.count, torch.zeros_like(self.variance))
+        spread = old + variance * count + delta.square() * self.count * count / total
+        self.variance.copy_(torch.where(self.count + count > 0, spread / total, self.variance))
+        self.mean += delta * count / total
+        self.count += count
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(x - mean) / std in float32, clipped to +-`clip` standard deviations."""
+        scaled = (x - self.mean) * (self.variance + self.epsilon).rsqrt()
+        return scaled.clamp(-self.clip, self.clip).to(torch.float32)

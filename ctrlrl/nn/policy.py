@@ -1,0 +1,130 @@
+"""Policies: the deployable modules. Raw observation in, environment action out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import gymnasium as gym
+import torch
+from torch import Tensor, nn
+
+from ctrlrl.errors import UsageError
+from ctrlrl.nn.distributions import TanhNormal
+from ctrlrl.nn.encoder import CustomEncoder, FlatEncoder, ObservationNormalizer
+from ctrlrl.tree import Obs
+
+PolicyState = dict[str, Tensor]
+"""What a policy remembers between steps (chunk queues, recurrent states): tensors (N, ...), one row per environment."""
+
+
+class Policy(nn.Module, ABC):
+    """Acts on a batch of observations. The same object acts in training, evaluation and export.
+
+    A policy that remembers keeps everything in `PolicyState`, which the caller carries and the run saves; `act` never
+    changes its arguments.
+    """
+
+    generator: torch.Generator | None = None
+    """Source of exploration noise: the agent's own."""
+    extras_at_next: bool = False
+    """Whether the algorithm needs the extras at the next observation too (`Batch.next_extras`)."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
+
+    def initial_state(self, n: int) -> PolicyState:
+        """The memory of `n` environments at the start of an episode; `{}` for a policy without memory."""
+        return {}
+
+    def reset(self, state: PolicyState, mask: Tensor) -> PolicyState:
+        """`state` with the rows where `mask` (N,) is true set back to the start of an episode."""
+        if not state:
+            return state
+        fresh = self.initial_state(len(mask))
+        return {
+            name: torch.where(mask.view(-1, *[1] * (value.dim() - 1)), fresh[name], value)
+            for name, value in state.items()
+        }
+
+    @abstractmethod
+    def act(
+        self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
+    ) -> tuple[Tensor, PolicyState, dict[str, Tensor]]:
+        """Actions (N, ...) in the environment's units for observations (N, ...), the new state, and extras (N, ...)."""
+
+
+class ActionScaling(nn.Module):
+    """The affine map between a Box's units and [-1, 1]^A, for finite bounds that may differ per dimension."""
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, space: gym.spaces.Box) -> None:
+        super().__init__()
+        self.register_buffer("low", torch.as_tensor(space.low, dtype=torch.float32))
+        self.register_buffer("high", torch.as_tensor(space.high, dtype=torch.float32))
+
+    def to_unit(self, action: Tensor) -> Tensor:
+        """(..., *shape) in the environment's units to (..., A) in [-1, 1]."""
+        half = (self.high - self.low) / 2
+        return ((action - self.low) / half - 1).flatten(-self.low.dim()).to(torch.float32)
+
+    def to_environment(self, unit: Tensor) -> Tensor:
+        """(..., A) in [-1, 1] to (..., *shape) within the bounds, which rounding alone could miss."""
+        unit = unit.unflatten(-1, self.low.shape)
+        return (self.low + (unit + 1) * ((self.high - self.low) / 2)).clamp(self.low, self.high)
+
+
+def require_bounded_box(space: gym.Space[Any], algorithm: str, discrete: str) -> gym.spaces.Box:
+    """`space` as a Box with finite bounds, or a `UsageError` that says which algorithm to take instead."""
+    if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
+        raise UsageError(f"{algorithm} needs continuous actions (Box); the environment has {space}. {discrete}")
+    if not isinstance(space, gym.spaces.Box) or not len(space.shape):
+        raise UsageError(f"{algorithm} needs a Box of actions with at least one dimension; the environment has {space}")
+    if not space.is_bounded("both"):
+        raise UsageError(
+            f"{algorithm} needs finite action bounds; the environment has low={space.low.tolist()}, "
+            f"high={space.high.tolist()}. Wrap it in gymnasium.wrappers.RescaleAction or give its Box finite bounds"
+        )
+    if not (space.low < space.high).all():
+        raise UsageError(f"{algorithm} needs low < high in every action dimension; the environment has {space}")
+    return space
+
+
+class SquashedGaussianPolicy(Policy):
+    """tanh-Gaussian policy over a bounded Box: features to mean and log standard deviation (state-dependent)."""
+
+    def __init__(
+        self,
+        encoder: FlatEncoder | CustomEncoder,
+        trunk: nn.Module,
+        space: gym.spaces.Box,
+        log_std_bounds: tuple[float, float],
+        normalizer: ObservationNormalizer | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalizer = normalizer  # what `encoder` refers to; here, so that it is saved with the policy
+        self.encoder, self.trunk, self.scaling = encoder, trunk, ActionScaling(space)
+        self.log_std_bounds = log_std_bounds
+
+    def distribution(self, obs: Obs, state: PolicyState | None = None) -> TanhNormal:
+        """Distribution over actions (B, A) in [-1, 1]."""
+        mean, log_std = self.trunk(self.encoder(obs)).chunk(2, dim=-1)
+        return TanhNormal(mean, log_std.clamp(*self.log_std_bounds))
+
+    @torch.no_grad()
+    def act(
+        self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
+    ) -> tuple[Tensor, PolicyState, dict[str, Tensor]]:
+        """A sample if `explore`, else the mode; extras are empty, since SAC learns from the action alone."""
+        distribution = self.distribution(obs, state)
+        if explore:
+            if self.generator is None:
+                raise UsageError("exploration needs a random generator: set policy.generator = torch.Generator()")
+            unit, _, _ = distribution.sample(self.generator)
+        else:
+            unit = distribution.mode
+        return self.scaling.to_environment(unit), state or {}, {}

@@ -1,0 +1,306 @@
+"""Replay memory: a ring of the latest transitions of N environments, preallocated on the learner's device.
+
+Layout. Time runs along `slots`; slot t of environment n holds the observation before the action, and the transition
+that follows from it: action, reward, terminated, truncated, valid. The next observation of a transition is simply the
+observation in the slot after it, so each observation (or camera frame) is stored once; only where an episode ended does
+the true final observation need a place of its own, the ring `_finals`, since the next slot already holds the new
+episode's first observation. Discount and end are made when sampling, from the agent's gamma.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctrlrl.envs.vector import Step
+from ctrlrl.replay.batch import Batch
+from ctrlrl.tree import Obs
+
+Extras = dict[str, Tensor]
+
+
+class ReplayBuffer:
+    """The latest `capacity` transitions (rounded up to whole rows of N).
+
+    Observations are kept in float32 (float64 ones are rounded: networks read float32) or in their integer type, so
+    images take one byte per pixel. Sampling is uniform over valid transitions, with replacement, from the buffer's own
+    generator.
+
+    Args:
+        observation_space: of one environment; a Box or a flat Dict of Boxes.
+        action_space: of one environment.
+        capacity: transitions, at least N.
+        num_envs: N.
+        device: where everything lies.
+        seed: of the sampling generator.
+        extras: per-transition tensors the policy attaches, as `name: example (N, ...)`.
+        next_extras: whether their values at the next observation are stored too.
+    """
+
+    def __init__(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        *,
+        capacity: int,
+        num_envs: int,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        extras: Mapping[str, Tensor] | None = None,
+        next_extras: bool = False,
+    ) -> None:
+        if capacity < num_envs:
+            raise ValueError(f"buffer.capacity must be at least num_envs = {num_envs}, got {capacity}")
+        self.device = torch.device(device)
+        self.num_envs = n = num_envs
+        self.rows = -(-capacity // n)
+        self.slots = r = self.rows + 1  # one more than rows: the newest holds the observation not yet acted on
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.total_rows = 0
+        """Rows ever added; slot of row i is i % slots."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=self.device)
+
+        spaces = observation_space.spaces if isinstance(observation_space, gym.spaces.Dict) else {"": observation_space}
+        self._bare = not isinstance(observation_space, gym.spaces.Dict)
+        self._obs = {k: zeros(r, n, *(s.shape or ()), dtype=_storage_dtype(s)) for k, s in spaces.items()}
+        self._columns: dict[str, Tensor] = {
+            "action": zeros(r, n, *(action_space.shape or ()), dtype=_storage_dtype(action_space)),
+            "reward": zeros(r, n),
+            "terminated": zeros(r, n, dtype=torch.bool),
+            "truncated": zeros(r, n, dtype=torch.bool),
+            "valid": zeros(r, n, dtype=torch.bool),
+            "final": zeros(r, n, dtype=torch.int64),  # which entry of the ring `_finals`, counted from the first ever
+        }
+        for prefix in ("extras", "next_extras") if next_extras else ("extras",):
+            for name, example in (extras or {}).items():
+                self._columns[f"{prefix}/{name}"] = zeros(r, *example.shape, dtype=example.dtype)
+        # Final observations, in the order of their rows, entry i at i % len; grows by doubling.
+        self._finals = {k: zeros(max(64, 2 * n), *v.shape[2:], dtype=v.dtype) for k, v in self._obs.items()}
+        self._finals_head = self._finals_tail = 0
+        # Flat slots (slot * N + environment) of the valid transitions, oldest first, entry i at i % len.
+        self._order = zeros(self.rows * n, dtype=torch.int64)
+        self._order_head = self._order_tail = 0
+        self._row_counts = np.zeros((r, 2), np.int64)  # valid transitions and final observations of each slot
+
+    def __len__(self) -> int:
+        """Valid transitions that can be sampled."""
+        return self._order_head - self._order_tail
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that is held, in bytes."""
+        held = [*self._obs.values(), *self._columns.values(), *self._finals.values(), self._order]
+        return sum(t.numel() * t.element_size() for t in held)
+
+    @property
+    def oldest_row(self) -> int:
+        """The first row that the ring still holds."""
+        return max(0, self.total_rows - self.rows)
+
+    def begin(self, obs: Obs) -> None:
+        """Set the observations (N, ...) from which the next actions are taken.
+
+        If transitions were stored before, the episodes that they belong to were left without an end: a filler row keeps
+        their last observation, so their last transitions keep their true next observation, and traces stop there.
+        """
+        if not self.total_rows:
+            self._write_obs(self._slot(0), obs)
+            return
+        slot = self._slot(0)
+        no = torch.zeros(self.num_envs, dtype=torch.bool)
+        nothing = {name: torch.zeros_like(value[slot]) for name, value in self._columns.items()}
+        kept = self._wrap({key: value[slot].clone() for key, value in self._obs.items()})
+        filler = Step(obs, nothing["action"], torch.zeros(self.num_envs), no, no, kept, no)
+        self.add(filler, _part(nothing, "extras/"), _part(nothing, "next_extras/"))
+
+    def add(self, step: Step, extras: Extras | None = None, next_extras: Extras | None = None) -> None:
+        """Store one transition of each environment: from the latest observation, by `step.action`, to `step`."""
+        slot, following = self._slot(0), self._slot(1)
+        if self.total_rows >= self.rows:
+            self._evict(following)
+        column = self._columns
+        column["action"][slot] = step.action
+        column["reward"][slot] = step.reward
+        column["terminated"][slot] = step.terminated
+        column["truncated"][slot] = step.truncated
+        column["valid"][slot] = step.valid
+        for prefix, values in (("extras/", extras), ("next_extras/", next_extras)):
+            for name, value in _part(column, prefix).items():
+                value[slot] = (values or {})[name]
+        self._write_obs(following, step.obs)
+        self.total_rows += 1
+
+        ended = (step.terminated | step.truncated) & step.valid
+        finals = {key: value[ended] for key, value in self._unwrap(step.final_obs).items()} if ended.any() else {}
+        self._index(torch.tensor([slot], device=self.device), ended[None], finals)
+
+    def sample(self, groups: int, batch_size: int, *, gamma: float, n_step: int = 1) -> Batch:
+        """`groups` independent batches [G, B, ...], for as many gradient steps.
+
+        n-step returns stop at the end of an episode, before a row that is no transition and at the newest row.
+
+        Raises:
+            ValueError: if nothing has been stored yet.
+        """
+        if not len(self):
+            raise ValueError("sample() from an empty replay buffer")
+        shape = (groups, batch_size)
+        drawn = torch.randint(len(self), shape, generator=self.generator, device=self.device)
+        flat = self._order[(drawn + self._order_tail) % len(self._order)]
+        slot, env = flat // self.num_envs, flat % self.num_envs
+
+        column = self._columns
+        last, end = slot, self._is_end(slot, env)
+        reward = column["reward"][slot, env]
+        length = torch.ones(shape, device=self.device)
+        for k in range(1, n_step):
+            last = torch.where(end, last, (last + 1) % self.slots)
+            reward = reward + torch.where(end, 0.0, gamma**k * column["reward"][last, env])
+            length += ~end
+            end = end | self._is_end(last, env)
+
+        terminated = column["terminated"][last, env]
+        ended = terminated | column["truncated"][last, env]
+        after, final = (last + 1) % self.slots, column["final"][last, env] % self._finals_capacity
+        next_obs = {}
+        for key, value in self._obs.items():
+            mask = ended.view(*shape, *[1] * (value.dim() - 2))
+            next_obs[key] = torch.where(mask, self._finals[key][final], value[after, env])
+
+        age = (self._slot(-1) - slot) % self.slots  # rows since; 0 for the newest
+        return Batch(
+            obs=self._wrap({key: value[slot, env] for key, value in self._obs.items()}),
+            action=column["action"][slot, env],
+            reward=reward,
+            discount=torch.pow(gamma, length) * ~terminated,
+            next_obs=self._wrap(next_obs),
+            end=end,
+            index=(self.total_rows - 1 - age) * self.num_envs + env,
+            extras={name: value[slot, env] for name, value in _part(column, "extras/").items()},
+            next_extras={name: value[last, env] for name, value in _part(column, "next_extras/").items()},
+        )
+
+    # Saving. Rows are written once, in segments [start, stop) of all rows ever added, and loaded into an empty buffer.
+
+    def export_rows(self, start: int, stop: int) -> dict[str, Tensor]:
+        """Rows [start, stop) as plain tensors on the CPU; they must still be in the ring.
+
+        Columns are (rows, N, ...); `obs/...` has one more row, the observations after the last one; `finals/...` has
+        the final observations of the episodes that ended, in the order of their rows.
+        """
+        if not self.oldest_row <= start <= stop <= self.total_rows:
+            raise ValueError(f"rows {start}..{stop} asked for; the ring holds {self.oldest_row}..{self.total_rows}")
+        slots = torch.arange(start, stop + 1, device=self.device) % self.slots
+        rows = {name: value[slots[:-1]] for name, value in self._columns.items() if name != "final"}
+        rows |= {f"obs/{key}": value[slots] for key, value in self._obs.items()}
+        which = self._columns["final"][slots[:-1]][_ended(rows)] % self._finals_capacity
+        rows |= {f"finals/{key}": value[which] for key, value in self._finals.items()}
+        return {name: value.cpu() for name, value in rows.items()}
+
+    def load_rows(self, start: int, rows: Mapping[str, Tensor], *, total_rows: int) -> None:
+        """Take in what `export_rows(start, ...)` gave, in order, into a buffer that will hold `total_rows` in the end.
+
+        Raises:
+            ValueError: if a segment is missing in between.
+        """
+        oldest = max(0, total_rows - self.rows)
+        skip = min(max(0, oldest - start), len(rows["reward"]))  # older than the ring reaches
+        if skip == len(rows["reward"]):
+            return
+        start = start + skip
+        if start not in (oldest, self.total_rows):
+            raise ValueError(f"stored rows continue at {start}, but row {max(oldest, self.total_rows)} was expected")
+        kept = {name: value[skip:].to(self.device) for name, value in rows.items() if not name.startswith("finals/")}
+        slots = torch.arange(start, start + len(kept["reward"]) + 1, device=self.device) % self.slots
+        for name, value in self._columns.items():
+            if name != "final":
+                value[slots[:-1]] = kept[name]
+        for key, value in self._obs.items():
+            value[slots] = kept[f"obs/{key}"]
+        self.total_rows = start + len(kept["reward"])
+        skipped_finals = int(_ended({name: value[:skip] for name, value in rows.items()}).sum())
+        finals = {key: rows[f"finals/{key}"][skipped_finals:].to(self.device) for key in self._obs}
+        self._index(slots[:-1], _ended(kept), finals)
+
+    # Inside.
+
+    def _slot(self, offset: int) -> int:
+        """Slot of the row `offset` rows after the one to be written next."""
+        return (self.total_rows + offset) % self.slots
+
+    @property
+    def _finals_capacity(self) -> int:
+        return len(next(iter(self._finals.values())))
+
+    def _wrap(self, parts: dict[str, Tensor]) -> Obs:
+        return parts[""] if self._bare else parts
+
+    def _unwrap(self, obs: Obs) -> dict[str, Tensor]:
+        return obs if isinstance(obs, dict) else {"": obs}
+
+    def _write_obs(self, slot: int, obs: Obs) -> None:
+        for key, value in self._unwrap(obs).items():
+            self._obs[key][slot] = value
+
+    def _is_end(self, slot: Tensor, env: Tensor) -> Tensor:
+        """Whether a trace stops after these rows. The slot after the newest row is never valid."""
+        column = self._columns
+        followed = column["valid"][(slot + 1) % self.slots, env]
+        return column["terminated"][slot, env] | column["truncated"][slot, env] | ~followed
+
+    def _evict(self, slot: int) -> None:
+        """Forget the oldest row, which lies in `slot`."""
+        transitions, finals = self._row_counts[slot]
+        self._order_tail += int(transitions)
+        self._finals_tail += int(finals)
+        self._columns["valid"][slot] = False
+
+    def _index(self, slots: Tensor, ended: Tensor, finals: dict[str, Tensor]) -> None:
+        """Make freshly written rows `slots` (R,) sampleable; `ended` (R, N), `finals` their final observations."""
+        valid = self._columns["valid"][slots]
+        row, env = valid.nonzero(as_tuple=True)
+        entries = torch.arange(self._order_head, self._order_head + len(row), device=self.device)
+        self._order[entries % len(self._order)] = slots[row] * self.num_envs + env
+        self._order_head += len(row)
+
+        count = int(ended.sum())
+        if count:
+            self._reserve_finals(count)
+            entries = torch.arange(self._finals_head, self._finals_head + count, device=self.device)
+            for key, value in self._finals.items():
+                value[entries % len(value)] = finals[key].to(value.dtype).to(self.device)
+            row, env = ended.to(self.device).nonzero(as_tuple=True)
+            self._columns["final"][slots[row], env] = entries
+            self._finals_head += count
+        self._row_counts[slots.cpu().numpy()] = torch.stack([valid.sum(1).cpu(), ended.sum(1).cpu()], 1).numpy()
+
+    def _reserve_finals(self, count: int) -> None:
+        held, capacity = self._finals_head - self._finals_tail, self._finals_capacity
+        if held + count <= capacity:
+            return
+        live = torch.arange(self._finals_tail, self._finals_head, device=self.device)
+        size = max(2 * capacity, held + count)
+        for key, value in self._finals.items():
+            larger = torch.zeros(size, *value.shape[1:], dtype=value.dtype, device=self.device)
+            larger[live % size] = value[live % capacity]
+            self._finals[key] = larger
+
+
+def _storage_dtype(space: gym.Space[Any]) -> torch.dtype:
+    dtype = np.dtype(space.dtype)
+    return torch.float32 if dtype.kind == "f" else torch.from_numpy(np.zeros(0, dtype)).dtype
+
+
+def _part(columns: Mapping[str, Tensor], prefix: str) -> Extras:
+    return {name.removeprefix(prefix): value for name, value in columns.items() if name.startswith(prefix)}
+
+
+def _ended(rows: Mapping[str, Tensor]) -> Tensor:
+    return (rows["terminated"] | rows["truncated"]) & rows["valid"]

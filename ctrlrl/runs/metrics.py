@@ -1,0 +1,80 @@
+"""The record of a run: `metrics.jsonl` is the truth; TensorBoard and others are writers beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from ctrlrl.runs.files import full_disk_explained
+
+Record = dict[str, Any]
+"""One line of `metrics.jsonl`: `kind` (train, episode, eval, note), `step`, `time` and what belongs to the kind."""
+
+
+class Writer(Protocol):
+    """Takes every record as it is made. Weights & Biases and the like are ten lines behind this."""
+
+    def write(self, record: Record) -> None:
+        """Take one record."""
+
+    def close(self) -> None:
+        """Finish writing."""
+
+
+class JsonLines:
+    """Appends records to a file; `offset` is what a checkpoint remembers, so that a resumed run continues there."""
+
+    def __init__(self, path: Path, *, offset: int = 0) -> None:
+        with full_disk_explained(path):
+            self._path = path
+            self._file = open(path, "ab")  # noqa: SIM115  (closed by close)
+            self._file.truncate(offset)
+            self._file.seek(offset)
+
+    def write(self, record: Record) -> None:
+        with full_disk_explained(self._path):
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+
+    def offset(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Scalars under `tensorboard/`: train/..., episode/..., evaluation/..., against environment steps."""
+
+    def __init__(self, folder: Path, *, step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an earlier session wrote after the checkpoint it is resumed from is hidden by purge_step.
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+
+    def write(self, record: Record) -> None:
+        step, kind = record["step"], record["kind"]
+        if kind == "train":
+            scalars = {f"train/{name}": value for name, value in record["metrics"].items()}
+            scalars |= {f"speed/{name}": record[name] for name in ("steps_per_s", "updates_per_s")}
+        elif kind == "episode":
+            scalars = {"episode/return": record["return"], "episode/length": record["length"]}
+        elif kind == "eval":
+            scalars = {"evaluation/return": record["mean"], "evaluation/length": _mean(record["lengths"])}
+            if record["success"] is not None:
+                scalars["evaluation/success"] = _mean(record["success"])
+        else:
+            return
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+        if kind == "eval":
+            self._writer.flush()  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

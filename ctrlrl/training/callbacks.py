@@ -1,0 +1,33 @@
+"""What a user can hang into a training run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ctrlrl.runs.metrics import Record
+
+if TYPE_CHECKING:
+    from ctrlrl.training.off_policy import OffPolicyLoop
+
+
+class Callback:
+    """Override what you need. All are called between steps, where everything is consistent."""
+
+    def on_start(self, loop: OffPolicyLoop) -> None:
+        """Before the first step of a session (also of a resumed one)."""
+
+    def on_step(self, loop: OffPolicyLoop) -> None:
+        """After every control step and the updates that belong to it; `loop.stop(reason)` ends the run."""
+
+    def on_record(self, loop: OffPolicyLoop, record: Record) -> None:
+        """After each line of `metrics.jsonl`: training metrics, an episode, an evaluation."""
+
+    def on_end(self, loop: OffPolicyLoop) -> None:
+        """After the last step, before the report is written."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What must survive a resume: numbers, text, tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to what `state_dict` returned."""

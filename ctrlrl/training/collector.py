@@ -1,0 +1,141 @@
+"""Stepping a vector environment with a policy, and keeping count of its episodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from ctrlrl.envs.vector import Step, VectorEnv
+from ctrlrl.errors import NonFiniteError, UsageError
+from ctrlrl.nn.policy import Policy, PolicyState
+from ctrlrl.tree import Obs, obs_items, obs_to
+
+
+@dataclass(frozen=True, slots=True)
+class Episode:
+    """One finished episode of environment `env`."""
+
+    env: int
+    ret: float
+    length: int
+    success: bool | None
+
+
+class Collector:
+    """Acts, steps, and carries what lies between two steps: observations, policy state, sums of rewards.
+
+    Args:
+        env: where to act; already reset, with `obs` its observations (N, ...).
+        policy: what acts.
+        obs: the first observations.
+        seed: of the uniformly random actions before learning starts.
+    """
+
+    def __init__(self, env: VectorEnv, policy: Policy, obs: Obs, *, seed: int) -> None:
+        n = env.num_envs
+        self.env, self.policy, self.obs = env, policy, obs
+        self.generator = torch.Generator().manual_seed(seed)
+        self.policy_state: PolicyState = policy.initial_state(n)
+        self.returns = torch.zeros(n, dtype=torch.float64, device=env.device)
+        self.lengths = torch.zeros(n, dtype=torch.int64, device=env.device)
+
+    def step(self, *, random: bool) -> tuple[Step, dict[str, Tensor], dict[str, Tensor]]:
+        """One control step in every environment; returns it with the policy's extras, here and at `final_obs`.
+
+        Raises:
+            NonFiniteError: if the environment gave NaN or infinity; names what and where.
+        """
+        # Before learning starts the policy acts too, so that its state and extras exist from the first step on.
+        device = self.policy.device
+        action, state, extras = self.policy.act(obs_to(self.obs, device), self.policy_state, explore=True)
+        if random:
+            action = random_actions(self.env.action_space, self.env.num_envs, self.generator)
+        step = self.env.step(action.to(self.env.device))
+        self._require_finite(step)
+        next_extras: dict[str, Tensor] = {}
+        if self.policy.extras_at_next:
+            next_extras = self.policy.act(obs_to(step.final_obs, device), state, explore=False)[2]
+        self.policy_state = self.policy.reset(state, (step.terminated | step.truncated | ~step.valid).to(device))
+        self.obs = step.obs
+        return step, extras, next_extras
+
+    def finished(self, step: Step) -> list[Episode]:
+        """The episodes that ended with `step`."""
+        self.returns += torch.where(step.valid, step.reward, 0.0)
+        self.lengths += step.valid
+        done = step.terminated | step.truncated | ~step.valid
+        if not done.any():
+            return []
+        success = step.log.get("success")
+        rows = (done & (self.lengths > 0) & step.valid).nonzero().squeeze(-1).tolist()
+        episodes = [
+            Episode(
+                i,
+                float(self.returns[i]),
+                int(self.lengths[i]),
+                None if success is None or torch.isnan(success[i].float()) else bool(success[i]),
+            )
+            for i in rows
+        ]
+        self.returns[done] = 0
+        self.lengths[done] = 0
+        return episodes
+
+    def restart(self, obs: Obs, rows: list[bool]) -> None:
+        """Go on from `obs`, where the episodes of `rows` were started afresh."""
+        mask = torch.tensor(rows, device=self.env.device)
+        self.obs = obs
+        self.policy_state = self.policy.reset(self.policy_state, mask.to(self.policy.device))
+        self.returns[mask] = 0
+        self.lengths[mask] = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Generator, policy state and sums."""
+        return {
+            "generator": self.generator.get_state(),
+            "policy_state": self.policy_state,
+            "returns": self.returns,
+            "lengths": self.lengths,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to what `state_dict` returned."""
+        self.generator.set_state(state["generator"])
+        self.policy_state = {k: v.to(self.policy.device) for k, v in state["policy_state"].items()}
+        self.returns.copy_(state["returns"])
+        self.lengths.copy_(state["lengths"])
+
+    def _require_finite(self, step: Step) -> None:
+        for name, value in [("reward", step.reward), *obs_items(step.final_obs)]:
+            if not value.is_floating_point():
+                continue
+            good = torch.isfinite(value).flatten(1).all(1) if value.dim() > 1 else torch.isfinite(value)
+            if bool((good | ~step.valid).all()):
+                continue
+            row = int((~good & step.valid).nonzero()[0])
+            what = "reward" if name == "reward" else "observation" + ("" if name == "obs" else f" {name!r}")
+            raise NonFiniteError(
+                f"{self.env.name} gave a non-finite {what} in environment {row}, step {int(self.lengths[row]) + 1} of "
+                f"its episode: {_excerpt(value[row])}. Fix the environment, or end the episode where this happens"
+            )
+
+
+def random_actions(space: gym.Space[Any], n: int, generator: torch.Generator) -> Tensor:
+    """`n` uniformly random actions (n, ...) of a bounded space, in the environment's units."""
+    if isinstance(space, gym.spaces.Box):
+        low, high = torch.as_tensor(space.low, dtype=torch.float32), torch.as_tensor(space.high, dtype=torch.float32)
+        return low + torch.rand(n, *space.shape, generator=generator) * (high - low)
+    if isinstance(space, gym.spaces.Discrete):
+        return torch.randint(int(space.n), (n,), generator=generator) + int(space.start)
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        return (torch.rand(n, *space.shape, generator=generator) * torch.as_tensor(space.nvec)).long()
+    raise UsageError(f"cannot draw random actions from {space}")
+
+
+def _excerpt(value: Tensor) -> str:
+    flat = value.flatten().tolist()
+    return str(flat[0]) if len(flat) == 1 else f"[{', '.join(f'{x:.4g}' for x in flat[:8])}{', ...' * (len(flat) > 8)}]"

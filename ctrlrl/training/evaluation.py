@@ -1,0 +1,85 @@
+"""Deterministic evaluation: one episode per seed of a fixed list, on an environment of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from ctrlrl.envs.vector import VectorEnv
+from ctrlrl.nn.policy import Policy
+from ctrlrl.tree import obs_to
+
+FIRST_SEED = 10_000
+MAX_STEPS = 100_000
+"""An episode that does not end by then is cut, so that a policy that balances forever does not stop the training."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """One entry per episode, in the order of the seeds."""
+
+    seeds: list[int]
+    returns: list[float]
+    lengths: list[int]
+    success: list[bool] | None
+    """None where the task does not say."""
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return float(np.mean(self.returns))
+
+
+def evaluation_seeds(episodes: int) -> list[int]:
+    """The fixed list: the same for every run, and apart from the seeds that training derives from its own."""
+    return list(range(FIRST_SEED, FIRST_SEED + episodes))
+
+
+def evaluate(
+    env: VectorEnv,
+    policy: Policy,
+    seeds: Sequence[int],
+    *,
+    on_frame: Callable[[np.ndarray[Any, Any]], None] | None = None,
+) -> Evaluation:
+    """One episode with the policy's mode for each of `seeds`, `env.num_envs` at a time.
+
+    The environment starts each episode from its seed, so the result depends on nothing but policy and seeds.
+    `on_frame` takes a picture of environment 0 before every step of its first episode.
+    """
+    n = env.num_envs
+    returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), np.int64)
+    success: list[float] = [float("nan")] * len(seeds)
+    for first in range(0, len(seeds), n):
+        chunk = list(seeds[first : first + n])
+        running = torch.arange(n, device=env.device) < len(chunk)
+        obs = env.reset([*chunk, *chunk[:1] * (n - len(chunk))])  # rows beyond the list run along unseen
+        state = policy.initial_state(n)
+        total = torch.zeros(n, dtype=torch.float64, device=env.device)
+        count = torch.zeros(n, dtype=torch.int64, device=env.device)
+        outcome = torch.full((n,), float("nan"), device=env.device)
+        for _ in range(MAX_STEPS):
+            if on_frame is not None and first == 0 and bool(running[0]):
+                on_frame(env.render())
+            action, state, _ = policy.act(obs_to(obs, policy.device), state, explore=False)
+            step = env.step(action.to(env.device))
+            counted = running & step.valid
+            total += torch.where(counted, step.reward, 0.0)
+            count += counted
+            ended = counted & (step.terminated | step.truncated)
+            if "success" in step.log:
+                outcome = torch.where(ended, step.log["success"].float(), outcome)
+            running &= ~ended
+            if not running.any():
+                break
+            fresh = step.terminated | step.truncated | ~step.valid
+            state, obs = policy.reset(state, fresh.to(policy.device)), step.obs
+        rows = slice(first, first + len(chunk))
+        returns[rows], lengths[rows] = total[: len(chunk)].cpu(), count[: len(chunk)].cpu()
+        success[rows] = outcome[: len(chunk)].tolist()
+    known = not any(np.isnan(success))
+    return Evaluation(list(seeds), returns.tolist(), lengths.tolist(), [bool(s) for s in success] if known else None)

@@ -1,0 +1,321 @@
+"""The off-policy loop: collect, update, evaluate, checkpoint.
+
+One iteration is one control step in each of N environments followed by the gradient updates it pays for. Everything
+between two iterations is consistent and can be saved; a run that goes on from a checkpoint does what it would have done.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctrlrl.algorithms.agent import OffPolicyAgent
+from ctrlrl.config import OffPolicyConfig
+from ctrlrl.envs.vector import EnvState, VectorEnv
+from ctrlrl.errors import EnvironmentFailure, Interrupted, NonFiniteError
+from ctrlrl.replay.buffer import ReplayBuffer
+from ctrlrl.runs.checkpoint import pack, save_checkpoint
+from ctrlrl.runs.folder import RunFolder
+from ctrlrl.runs.metrics import JsonLines, Record, Writer
+from ctrlrl.runs.progress import Progress
+from ctrlrl.training.callbacks import Callback
+from ctrlrl.training.collector import Collector
+from ctrlrl.training.evaluation import evaluate, evaluation_seeds
+from ctrlrl.training.interrupt import Interrupt
+from ctrlrl.tree import obs_to
+
+MAX_GROUPS = 64
+"""Gradient steps sampled at once; bounds the memory of a batch when many environments owe many updates."""
+CHECK_EVERY = 100
+"""Updates between two looks at whether the losses are still finite: each look waits for the device."""
+KEPT_BATCHES = 16
+"""Indices of the latest batches kept for the post-mortem of a training that became non-finite."""
+
+
+class OffPolicyLoop:
+    """Trains `agent` on `env` for `config.steps` environment steps, into `folder`.
+
+    Attributes that callbacks may read: `env_steps`, `updates`, `agent`, `env`, `buffer`, `config`, `folder`.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: OffPolicyConfig,
+        folder: RunFolder,
+        env: VectorEnv,
+        eval_env: VectorEnv | None,
+        agent: OffPolicyAgent,
+        buffer: ReplayBuffer,
+        collector: Collector,
+        writers: Sequence[Writer],
+        callbacks: Sequence[Callback],
+        progress: Progress,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self.config, self.folder, self.env, self.eval_env = config, folder, env, eval_env
+        self.agent, self.buffer, self.collector = agent, buffer, collector
+        self.callbacks, self.progress = list(callbacks), progress
+        counters = (state or {}).get("loop", {})
+        self.env_steps: int = counters.get("env_steps", 0)
+        self.updates: int = counters.get("updates", 0)
+        self.seconds: float = counters.get("seconds", 0.0)
+        self.best: dict[str, Any] | None = (state or {}).get("best")
+        # Sums of metrics since the last training record.
+        self._sums: dict[str, Tensor] = {k: v.to(buffer.device) for k, v in counters.get("sums", {}).items()}
+        self._summed: int = counters.get("summed", 0)
+        self._segments: list[dict[str, Any]] = (state or {}).get("replay", {}).get("segments", [])
+        self._saved_at = self.env_steps if state else -1
+        self._recent: deque[tuple[int, Tensor]] = deque(maxlen=KEPT_BATCHES)
+        self._stop: str | None = None
+        self._log = JsonLines(folder.metrics, offset=(state or {}).get("metrics_offset", 0))
+        self._writers: list[Writer] = [self._log, *writers]
+        self._seeds = evaluation_seeds(config.eval_episodes)
+        self._window = _Window(self.env_steps, self.updates)
+        self._clock = time.perf_counter()
+
+    def run(self) -> None:
+        """Train until `config.steps`, or until a callback stops it.
+
+        Raises:
+            Interrupted: on Ctrl-C or SIGTERM, with a checkpoint written.
+            NonFiniteError: if an environment or a loss became NaN or infinite.
+            EnvironmentFailure: if an environment failed; the run is saved.
+        """
+        for callback in self.callbacks:
+            callback.on_start(self)
+        self._window = _Window(self.env_steps, self.updates)
+        self._clock = time.perf_counter()
+        with Interrupt() as interrupt, self.progress:
+            while self.env_steps < self.config.steps and self._stop is None:
+                try:
+                    self._iterate()
+                except EnvironmentFailure as error:
+                    self.checkpoint(continue_episodes=False)
+                    raise type(error)(f"{error}\n{self._saved_message()}") from None
+                if interrupt.requested:
+                    self.checkpoint()
+                    raise Interrupted(f"interrupted at step {self.env_steps:,}. {self._saved_message()}")
+            if self.config.eval_every and self.env_steps % self.config.eval_every:
+                self._evaluate()
+            self.checkpoint()
+            for callback in self.callbacks:
+                callback.on_end(self)
+
+    def stop(self, reason: str) -> None:
+        """End the run after this step, as finished."""
+        self._stop = reason
+        self.note(f"stopped: {reason}")
+
+    def note(self, text: str) -> None:
+        """Write a remark into the record and to the terminal."""
+        self.record({"kind": "note", "step": self.env_steps, "time": self._time(), "text": text})
+        self.progress.message(text)
+
+    def record(self, record: Record) -> None:
+        """Hand a record to every writer and callback."""
+        for writer in self._writers:
+            writer.write(record)
+        for callback in self.callbacks:
+            callback.on_record(self, record)
+
+    def close(self) -> None:
+        """Close the writers."""
+        for writer in self._writers:
+            writer.close()
+
+    def _iterate(self) -> None:
+        before = self.env_steps
+        try:
+            step, extras, next_extras = self.collector.step(random=before < self.config.learning_starts)
+        except NonFiniteError as error:
+            self.checkpoint(continue_episodes=False)
+            raise NonFiniteError(f"{error}. {self._saved_message()}") from None
+        self.buffer.add(step, extras, next_extras)
+        self.agent.observe(obs_to(step.obs, self.buffer.device), step.valid.to(self.buffer.device))
+        self.env_steps += int(step.valid.sum()) if self.env.may_be_invalid else self.env.num_envs
+        episodes = self.collector.finished(step)
+
+        self._learn()
+
+        for episode in episodes:
+            record = {"kind": "episode", "step": self.env_steps, "time": self._time(), "env": episode.env}
+            self.record(record | {"return": episode.ret, "length": episode.length, "success": episode.success})
+        if _passed(before, self.env_steps, self.config.log_every):
+            self._log_training()
+        if self.config.eval_every and _passed(before, self.env_steps, self.config.eval_every):
+            self._evaluate()
+        for callback in self.callbacks:
+            callback.on_step(self)
+        if _passed(before, self.env_steps, self.config.checkpoint_every):
+            self.checkpoint()
+        self.progress.update(self.env_steps, episodes)
+
+    def _learn(self) -> None:
+        """The updates owed: `utd` per environment step since learning started, whatever the number of environments."""
+        c = self.agent.config
+        owed = int(c.utd * (self.env_steps - self.config.learning_starts)) - self.updates
+        while owed > 0 and len(self.buffer):
+            groups = min(owed, MAX_GROUPS)
+            batch = self.buffer.sample(groups, c.batch_size, gamma=c.gamma, n_step=self.config.buffer.n_step)
+            metrics = self.agent.update(batch)
+            self._recent.append((self.updates, batch.index))
+            for name, value in metrics.items():
+                self._sums[name] = self._sums[name] + value * groups if name in self._sums else value * groups
+            self._summed += groups
+            checked = self.updates // CHECK_EVERY
+            self.updates += groups
+            owed -= groups
+            if self.updates // CHECK_EVERY > checked:
+                self._require_finite()
+
+    def _require_finite(self, agent: dict[str, Any] | None = None) -> None:
+        """Raise unless all losses since the last record (and the weights of `agent`) are finite."""
+        suspects = self._sums if agent is None else self._sums | pack(agent)[0]
+        bad = [name for name, value in suspects.items() if not bool(torch.isfinite(value).all())]
+        if not bad:
+            return
+        post_mortem = save_checkpoint(
+            self.folder.path,
+            f"non-finite-{self.updates:012d}",
+            {"batches": [{"update": u, "index": i} for u, i in self._recent], "agent": self.agent.state_dict()},
+        )
+        last = self.folder.step_checkpoints()
+        go_on = f"The last good checkpoint is {last[-1]}. " if last else "No checkpoint had been written yet. "
+        raise NonFiniteError(
+            f"training became non-finite within the last {CHECK_EVERY} updates before update {self.updates:,} "
+            f"(step {self.env_steps:,}): {', '.join(name.strip("/") for name in bad[:4])}. {go_on}"
+            "Try a smaller --agent.critic-lr and --agent.actor-lr, --agent.layer-norm, or rewards of a smaller scale. "
+            f"Weights and the last batches' indices: {post_mortem}"
+        )
+
+    def _log_training(self) -> None:
+        self._require_finite()
+        metrics = {name: float(value) / self._summed for name, value in self._sums.items()} if self._summed else {}
+        self._sums, self._summed = {}, 0
+        steps_per_s, updates_per_s = self._window.rates(self.env_steps, self.updates)
+        record = {"kind": "train", "step": self.env_steps, "time": self._time(), "updates": self.updates}
+        self.record(record | {"steps_per_s": steps_per_s, "updates_per_s": updates_per_s, "metrics": metrics})
+        self.progress.training(steps_per_s, updates_per_s)
+
+    def _evaluate(self) -> None:
+        assert self.eval_env is not None
+        with self._window.paused():
+            result = evaluate(self.eval_env, self.agent.policy, self._seeds)
+            best = self.best is None or result.mean > self.best["mean"]
+            if best:
+                path = self.folder.save_best(self.env_steps, {"agent": self.agent.state_dict(), "step": self.env_steps})
+                self.best = {"mean": result.mean, "step": self.env_steps, "checkpoint": path.name}
+        record = {"kind": "eval", "step": self.env_steps, "time": self._time(), "checkpoint": "current"}
+        figures = {"seeds": result.seeds, "returns": result.returns, "lengths": result.lengths}
+        self.record(record | figures | {"success": result.success, "mean": result.mean, "best": best})
+        self.progress.evaluated(self.env_steps, result.mean, best)
+
+    def checkpoint(self, *, continue_episodes: bool = True) -> None:
+        """Write a resumable checkpoint of this moment, if there is none yet."""
+        if self._saved_at == self.env_steps:
+            return
+        with self._window.paused():
+            agent = self.agent.state_dict()
+            self._require_finite(agent)
+            self._segments = self.folder.append_replay(self.buffer, self._segments)
+            n = self.env.num_envs
+            env = self.env.get_state() if continue_episodes else EnvState([None] * n, [{} for _ in range(n)])
+            state = {
+                "loop": {
+                    "env_steps": self.env_steps,
+                    "updates": self.updates,
+                    "seconds": self._time(),
+                    "sums": self._sums,
+                    "summed": self._summed,
+                },
+                "agent": agent,
+                "collector": self.collector.state_dict(),
+                "env": {"json": env.json, "arrays": env.arrays},
+                "replay": {
+                    "total_rows": self.buffer.total_rows,
+                    "segments": self._segments,
+                    "generator": self.buffer.generator.get_state(),
+                },
+                "best": self.best,
+                "metrics_offset": self._log.offset(),
+                "global_generators": global_generators(),
+                "callbacks": [callback.state_dict() for callback in self.callbacks],
+            }
+            self.folder.save_step(self.env_steps, state, keep=self.config.keep_checkpoints)
+            self._saved_at = self.env_steps
+
+    def _time(self) -> float:
+        """Seconds of training so far, over all sessions."""
+        now = time.perf_counter()
+        self.seconds, self._clock = self.seconds + now - self._clock, now
+        return round(self.seconds, 3)
+
+    def _saved_message(self) -> str:
+        return f"Go on with: ctrlrl resume {self.folder.path}"
+
+
+class _Window:
+    """Rates since the last training record, without the time that evaluations and checkpoints took."""
+
+    def __init__(self, steps: int, updates: int) -> None:
+        self._steps, self._updates, self._start = steps, updates, time.perf_counter()
+
+    def rates(self, steps: int, updates: int) -> tuple[float, float]:
+        """Environment steps and updates per second since the last call."""
+        now = time.perf_counter()
+        elapsed = max(now - self._start, 1e-9)
+        rates = (round((steps - self._steps) / elapsed, 1), round((updates - self._updates) / elapsed, 1))
+        self._steps, self._updates, self._start = steps, updates, now
+        return rates
+
+    def paused(self) -> _Pause:
+        """Leave out the time inside a `with` block."""
+        return _Pause(self)
+
+    def shift(self, seconds: float) -> None:
+        """Leave out `seconds`."""
+        self._start += seconds
+
+
+class _Pause:
+    def __init__(self, window: _Window) -> None:
+        self._window = window
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        self._window.shift(time.perf_counter() - self._entered)
+
+
+def global_generators() -> dict[str, Any]:
+    """States of torch's, NumPy's and Python's global generators, for what users' own code draws from them."""
+    version, internal, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": {"kind": kind, "keys": keys, "rest": [position, has_gauss, cached]},
+        "python": {"version": version, "internal": list(internal), "gauss": gauss},
+    }
+
+
+def restore_global_generators(state: dict[str, Any]) -> None:
+    """Go back to what `global_generators` returned."""
+    torch.set_rng_state(state["torch"])
+    numpy = state["numpy"]
+    np.random.set_state((numpy["kind"], numpy["keys"], *numpy["rest"]))
+    python = state["python"]
+    random.setstate((python["version"], tuple(python["internal"]), python["gauss"]))
+
+
+def _passed(before: int, now: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (before, now]."""
+    return now // every > before // every

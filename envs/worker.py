@@ -1,0 +1,723 @@
+"""Hosts single Gymnasium environments, in this process or as a worker process under any interpreter.
+
+`ctrlrl.envs.gymnasium_backend` imports this file; `ctrlrl.envs.workers` runs it as a script, possibly under an
+interpreter that has numpy and Gymnasium but neither torch nor ctrlrl. So it imports nothing else, speaks Python 3.8 and
+Gymnasium 0.29, and is the only file of the package that does. Both users step environments through the same `Host`,
+which writes into arrays laid out by `layout`: plain memory in process, a memory map shared with the parent in a worker.
+
+How an environment's state is saved. Restoring qpos and qvel of a MuJoCo task is not exact to the bit, since its
+observations read derived fields (contact forces, body positions) that lag the state. So a `Slot` records how the episode
+began (the seed, or the state of the random generator) and the actions since; restoring replays them and compares the
+observation reached, bit for bit. That is exact for every deterministic environment, with whatever wrappers it has. An
+environment that knows better sets `ctrlrl_state = True` and has `get_state() -> dict` and `set_state(dict)` of JSON-able
+values and arrays.
+"""
+
+from __future__ import annotations
+
+import sys
+
+if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
+    del sys.path[0]  # the folder of this script: its neighbours would be found under their bare names
+
+import base64
+import contextlib
+import faulthandler
+import importlib
+import inspect
+import json
+import math
+import mmap
+import os
+import re
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+MAX_REPLAY = 100_000
+"""Steps of one episode that are recorded; a longer episode is not replayed but started afresh."""
+
+EXTRAS = {
+    "box2d": ("Box2D", 'swig "gymnasium[box2d]"'),
+    "classic_control": ("gymnasium", '"gymnasium[classic-control]"'),
+    "mujoco": ("mujoco", '"gymnasium[mujoco]"'),
+    "phys2d": ("jax", '"gymnasium[jax]"'),
+    "tabular": ("jax", '"gymnasium[jax]"'),
+    "toy_text": ("gymnasium", '"gymnasium[toy-text]"'),
+}
+"""Gymnasium's families: the module that the environments need, and what pip installs for it."""
+
+_STATELESS = (gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker, gym.wrappers.TimeLimit)
+_WATCH_SECONDS = 1.0
+_ALIGNMENT = 64
+
+
+class Refused(Exception):
+    """What the user has to change; the backends raise it as a UsageError.
+
+    `word` is the name that was not found and `known` are the names there are: the backends suggest the nearest.
+    """
+
+    def __init__(self, message: str, word: str = "", known: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.word = word
+        self.known = list(known)
+
+
+class EnvironmentRaised(Exception):
+    """An environment raised: `row` is its index in the batch, the text is its traceback."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__(traceback.format_exc())
+        self.row = row
+
+
+# --- building an environment ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quiet_gymnasium() -> Iterator[None]:
+    """Gymnasium's advice about names and versions is held back: where it matters, `Refused` says it better."""
+    level = gym.logger.min_level
+    gym.logger.min_level = 40
+    try:
+        yield
+    finally:
+        gym.logger.min_level = level
+
+
+def build_env(env_id: str, kwargs: dict[str, Any], render: bool = False) -> gym.Env[Any, Any]:
+    """The environment `env_id` (`ID` or `module:ID`), made with `kwargs`; raises `Refused` with the remedy."""
+    module, _, name = env_id.rpartition(":")
+    options = {"disable_env_checker": True, **({"render_mode": "rgb_array"} if render else {}), **kwargs}
+    with _quiet_gymnasium():
+        if module:
+            _import_for(env_id, module)
+        if name not in gym.registry:
+            raise _unknown(name)
+        try:
+            env: gym.Env[Any, Any] = gym.make(name, **options)
+        except (gym.error.DependencyNotInstalled, ImportError) as error:
+            raise _missing_package(name, error) from error
+        except TypeError as error:
+            raise _bad_argument(name, kwargs, error) from error
+    modes = list(env.metadata.get("render_modes") or [])
+    if render and options["render_mode"] == "rgb_array" and "rgb_array" not in modes:
+        env.close()
+        raise Refused(f"{env_id} cannot give pictures: it needs the render mode 'rgb_array' and has {modes}.")
+    return env
+
+
+def _import_for(env_id: str, module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module == error.name or module.startswith(error.name + ".")):
+            raise _missing_package(env_id, error) from error
+        raise Refused(
+            f"{env_id}: there is no module {error.name!r} in {sys.executable}. Install the package that has it, or "
+            f"start from the folder that contains it (now {os.getcwd()})."
+        ) from error
+
+
+def _unknown(name: str) -> Refused:
+    stem, _, version = name.rpartition("-v")
+    stem = stem if version.isdigit() else name
+    newest = newest_versions().get(stem)
+    if newest is None:
+        return Refused(
+            f"There is no environment {name!r}. `ctrlrl envs` lists those there are; for one of another package or of "
+            "your own, name the module that registers it: 'module:ID'.",
+            name,
+            list(gym.registry),
+        )
+    return Refused(f"There is no environment {name!r}: the version to use is {newest!r}.")
+
+
+def newest_versions() -> dict[str, str]:
+    """Of each registered environment, by its name without version, the id of the newest version."""
+    newest: dict[str, Any] = {}
+    for spec in gym.registry.values():
+        stem = spec.id if spec.version is None else spec.id.rpartition("-v")[0]
+        if stem not in newest or (spec.version or 0) > (newest[stem].version or 0):
+            newest[stem] = spec
+    return {stem: spec.id for stem, spec in newest.items()}
+
+
+def family_of(entry_point: Any) -> str | None:
+    """The folder of `gymnasium.envs` that an entry point lies in; None for an environment from elsewhere."""
+    path = entry_point if isinstance(entry_point, str) else getattr(entry_point, "__module__", "")
+    match = re.match(r"gymnasium\.envs\.(\w+)[.:]", path)
+    return match.group(1) if match else None
+
+
+def _missing_package(env_id: str, error: Exception) -> Refused:
+    spec = gym.registry.get(env_id)
+    name = env_id.rpartition("-v")[0]
+    newest = newest_versions().get(name, env_id)
+    if newest != env_id and family_of(spec.entry_point if spec else None) is None:
+        return Refused(f"{env_id} needs packages that are no longer kept: use {newest!r}. ({error})")
+    extra = EXTRAS.get(family_of(spec.entry_point) or "") if spec else None
+    package = extra[1] if extra else getattr(error, "name", None)
+    remedy = f" Install it: {sys.executable} -m pip install {package}" if package else ""
+    return Refused(f"{env_id} needs a package that is not installed ({error}).{remedy}")
+
+
+def _bad_argument(env_id: str, kwargs: dict[str, Any], error: TypeError) -> Exception:
+    match = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if match is None or match.group(1) not in kwargs:
+        missing = re.search(r"missing \d+ required .*arguments?: .*?(?= was raised|$)", str(error))
+        return Refused(f"{env_id} cannot be made: {missing.group(0)}; give it in env_kwargs.") if missing else error
+    entry_point: Any = gym.registry[env_id].entry_point
+    if isinstance(entry_point, str):
+        where, _, attribute = entry_point.partition(":")
+        entry_point = getattr(importlib.import_module(where), attribute)
+    parameters = inspect.signature(entry_point).parameters.values()
+    named = [p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    known = sorted({*named, "max_episode_steps"})
+    return Refused(
+        f"{env_id} takes no argument {match.group(1)!r} (env_kwargs); it takes {', '.join(known)}.",
+        match.group(1),
+        known,
+    )
+
+
+# --- spaces and arrays ------------------------------------------------------------------------------------------------
+
+
+def describe_box(space: Any) -> dict[str, Any]:
+    """A Box as JSON-able values; bounds that are the same everywhere become one number."""
+
+    def bound(values: Any) -> Any:
+        return values.flat[0].item() if values.size and (values == values.flat[0]).all() else values.tolist()
+
+    return {
+        "type": "Box",
+        "dtype": space.dtype.name,
+        "shape": list(space.shape),
+        "low": bound(space.low),
+        "high": bound(space.high),
+    }
+
+
+def flatten_dict_space(space: Any, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """The entries of a Dict space by their path, nested ones included; `()` for a space that is no Dict."""
+    if not isinstance(space, gym.spaces.Dict):
+        return {path: space}
+    flat: dict[tuple[str, ...], Any] = {}
+    for key, entry in space.spaces.items():
+        flat.update(flatten_dict_space(entry, (*path, str(key))))
+    return dict(sorted(flat.items(), key=lambda item: ".".join(item[0])))
+
+
+def describe_observation_space(space: Any, owner: str) -> dict[str, Any]:
+    """A Box, or a Dict of Boxes flattened to one level with names joined by a dot; else raises `Refused`."""
+    entries = flatten_dict_space(space)
+    for path, entry in entries.items():
+        if not isinstance(entry, gym.spaces.Box) or entry.dtype.kind not in "fiu":
+            what = f"entry {'.'.join(path)!r} of its observation space" if path else "observation space"
+            raise Refused(
+                f"{owner}: the {what} is {entry}; expected a Box of numbers, or a Dict of such Boxes. Wrap the "
+                "environment, for instance with gymnasium.wrappers.FlattenObservation, and pass the wrapped object, a "
+                "function that makes it, or an id that it is registered under."
+            )
+    if list(entries) == [()]:
+        return describe_box(space)
+    return {"type": "Dict", "entries": {".".join(path): describe_box(entry) for path, entry in entries.items()}}
+
+
+def describe_action_space(space: Any, owner: str) -> dict[str, Any]:
+    """A Box, Discrete or one-dimensional MultiDiscrete as JSON-able values; else raises `Refused`."""
+    if isinstance(space, gym.spaces.Box) and space.dtype is not None and space.dtype.kind in "fiu":
+        return describe_box(space)
+    if isinstance(space, gym.spaces.Discrete):
+        return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
+    if isinstance(space, gym.spaces.MultiDiscrete) and space.nvec.ndim == 1:
+        start = getattr(space, "start", np.zeros_like(space.nvec))  # Gymnasium 0.29 has none
+        return {"type": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": np.asarray(start).tolist()}
+    raise Refused(
+        f"{owner}: the action space is {space}; expected Box, Discrete or a one-dimensional MultiDiscrete. Wrap the "
+        "environment in a gymnasium.ActionWrapper that offers one of these."
+    )
+
+
+def layout(description: dict[str, Any], num_envs: int, num_workers: int = 1) -> list[tuple[str, str, list[int]]]:
+    """Name, dtype and shape of the arrays through which `num_envs` environments of this description are stepped."""
+    observation, action = description["observation"], description["action"]
+    entries = observation["entries"] if observation["type"] == "Dict" else {"": observation}
+    shapes = {"Box": action.get("shape"), "Discrete": [], "MultiDiscrete": [len(action.get("nvec", []))]}
+    arrays = [
+        ("action", action.get("dtype", "int64"), [num_envs, *shapes[action["type"]]]),
+        ("reward", "float32", [num_envs]),
+        ("terminated", "bool", [num_envs]),
+        ("truncated", "bool", [num_envs]),
+        ("success", "float32", [num_envs]),
+        ("at", "int64", [num_workers]),  # the row that each worker is busy with, -1 for none
+    ]
+    for name, box in entries.items():
+        arrays += [(kind + name, box["dtype"], [num_envs, *box["shape"]]) for kind in ("obs/", "final/")]
+    return arrays
+
+
+def place(arrays: Sequence[Any]) -> tuple[list[int], int]:
+    """The offset of each array of a layout in one block of memory, and the size of the block in bytes."""
+    offsets, end = [], 0
+    for _, dtype, shape in arrays:
+        offsets.append(end)
+        end += -(-math.prod(shape) * np.dtype(dtype).itemsize // _ALIGNMENT) * _ALIGNMENT
+    return offsets, max(end, 1)
+
+
+def map_arrays(arrays: Sequence[Any], memory: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """The arrays of a layout over `memory` (a buffer of the size that `place` says)."""
+    offsets, _ = place(arrays)
+    return {
+        name: np.ndarray(tuple(shape), np.dtype(dtype), memory, offsets[index])
+        for index, (name, dtype, shape) in enumerate(arrays)
+    }
+
+
+def encode_array(array: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """An array as JSON-able values, exact to the bit."""
+    data = base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "data": data}
+
+
+def decode_array(encoded: dict[str, Any]) -> np.ndarray[Any, Any]:
+    """The array that `encode_array` was given."""
+    flat = np.frombuffer(base64.b64decode(encoded["data"]), np.dtype(encoded["dtype"]))
+    return flat.reshape(encoded["shape"]).copy()
+
+
+def split_arrays(value: Any, arrays: dict[str, np.ndarray[Any, Any]], name: str) -> Any:
+    """`value` with its arrays moved to `arrays` (named by their path from `name`), so that the rest is JSON-able."""
+    if isinstance(value, np.ndarray):
+        arrays[name] = value.copy()
+        return {"__array__": name}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, dict):
+        return {key: split_arrays(entry, arrays, f"{name}.{key}") for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [split_arrays(entry, arrays, f"{name}.{index}") for index, entry in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"the state entry {name} is a {type(value).__name__}; expected JSON-able values and numpy arrays")
+
+
+def join_arrays(value: Any, arrays: dict[str, np.ndarray[Any, Any]]) -> Any:
+    """The value that `split_arrays` was given (tuples come back as lists)."""
+    if isinstance(value, dict):
+        if list(value) == ["__array__"]:
+            return arrays[value["__array__"]].copy()
+        return {key: join_arrays(entry, arrays) for key, entry in value.items()}
+    return [join_arrays(entry, arrays) for entry in value] if isinstance(value, list) else value
+
+
+# --- one environment --------------------------------------------------------------------------------------------------
+
+
+class Slot:
+    """One environment: resets itself where an episode ends, and records what is needed to get here again.
+
+    Observations are dicts by entry name; the one entry of an environment without names is called "".
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], owner: str) -> None:
+        self.env = env
+        self.description = {
+            "observation": describe_observation_space(env.observation_space, owner),
+            "action": describe_action_space(env.action_space, owner),
+            "control_dt": _control_dt(env),
+        }
+        self.broken = False
+        self._entries = [
+            (".".join(path), path, box.dtype, box.shape)
+            for path, box in flatten_dict_space(env.observation_space).items()
+        ]
+        self._obs: dict[str, Any] | None = None
+        space = env.action_space
+        self._action_type: Any = space.dtype
+        recorded_type = space.dtype if isinstance(space, gym.spaces.Box) else np.int64
+        self._actions = np.empty((0, *(space.shape or ())), recorded_type)
+        self._steps = 0
+        self._seed: int | None = None
+        self._generator_at_start: dict[str, Any] | None = None
+        wrappers = []
+        while isinstance(env, gym.Wrapper):
+            wrappers.append(env)
+            env = env.env
+        # The environment's own state says nothing of its wrappers, so it is used only where those have none but a clock.
+        self._has_own_state = bool(getattr(env, "ctrlrl_state", False)) and all(
+            type(wrapper) in _STATELESS for wrapper in wrappers
+        )
+        self._time_limits = [wrapper for wrapper in wrappers if isinstance(wrapper, gym.wrappers.TimeLimit)]
+
+    def reset(self, seed: int | None) -> dict[str, Any]:
+        """Start an episode; None goes on with the generator as it is."""
+        self._seed = seed
+        self._generator_at_start = None if seed is not None else self._generator().state
+        self._steps = 0
+        self._obs = self._flatten(self.env.reset(seed=seed)[0])
+        return self._obs
+
+    def step(self, action: Any) -> tuple[dict[str, Any], Any, bool, bool, dict[str, Any], float | None]:
+        """One step: (observation to act on, reward, terminated, truncated, true next observation, success or None).
+
+        Where the episode ended, the observation to act on is the first one of the next episode, else the two
+        observations are the same object. `action` is a row of the batch; the environment gets its own copy.
+        """
+        if not self._has_own_state:
+            self._record(action)
+        self._steps += 1
+        raw, reward, terminated, truncated, info = self.env.step(action.astype(self._action_type))
+        obs = final = self._flatten(raw)
+        success = info.get("is_success", info.get("success")) if info else None
+        if not isinstance(success, (bool, int, float, np.bool_, np.number)):
+            success = None
+        if terminated or truncated:
+            # copied, since an environment may hand out the same array at each step and at its reset
+            final = {name: value.copy() for name, value in obs.items()}
+            obs = self.reset(None)
+        self._obs = obs
+        return obs, reward, terminated, truncated, final, success
+
+    def get_state(self) -> tuple[dict[str, Any] | None, dict[str, np.ndarray[Any, Any]]]:
+        """What `set_state` needs (JSON-able values, arrays); (None, {}) where there is nothing to continue."""
+        if self.broken or self._obs is None:
+            return None, {}
+        arrays = {"obs." + name: np.array(value) for name, value in self._obs.items()}
+        state: dict[str, Any] = {"generator": split_arrays(self._generator().state, arrays, "generator")}
+        if self._has_own_state:
+            own = self.env.unwrapped.get_state()  # type: ignore[attr-defined]
+            elapsed = [wrapper._elapsed_steps for wrapper in self._time_limits]
+            return {**state, "method": "own", "own": split_arrays(own, arrays, "own"), "elapsed": elapsed}, arrays
+        if self._steps > MAX_REPLAY:
+            return {**state, "method": "none", "why": f"its episode is longer than {MAX_REPLAY} steps"}, arrays
+        arrays["actions"] = self._actions[: self._steps].copy()
+        start = split_arrays(self._generator_at_start, arrays, "start")
+        return {**state, "method": "replay", "seed": self._seed, "start": start}, arrays
+
+    def set_state(
+        self,
+        state: dict[str, Any] | None,
+        arrays: dict[str, np.ndarray[Any, Any]],
+        alive: Callable[[], None] = lambda: None,
+    ) -> tuple[dict[str, Any], str | None]:
+        """Continue from `get_state`'s values: (observation to act on, None or why the episode is started afresh).
+
+        `alive` is called after each replayed step.
+        """
+        self.broken = False
+        if state is None:
+            return self.reset(None), "no state was saved"
+        try:
+            if state["method"] == "replay":
+                self._replay(state, arrays, alive)
+            elif state["method"] == "own":
+                self._restore_own(state, arrays)
+            else:
+                raise _NotRestored(state["why"])
+            self._generator().state = join_arrays(state["generator"], arrays)
+            return self._obs, None  # type: ignore[return-value]
+        except Exception as error:
+            why = str(error) if isinstance(error, _NotRestored) else f"restoring raised {type(error).__name__}: {error}"
+        with contextlib.suppress(ValueError, TypeError):  # another kind of generator: start where this one is
+            self._generator().state = join_arrays(state["generator"], arrays)
+        return self.reset(None), why
+
+    def _replay(self, state: dict[str, Any], arrays: dict[str, Any], alive: Callable[[], None]) -> None:
+        if state["start"] is not None:
+            self._generator().state = join_arrays(state["start"], arrays)
+        self.reset(state["seed"])
+        actions = arrays["actions"]
+        for index in range(len(actions)):
+            _, _, terminated, truncated, final, _ = self.step(actions[index])
+            if terminated or truncated:
+                raise _NotRestored(f"replaying its {len(actions)} actions ended the episode after {index + 1}")
+            alive()
+        for name, value in self._obs.items():  # type: ignore[union-attr]
+            if value.tobytes() != arrays["obs." + name].tobytes():
+                raise _NotRestored(f"replaying its {len(actions)} actions reached another observation")
+
+    def _restore_own(self, state: dict[str, Any], arrays: dict[str, Any]) -> None:
+        if not self._has_own_state:
+            raise _NotRestored("its state was saved by the environment itself, which this one does not offer")
+        self.reset(None)
+        self.env.unwrapped.set_state(join_arrays(state["own"], arrays))  # type: ignore[attr-defined]
+        for index, wrapper in enumerate(self._time_limits):
+            wrapper._elapsed_steps = state["elapsed"][index]
+        self._obs = {name: arrays["obs." + name].copy() for name, _, _, _ in self._entries}
+
+    def _generator(self) -> Any:
+        return self.env.unwrapped.np_random.bit_generator
+
+    def _record(self, action: Any) -> None:
+        if self._steps >= MAX_REPLAY:
+            return
+        if self._steps == len(self._actions):
+            grown = np.empty((max(64, 2 * self._steps), *self._actions.shape[1:]), self._actions.dtype)
+            grown[: self._steps] = self._actions
+            self._actions = grown
+        self._actions[self._steps] = action
+
+    def _flatten(self, obs: Any) -> dict[str, Any]:
+        flat = {}
+        for name, path, dtype, shape in self._entries:
+            value = obs
+            for key in path:
+                value = value[key]
+            value = np.asarray(value, dtype)
+            if value.shape != shape:
+                what = f"observation entry {name!r}" if name else "observation"
+                raise ValueError(f"the environment's {what} has shape {value.shape}, its space says {shape}")
+            flat[name] = value
+        return flat
+
+
+class _NotRestored(Exception):
+    """Why a saved state could not be reached again."""
+
+
+def _control_dt(env: gym.Env[Any, Any]) -> float | None:
+    """Seconds per step: the environment's `dt`, else what its frame rate says."""
+    dt = getattr(env.unwrapped, "dt", None)
+    if isinstance(dt, (int, float, np.number)) and dt > 0:
+        return float(dt)
+    fps = (env.metadata or {}).get("render_fps")
+    return 1.0 / float(fps) if isinstance(fps, (int, float, np.number)) and fps > 0 else None
+
+
+# --- the environments of one process ----------------------------------------------------------------------------------
+
+
+class Host:
+    """Steps the environments of one process and writes to their rows of the batch, `first` and on.
+
+    `arrays` are those of `layout`; `worker` is the entry of `at` to keep. An environment that raises makes the methods
+    raise `EnvironmentRaised`; the environments before it have been stepped then, those after it not.
+    """
+
+    def __init__(
+        self, slots: Sequence[Slot], arrays: dict[str, np.ndarray[Any, Any]], first: int = 0, worker: int = 0
+    ) -> None:
+        self.rows = list(enumerate(slots, first))
+        self._span = slice(first, first + len(slots))
+        self._arrays = arrays
+        self._at = arrays["at"][worker : worker + 1]
+        self._at[0] = -1
+        self._names = [name[len("obs/") :] for name in arrays if name.startswith("obs/")]
+
+    def reset(self, seeds: Sequence[int | None]) -> None:
+        """Start an episode in each environment, each with its seed."""
+        for index, (row, slot) in enumerate(self.rows):
+            with self._watched(row, slot):
+                self._write_first(row, slot.reset(seeds[index]))
+
+    def step(self) -> None:
+        """Step each environment with its row of `action`."""
+        arrays = self._arrays
+        actions, rewards, successes = arrays["action"], arrays["reward"], arrays["success"]
+        terminations, truncations = arrays["terminated"], arrays["truncated"]
+        observations = [(name, arrays["obs/" + name]) for name in self._names]
+        ended = []
+        for row, slot in self.rows:
+            with self._watched(row, slot):
+                obs, reward, terminated, truncated, final, success = slot.step(actions[row])
+                for name, array in observations:
+                    array[row] = obs[name]
+                rewards[row] = reward
+                terminations[row] = terminated
+                truncations[row] = truncated
+                successes[row] = math.nan if success is None else success
+            if final is not obs:
+                ended.append((row, final))
+        for name, array in observations:
+            arrays["final/" + name][self._span] = array[self._span]
+        for row, final in ended:
+            for name in self._names:
+                arrays["final/" + name][row] = final[name]
+
+    def get_state(self) -> list[tuple[dict[str, Any] | None, dict[str, np.ndarray[Any, Any]]]]:
+        """The state of each environment, as `Slot.get_state` gives it."""
+        return [slot.get_state() for _, slot in self.rows]
+
+    def set_state(
+        self, states: Sequence[tuple[dict[str, Any] | None, dict[str, Any]]], alive: Callable[[], None] = lambda: None
+    ) -> list[str | None]:
+        """Continue each environment from its state; per environment None, or why it was started afresh."""
+        reasons = []
+        for index, (row, slot) in enumerate(self.rows):
+            with self._watched(row, slot):
+                obs, reason = slot.set_state(*states[index], alive)
+                self._write_first(row, obs)
+            reasons.append(reason)
+        return reasons
+
+    def render(self) -> Any:
+        """The picture (H, W, 3) of the first environment."""
+        return np.asarray(self.rows[0][1].env.render(), np.uint8)
+
+    def close(self) -> None:
+        """Close the environments."""
+        for _, slot in self.rows:
+            slot.env.close()
+
+    def _write_first(self, row: int, obs: dict[str, Any]) -> None:
+        arrays = self._arrays
+        for name in self._names:
+            arrays["obs/" + name][row] = arrays["final/" + name][row] = obs[name]
+        arrays["reward"][row] = 0.0
+        arrays["terminated"][row] = arrays["truncated"][row] = False
+        arrays["success"][row] = math.nan
+
+    @contextlib.contextmanager
+    def _watched(self, row: int, slot: Slot) -> Iterator[None]:
+        self._at[0] = row
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            slot.broken = True
+            raise EnvironmentRaised(row) from error
+        self._at[0] = -1
+
+
+def describe(slots: Sequence[Slot], owner: str) -> dict[str, Any]:
+    """Spaces and clock of the environments, which must agree; raises `Refused` where they do not."""
+    first = slots[0].description
+    for index, slot in enumerate(slots):
+        if slot.description != first:
+            raise Refused(f"{owner}: environment {index} has other spaces than environment 0; they must be the same.")
+    return first
+
+
+# --- the worker process -----------------------------------------------------------------------------------------------
+
+
+class _Channel:
+    """JSON lines over the socket to the parent. What environments print cannot get in between."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._socket.set_inheritable(False)
+        self._lines = self._socket.makefile("r", encoding="utf-8")
+
+    def receive(self) -> dict[str, Any] | None:
+        """The next command; None when the parent has closed its end or is gone."""
+        try:
+            line = self._lines.readline()
+        except ConnectionError:
+            return None
+        command: dict[str, Any] | None = json.loads(line) if line else None
+        return command
+
+    def send(self, reply: dict[str, Any]) -> None:
+        with contextlib.suppress(ConnectionError):  # the parent is gone; the next `receive` ends the worker
+            self._socket.sendall(json.dumps(reply).encode() + b"\n")
+
+
+def _leave_with_parent(parent: int) -> None:
+    """End the process when its parent is gone, even in the middle of a step, or while a fork holds the socket open."""
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    os._exit(1)
+
+
+def _commands(host: Host, channel: _Channel) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
+    """What the parent can ask for."""
+
+    def step(_: dict[str, Any]) -> dict[str, Any]:
+        host.step()
+        return {}
+
+    def reset(command: dict[str, Any]) -> dict[str, Any]:
+        host.reset(command["seeds"])
+        return {}
+
+    def get_state(_: dict[str, Any]) -> dict[str, Any]:
+        states = host.get_state()
+        return {
+            "json": [state for state, _ in states],
+            "arrays": [{name: encode_array(array) for name, array in arrays.items()} for _, arrays in states],
+        }
+
+    def set_state(command: dict[str, Any]) -> dict[str, Any]:
+        told = time.monotonic()
+
+        def alive() -> None:
+            nonlocal told
+            if time.monotonic() - told > _WATCH_SECONDS:
+                told = time.monotonic()
+                channel.send({"alive": True})
+
+        states = [
+            (state, {name: decode_array(array) for name, array in command["arrays"][index].items()})
+            for index, state in enumerate(command["json"])
+        ]
+        return {"reasons": host.set_state(states, alive)}
+
+    def render(_: dict[str, Any]) -> dict[str, Any]:
+        return {"picture": encode_array(host.render())}
+
+    return {"step": step, "reset": reset, "get_state": get_state, "set_state": set_state, "render": render}
+
+
+def _serve(channel: _Channel, memory_fd: int) -> None:
+    """Build the environments, map the arrays, then answer commands until the parent closes its end."""
+    config = channel.receive()
+    if config is None:
+        return
+    sys.path[:] = config["sys_path"] or [os.getcwd(), *sys.path]
+    if config["core"] is not None:
+        os.sched_setaffinity(0, [config["core"]])
+    slots: list[Slot] = []
+    try:
+        for index in range(config["count"]):
+            render = config["render"] and config["first"] + index == 0
+            slots.append(Slot(build_env(config["env"], config["kwargs"], render), config["env"]))
+        channel.send(describe(slots, config["env"]))
+    except Refused as error:
+        return channel.send({"refused": [str(error), error.word, error.known]})
+    except (Exception, SystemExit):
+        return channel.send({"unbuilt": traceback.format_exc()})
+
+    mapping = channel.receive()
+    if mapping is None:
+        return
+    memory = mmap.mmap(memory_fd, place(mapping["layout"])[1])
+    host = Host(slots, map_arrays(mapping["layout"], memory), config["first"], config["worker"])
+    commands = _commands(host, channel)
+    channel.send({})
+    while True:
+        command = channel.receive()
+        if command is None:
+            break
+        try:
+            channel.send(commands[command["do"]](command))
+        except EnvironmentRaised as error:
+            channel.send({"raised": str(error), "row": error.row})
+        except Exception:  # a picture that cannot be drawn, a state that cannot be saved
+            channel.send({"raised": traceback.format_exc(), "row": -1})
+    host.close()
+
+
+def main() -> None:
+    """`worker.py SOCKET MEMORY DUMP PARENT`: three inherited file descriptors and the parent's process id."""
+    socket_fd, memory_fd, dump_fd, parent = map(int, sys.argv[1:])
+    for fd in (memory_fd, dump_fd):
+        os.set_inheritable(fd, False)
+    faulthandler.enable(dump_fd)
+    faulthandler.register(signal.SIGUSR1, dump_fd)  # the parent asks so where a step hangs
+    threading.Thread(target=_leave_with_parent, args=(parent,), daemon=True).start()
+    _serve(_Channel(socket_fd), memory_fd)
+
+
+if __name__ == "__main__":
+    main()

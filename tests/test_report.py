@@ -1,0 +1,436 @@
+"""Reports of synthetic run folders: what is read, what is computed, what the page says and what it must never hold."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ctrlrl.errors import UsageError
+from ctrlrl.runs import plots
+from ctrlrl.runs.plots import Series, downsample, panels, short_number
+from ctrlrl.runs.report import console_summary, load_run, write_comparison, write_report
+
+ROOT = Path(__file__).parent.parent
+
+
+def rising(step: int) -> float:
+    return step / 100
+
+
+def write_run(
+    folder: Path,
+    *,
+    algo: str = "sac",
+    env: str = "HalfCheetah-v5",
+    seed: int = 0,
+    steps: int = 1000,
+    stop: int | None = None,
+    every: int = 100,
+    curve: Callable[[int], float] = rising,
+    agent: dict[str, Any] | None = None,
+    success: float | None = None,
+    status: dict[str, Any] | None = None,
+    lines: Sequence[dict[str, Any]] = (),
+    tail: str = "",
+    **provenance: Any,
+) -> Path:
+    """A run evaluated each `every` steps with two episodes, curve(step) -+ 1; `lines` are added, then `tail` as it is."""
+    folder.mkdir(parents=True)
+    config = {"algo": algo, "env": env, "steps": steps, "seed": seed, "num_envs": 1, "device": "cpu"}
+    config |= {"eval_every": every, "agent": {"gamma": 0.99, "hidden": [256, 256], **(agent or {})}}
+    (folder / "config.json").write_text(json.dumps(config))
+    origin = {"command": f"ctrlrl train {algo} --env {env} --steps {steps} --seed {seed}", "ctrlrl": "0.1.0"}
+    origin |= {"packages": {"torch": "2.13.0"}, "hardware": {"cpu": "CPU", "cores": 2, "gpu": None}, "git": None}
+    (folder / "provenance.json").write_text(json.dumps(origin | provenance))
+    records: list[dict[str, Any]] = []
+    for step in range(every, (stop or steps) + 1, every):
+        metrics = {"critic_loss": 1.0, "actor_loss": -40.0, "alpha": 0.2, "odd_one": 3.0}
+        records.append({"kind": "train", "step": step, "time": step / 10, "steps_per_s": 10.0, "metrics": metrics})
+        records.append({"kind": "episode", "step": step, "time": step / 10, "env": 0, "return": 0.5, "length": 100})
+        records.append(evaluation(step, curve(step), success))
+    text = "".join(json.dumps(record) + "\n" for record in [*records, *lines])
+    (folder / "metrics.jsonl").write_text(text + tail)
+    if status is not None:
+        (folder / "status.json").write_text(json.dumps(status))
+    return folder
+
+
+def evaluation(step: int, mean: float, success: float | None = None, checkpoint: str = "current") -> dict[str, Any]:
+    share = None if success is None else [True] * round(success * 10) + [False] * round((1 - success) * 10)
+    return {
+        "kind": "eval",
+        "step": step,
+        "time": step / 10,
+        "checkpoint": checkpoint,
+        "returns": [mean - 1, mean + 1],
+        "lengths": [100, 300],
+        "success": share,
+        "mean": mean,
+    }
+
+
+class Page(HTMLParser):
+    """Collects ids, tags and every address of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.tags: set[str] = set()
+        self.addresses: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attributes:
+            if name == "id":
+                self.ids.append(str(value))
+            if name in ("src", "href", "xlink:href"):
+                self.addresses.append(str(value))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+# ---- Reading --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_reads_as_written(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "a", status={"state": "finished", "step": 1000}))
+    assert (run.algo, run.env, run.seed, run.state, run.step, run.seconds) == (
+        "sac",
+        "HalfCheetah-v5",
+        0,
+        "finished",
+        1000,
+        100.0,
+    )
+    np.testing.assert_array_equal(run.curve.steps, np.arange(100, 1001, 100))
+    np.testing.assert_allclose(run.curve.values, np.arange(1, 11))
+    assert set(run.metrics) == {"critic_loss", "actor_loss", "alpha", "odd_one", "steps_per_s"}
+    assert run.final is run.best and run.final is not None and run.final.mean == 10.0
+    # mean 10, s = sqrt(2), n = 2: 10 -+ 12.7062 * sqrt(2) / sqrt(2)
+    assert run.final.interval == pytest.approx((10 - 12.7062, 10 + 12.7062), abs=1e-3)
+
+
+def test_half_written_and_unknown_lines(tmp_path: Path) -> None:
+    new = {"kind": "weather", "step": 1000, "time": 1.0}
+    glued = '{"kind":"episode","st{"kind":"note","step":5,"time":1,"text":"x"}\n{"kind":"tra'
+    run = load_run(write_run(tmp_path / "a", lines=[new], tail=glued))
+    assert run.unreadable == 2
+    assert len(run.evaluations) == 10
+    assert run.state == "unknown"
+    assert "2 lines of metrics.jsonl could not be read" in Page(write_report(tmp_path / "a").read_text()).text
+
+
+def test_steps_done_again_after_a_kill_count_once(tmp_path: Path) -> None:
+    # Killed at 1000 with the last checkpoint at 750; the new session starts there.
+    again = [
+        {"kind": "episode", "step": 820, "time": 82, "env": 0, "return": 7.0, "length": 70},
+        evaluation(800, 80.0),
+        evaluation(900, 90.0),
+    ]
+    run = load_run(write_run(tmp_path / "a", lines=again, sessions=[{"from_step": 0}, {"from_step": 750}]))
+    np.testing.assert_array_equal(run.curve.steps, np.arange(100, 901, 100))
+    assert run.curve.values[-3:].tolist() == [7.0, 80.0, 90.0]
+    assert run.episodes.steps[-2:].tolist() == [700, 820]
+    assert run.superseded == 3 + 3
+    assert "6 records of steps that were lost" in Page(write_report(tmp_path / "a").read_text()).text
+
+
+def test_evaluations_made_afterwards_are_not_on_the_curve(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "a", lines=[evaluation(300, 77.0, checkpoint="best")]))
+    assert len(run.evaluations) == 10
+    assert [(one.step, one.mean) for one in run.checks] == [(300, 77.0)]
+    assert run.best is not None and run.best.mean == 10.0
+
+
+def test_what_the_run_marked_best_is_best(tmp_path: Path) -> None:
+    marked = evaluation(1100, 5.0) | {"best": True}
+    run = load_run(write_run(tmp_path / "a", lines=[marked, evaluation(1200, 6.0)]))
+    assert run.best is not None and run.best.step == 1100
+
+
+def test_refusals_name_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="nothing does not exist; expected the folder of a run"):
+        load_run(tmp_path / "nothing")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="file is a file; expected the folder"):
+        load_run(tmp_path / "file")
+    write_run(tmp_path / "runs" / "a")
+    with pytest.raises(UsageError, match=r"no config.json, no provenance.json, no metrics.jsonl.*run folders: a\."):
+        load_run(tmp_path / "runs")
+    config = tmp_path / "runs" / "a" / "config.json"
+    config.write_text('{"algo": "sac"')
+    with pytest.raises(UsageError, match=r"config.json is not valid JSON \(.*line 1"):
+        load_run(tmp_path / "runs" / "a")
+    config.write_text('["sac"]')
+    with pytest.raises(UsageError, match="holds a list, expected a JSON object"):
+        load_run(tmp_path / "runs" / "a")
+    config.write_text('{"algo": "sac"}')
+    with pytest.raises(UsageError, match="has no 'env'"):
+        load_run(tmp_path / "runs" / "a")
+
+
+# ---- One run --------------------------------------------------------------------------------------------------------
+
+
+def test_report_holds_what_it_promises_and_loads_nothing(tmp_path: Path) -> None:
+    folder = write_run(
+        tmp_path / "a",
+        success=0.7,
+        status={"state": "failed", "step": 1000, "message": "critic_loss became NaN"},
+        changed=["agent.gamma"],
+        sessions=[{"from_step": 0, "command": "ctrlrl train", "notes": ["environment 0 continues exactly"]}],
+    )
+    (folder / "videos").mkdir()
+    (folder / "videos" / "best.mp4").write_bytes(b"not really a video")
+    (folder / "videos" / "best.json").write_text(json.dumps({"step": 1000, "checkpoint": "best", "return": 10.0}))
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    text = path.read_text()
+    page = Page(text)
+    for words in (
+        "sac on HalfCheetah-v5",
+        "critic_loss became NaN",
+        "best checkpoint, step 1,000, return 10",
+        "-2.706 to 22.71",
+        "70%",
+        "ctrlrl train sac --env HalfCheetah-v5 --steps 1000 --seed 0",
+        "ctrlrl resume",
+        "environment 0 continues exactly",
+        "odd_one",
+    ):
+        assert words in page.text, words
+    assert base64.b64encode(b"not really a video").decode() in text
+    assert "script" not in page.tags and "link" not in page.tags
+    assert all(address.startswith(("#", "data:")) for address in page.addresses)
+    assert re.search(r'<tr class="changed"><th>gamma</th>', text)
+    assert not re.search(r'<tr class="changed"><th>hidden</th>', text)
+    assert sorted(child.name for child in folder.iterdir() if "report" in child.name) == ["report.html"]
+
+
+def test_ids_are_unique_references_hold_and_reports_repeat(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a")
+    text = write_report(folder).read_text()
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids)) > 5
+    wanted = {address[1:] for address in page.addresses if address.startswith("#")}
+    wanted |= set(re.findall(r"url\(#([^)]*)\)", text))
+    assert wanted and wanted <= set(page.ids)
+    assert write_report(folder).read_text() == text
+
+
+def test_untrusted_words_are_escaped(tmp_path: Path) -> None:
+    evil = '<script>alert(1)</script>"><img src=http://x>$\\frac$'
+    note = {"kind": "note", "step": 1, "time": 0.1, "text": evil}
+    train = {"kind": "train", "step": 1100, "time": 110, "metrics": {evil: 1.0, f"loss{evil}": 1.0}}
+    folder = write_run(
+        tmp_path / "a", env=evil, algo=evil, lines=[note, train], status={"state": evil, "message": evil}
+    )
+    for path in (write_report(folder), write_comparison([folder], tmp_path / "out.html")):
+        page = Page(path.read_text())
+        assert "script" not in page.tags and "img" not in page.tags
+        assert evil in page.text
+
+
+def test_a_run_without_evaluation_or_video_says_so(tmp_path: Path) -> None:
+    reason = "no video: cannot render without OpenGL"
+    note = {"kind": "note", "step": 50, "time": 5.0, "text": reason}
+    page = Page(write_report(write_run(tmp_path / "a", stop=50, lines=[note], status={"state": "running"})).read_text())
+    assert "not evaluated yet" in page.text
+    assert f"The run says: {reason}" in page.text
+    assert "--video" in page.text
+
+
+def test_a_video_too_large_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctrlrl.runs.report._EMBEDDED_BYTES", 10)
+    folder = write_run(tmp_path / "a")
+    (folder / "videos").mkdir()
+    (folder / "videos" / "long.mp4").write_bytes(b"x" * 11)
+    page = Page(write_report(folder).read_text())
+    assert "video" not in page.tags
+    assert "too large to embed: videos/long.mp4" in page.text
+
+
+def test_a_long_run_makes_a_small_report(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    lines = [
+        {"kind": "train", "step": step, "time": step / 10, "metrics": {"critic_loss": float(generator.random())}}
+        for step in range(1001, 20_001)
+    ]
+    size = write_report(write_run(tmp_path / "a", lines=lines)).stat().st_size
+    assert size < 400_000
+
+
+# ---- Plots ----------------------------------------------------------------------------------------------------------
+
+
+def test_downsampling_keeps_ends_of_range_and_spikes() -> None:
+    values = np.zeros(100_000)
+    values[54_321], values[777] = 9.0, -9.0
+    thin = downsample(Series(np.arange(100_000.0), values), limit=200)
+    assert len(thin.steps) <= 200
+    assert thin.values.max() == 9.0 and thin.values.min() == -9.0
+    assert thin.steps[thin.values.argmax()] == 54_321
+    assert (np.diff(thin.steps) > 0).all()
+
+
+def test_every_metric_has_a_panel() -> None:
+    def flat(value: float) -> Series:
+        return Series(np.array([0.0, 1.0]), np.array([value, value]))
+
+    metrics = {"critic_loss": flat(1), "q1_loss": flat(2), "actor_loss": flat(-100), "alpha": flat(0.2)}
+    metrics |= {"q_mean": flat(5), "steps_per_s": flat(90), "entropy": flat(-6), "quality": flat(1), "clip": flat(1)}
+    found = [(family, set(curves)) for family, _, curves in panels(metrics)]
+    assert found == [
+        ("Losses", {"critic_loss", "q1_loss"}),
+        ("Losses", {"actor_loss"}),
+        ("Temperature", {"alpha"}),
+        ("Entropy", {"entropy"}),
+        ("Q values", {"q_mean"}),
+        ("Speed", {"steps_per_s"}),
+        ("Other metrics", {"quality"}),
+        ("Other metrics", {"clip"}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0"), (20_000, "20k"), (1.5e6, "1.5M"), (-300, "-300"), (0.05, "0.05"), (2e9, "2G")]
+)
+def test_short_numbers(value: float, text: str) -> None:
+    assert short_number(value) == text
+
+
+def test_svg_is_well_formed_and_takes_its_colours_from_the_page() -> None:
+    wide = Series(np.array([0.0, 50_000.0, 100_000.0]), np.array([1e-3, 1.0, 1e3]))
+    svg = plots.small_panel("a", {"grad $norm$ <b>": wide})
+    root = ElementTree.fromstring(svg)
+    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"environment steps", "50k", "100k", "grad $norm$ <b>", "0.001", "1", "1k"} <= set(texts)  # a log axis
+    assert "currentColor" in svg and "var(--series-0," in svg and "var(--grid," in svg
+
+
+# ---- Several runs ---------------------------------------------------------------------------------------------------
+
+
+def scaled(factor: float) -> Callable[[int], float]:
+    return lambda step: factor * step / 100
+
+
+def test_comparison_computes_over_seeds(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"sac-{k}", seed=k, curve=scaled(k + 1)) for k in range(5)]
+    runs += [write_run(tmp_path / f"td3-{k}", algo="td3", seed=k, curve=scaled(0.5)) for k in range(2)]
+    page = Page(write_comparison(runs, tmp_path / "out" / "c.html").read_text())
+    # sac ends at 10, 20, 30, 40, 50: IQM 30. Its areas are 5.5 times 1..5: IQM 16.5.
+    assert re.search(r"sac 5 30 [\d.]+ to [\d.]+ 16.5 ", page.text)
+    assert "td3 2 5 5 to 5 2.75 2.75 to 2.75 0 of 2 –" in page.text
+    assert "Threshold: 40 (80 % of the best final return, 50)" in page.text
+    assert "sac 3 sac-3 1,000 40 27.29 to 52.71 40 22 1,000" in page.text  # reaches 40 at its end
+    assert "sac 4 sac-4 1,000 50 37.29 to 62.71 50 27.5 800" in page.text
+    assert "fewer than five seeds" in page.text
+    summary = console_summary(runs)
+    assert "HalfCheetah-v5: IQM of the evaluation return at step 1,000" in summary
+    assert re.search(r"sac  5 seeds  30 \[[\d.]+, [\d.]+\]", summary)
+
+
+def test_a_given_threshold_and_a_negative_best(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a", env="Pendulum-v1", curve=lambda step: -1100 + step)]
+    given = Page(write_comparison(runs, tmp_path / "c.html", threshold=-600.0).read_text()).text
+    assert "Threshold: -600 (as given)" in given and " 500 " in given
+    # From -1000 at step 100 to -100 at step 1000: four fifths of the way is -280, first reached at 900.
+    default = Page(write_comparison(runs, tmp_path / "c.html").read_text()).text
+    assert "Threshold: -280 (80 % of the way from the lowest first evaluation, -1,000, to the best" in default
+    assert "1 of 1 900" in default
+
+
+def test_settings_make_groups_and_are_told_apart(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a", agent={"gamma": 0.9}),
+        write_run(tmp_path / "b"),
+        write_run(tmp_path / "c", seed=1),
+    ]
+    page = Page(write_comparison(runs, tmp_path / "c.html").read_text())
+    assert "sac (gamma=0.9) 1 10 – " in page.text
+    assert "sac (gamma=0.99) 2 10 10 to 10" in page.text
+    assert "agent.gamma 0.9 0.99" in page.text
+
+
+def test_equal_seeds_and_unequal_lengths_are_said(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a", seed=0),
+        write_run(tmp_path / "twin", seed=0, stop=500),
+        write_run(tmp_path / "b", seed=1, stop=700, status={"state": "interrupted", "step": 700}),
+    ]
+    summary = console_summary([*runs, runs[0]])
+    assert "a and twin are the same seed (0)" in summary and "only a counts" in summary
+    assert "at step 700" in summary and "b (interrupted) sets it" in summary
+    assert "2 seeds  7 [7, 7]" in summary
+    assert "1 of the folders given are repetitions" in summary
+
+
+def test_runs_without_common_steps_or_evaluations(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "a", stop=200), write_run(tmp_path / "new", seed=2, stop=50)]
+    late = [evaluation(step, 3.0) for step in (500, 600)]
+    runs.append(write_run(tmp_path / "late", seed=1, stop=50, lines=late))
+    page = Page(write_comparison(runs, tmp_path / "c.html").read_text())
+    assert "new has no evaluation yet" in page.text
+    assert "share no range of evaluated steps" in page.text
+    assert "no step in common" in console_summary(runs)
+
+
+def test_scales_are_not_mixed_but_success_rates_are(tmp_path: Path) -> None:
+    cheetah = [write_run(tmp_path / f"h{k}", seed=k, success=0.4) for k in range(2)]
+    reach = [write_run(tmp_path / f"r{k}", env="FetchReach-v4", seed=k, success=0.8) for k in range(2)]
+    page = Page(write_comparison([*cheetah, *reach], tmp_path / "c.html").read_text())
+    assert "sac 0.6 0.6 to 0.6" in page.text  # the same share in each environment: nothing for the bootstrap to vary
+    other = write_run(tmp_path / "p", env="Pendulum-v1")
+    page = Page(write_comparison([*cheetah, *reach, other], tmp_path / "c.html").read_text())
+    assert "Returns of different environments have different scales" in page.text
+    assert "success rate" not in page.text
+
+
+def test_comparison_links_to_reports_that_exist_and_embeds_a_video_per_group(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "runs" / f"a{k}", seed=k) for k in range(2)]
+    for run in runs:
+        (run / "videos").mkdir()
+        (run / "videos" / "best.mp4").write_bytes(run.name.encode())
+    write_report(runs[1])
+    page = Page(write_comparison(runs, tmp_path / "out" / "c.html").read_text())
+    outside = [address for address in page.addresses if not address.startswith("#")]
+    assert outside == ["../runs/a1/report.html", "data:video/mp4;base64," + base64.b64encode(b"a0").decode()]
+
+
+def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="at least one run folder"):
+        write_comparison([], tmp_path / "c.html")
+
+
+def test_summary_of_one_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "a", status={"state": "interrupted", "step": 1000, "message": "Ctrl-C"})
+    assert console_summary([run]).splitlines() == [
+        "sac on HalfCheetah-v5, seed 0: 1,000 steps in 2 min (interrupted)",
+        "  Ctrl-C",
+        "  final return 10 [-2.706, 22.71], 95 % interval over 2 episodes",
+        "  best return 10 at step 1,000",
+    ]
+
+
+def test_reports_do_without_torch() -> None:
+    code = "import sys, ctrlrl.runs.report, ctrlrl.runs.video; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60).returncode == 0

@@ -1,0 +1,154 @@
+"""Statistics against numbers worked by hand or taken from printed tables."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctrlrl.errors import UsageError
+from ctrlrl.runs.statistics import align_curves, iqm, mean_interval, stratified_bootstrap, student_t, time_to_threshold
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([7.0], 7.0),
+        ([1.0, 9.0, 2.0], 4.0),  # floor(3/4) = 0 cut: the plain mean
+        ([100.0, 1.0, 2.0, -50.0], 1.5),  # one cut at each end
+        ([0.0, 1.0, 2.0, 4.0, 100.0], 7 / 3),  # floor(5/4) = 1 cut at each end, three left
+        ([0, 1, 2, 3, 4, 5, 100], 3.0),  # floor(7/4) = 1, five left: 1..5
+        ([0, 1, 2, 3, 4, 5, 6, 100], 3.5),  # two cut at each end: 2..5
+    ],
+)
+def test_iqm_cuts_whole_numbers_as_rliable_does(scores: list[float], expected: float) -> None:
+    assert float(iqm(scores)) == pytest.approx(expected)
+
+
+def test_iqm_of_curves_is_pointwise() -> None:
+    curves = np.array([[0.0, 10.0], [1.0, -90.0], [2.0, 20.0], [50.0, 30.0]])
+    np.testing.assert_allclose(iqm(curves), [1.5, 15.0])
+
+
+def test_iqm_of_nothing_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"at least one score .* \(0,\)"):
+        iqm([])
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30), st.randoms(use_true_random=False))
+def test_iqm_ignores_order_and_stays_within_the_scores(scores: list[float], random: object) -> None:
+    shuffled = list(scores)
+    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    assert float(iqm(scores)) == pytest.approx(float(iqm(shuffled)))
+    assert min(scores) - 1e-6 <= float(iqm(scores)) <= max(scores) + 1e-6
+
+
+def test_bootstrap_of_two_runs_against_the_exact_distribution() -> None:
+    # Means of two draws from {0, 1}: 0, 1/2, 1 with 1/4, 1/2, 1/4. So the central half is [0..1/2, 1/2..1] and the
+    # central 95 % is [0, 1].
+    low, high = stratified_bootstrap({"a": [0.0, 1.0]}, iqm, resamples=4000)
+    assert (float(low), float(high)) == (0.0, 1.0)
+    low, high = stratified_bootstrap({"a": [0.0, 1.0]}, iqm, resamples=4000, confidence=0.4)
+    assert (float(low), float(high)) == (0.5, 0.5)
+
+
+def test_bootstrap_agrees_with_the_normal_approximation_of_a_mean() -> None:
+    scores = np.random.default_rng(1).normal(10.0, 2.0, size=200)
+    low, high = stratified_bootstrap({"a": scores}, lambda x: x.mean(axis=0), resamples=4000)
+    half = 1.96 * scores.std() / math.sqrt(200)
+    assert float(low) == pytest.approx(scores.mean() - half, abs=0.03)
+    assert float(high) == pytest.approx(scores.mean() + half, abs=0.03)
+
+
+def test_bootstrap_keeps_runs_inside_their_task() -> None:
+    # Tasks without spread of their own: only mixing tasks could widen the interval.
+    low, high = stratified_bootstrap({"a": [0.0, 0.0, 0.0], "b": [100.0, 100.0, 100.0]}, lambda x: x.mean(axis=0))
+    assert (float(low), float(high)) == (50.0, 50.0)
+
+
+def test_bootstrap_redraws_whole_curves_and_repeats_itself() -> None:
+    curves = np.array([[0.0, 0.0], [1.0, 2.0], [2.0, 4.0], [3.0, 6.0], [4.0, 8.0]])
+    low, high = stratified_bootstrap({"a": curves}, iqm, seed=3)
+    assert low.shape == high.shape == (2,)
+    np.testing.assert_allclose(low[1], 2 * low[0])  # the same runs at both points
+    np.testing.assert_allclose(high[1], 2 * high[0])
+    again, _ = stratified_bootstrap({"a": curves}, iqm, seed=3)
+    np.testing.assert_array_equal(low, again)
+
+
+def test_one_run_has_no_interval() -> None:
+    low, high = stratified_bootstrap({"a": [1.0], "b": [2.0]})
+    assert np.isnan(low) and np.isnan(high)
+    assert all(math.isnan(bound) for bound in mean_interval([5.0]))
+
+
+@pytest.mark.parametrize("scores", [{}, {"a": []}])
+def test_bootstrap_refuses_missing_scores(scores: dict[str, list[float]]) -> None:
+    with pytest.raises(UsageError, match=r"at least one task|task 'a' has no runs"):
+        stratified_bootstrap(scores)
+
+
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0])
+def test_confidence_is_checked(confidence: float) -> None:
+    with pytest.raises(UsageError, match="confidence must lie between 0 and 1"):
+        mean_interval([1.0, 2.0], confidence)
+    with pytest.raises(UsageError, match="confidence must lie between 0 and 1"):
+        stratified_bootstrap({"a": [1.0, 2.0]}, confidence=confidence)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "confidence", "expected"),  # the printed table of t
+    [
+        (1, 0.95, 12.7062),
+        (2, 0.95, 4.30265),
+        (3, 0.95, 3.18245),
+        (4, 0.95, 2.77645),
+        (5, 0.99, 4.03214),
+        (9, 0.95, 2.26216),
+        (10, 0.90, 1.81246),
+        (30, 0.95, 2.04227),
+        (99, 0.95, 1.98422),
+        (1_000, 0.95, 1.96234),
+    ],
+)
+def test_student_t_table(freedom: int, confidence: float, expected: float) -> None:
+    assert student_t(freedom, confidence) == pytest.approx(expected, abs=2e-4 if freedom == 1 else 1e-5)
+
+
+def test_mean_interval_by_hand() -> None:
+    # mean 2, s = 1, n = 3: 2 -+ 4.30265 / sqrt(3)
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.484138, 2 + 2.484138), abs=1e-5)
+
+
+def test_time_to_threshold_is_the_first_evaluation_at_or_above() -> None:
+    steps, values = [10, 20, 30, 40], [1.0, 5.0, 2.0, 9.0]
+    assert time_to_threshold(steps, values, 5.0) == 20
+    assert time_to_threshold(steps, values, 5.1) == 40
+    assert time_to_threshold(steps, values, 9.1) is None
+    assert time_to_threshold([], [], 0.0) is None
+
+
+def test_align_interpolates_inside_and_never_outside() -> None:
+    grid, values = align_curves([([0, 10, 20, 30], [0.0, 1.0, 2.0, 3.0]), ([5, 15, 25], [10.0, 20.0, 40.0])])
+    np.testing.assert_array_equal(grid, [5, 10, 15, 20, 25])
+    np.testing.assert_allclose(values, [[0.5, 1.0, 1.5, 2.0, 2.5], [10.0, 15.0, 20.0, 30.0, 40.0]])
+
+
+def test_align_leaves_equal_grids_alone_and_knows_disjoint_ones() -> None:
+    grid, values = align_curves([([1, 2], [3.0, 4.0]), ([1, 2], [5.0, 6.0])])
+    np.testing.assert_array_equal(grid, [1, 2])
+    np.testing.assert_array_equal(values, [[3.0, 4.0], [5.0, 6.0]])
+    grid, values = align_curves([([1, 2], [3.0, 4.0]), ([3, 4], [5.0, 6.0])])
+    assert grid.shape == (0,) and values.shape == (2, 0)
+    grid, values = align_curves([([], []), ([3, 4], [5.0, 6.0])])
+    assert grid.shape == (0,) and values.shape == (2, 0)
+
+
+def test_align_refuses_what_it_cannot_place() -> None:
+    with pytest.raises(UsageError, match="curve 1 needs steps"):
+        align_curves([([1, 2], [3.0, 4.0]), ([2, 1], [3.0, 4.0])])
+    with pytest.raises(UsageError, match="at least one curve"):
+        align_curves([])
