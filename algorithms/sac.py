@@ -7,7 +7,7 @@ sampler: a time limit still bootstraps, and gamma appears nowhere below.
 
 Deviations from the paper, each also in the authors' code or in Stable-Baselines3:
 - no state-value network: targets use the minimum over K target critics (second version of the paper);
-- the temperature's loss is linear in log alpha instead of alpha: the same fixed point, steps that do not shrink with it;
+- the temperature's loss is linear in log alpha instead of alpha: same fixed point, other steps;
 - the temperature is stepped first, but this update's losses use its value from before, as does the log-probability.
 """
 
@@ -34,7 +34,7 @@ from ctrlrl.nn.encoder import (
     policy_groups,
 )
 from ctrlrl.nn.mlp import Ensemble, EnsembleMLP, NetworkFactory, mlp
-from ctrlrl.nn.optim import adam, adam_state, descend, load_adam_state
+from ctrlrl.nn.optim import adam, adam_state, descend, load_adam_state, polyak
 from ctrlrl.nn.policy import SquashedGaussianPolicy, require_bounded_box
 from ctrlrl.replay.batch import Batch
 from ctrlrl.tree import Obs
@@ -154,7 +154,7 @@ class SAC:
         actor_loss = (alpha * log_prob - self.critics(batch.obs, action).amin(0)).mean()
         descend(self.actor_optimizer, actor_loss, self._actor)
 
-        torch._foreach_lerp_(self._target, self._critic, c.tau)
+        polyak(self._target, self._critic, c.tau)
         return {
             "critic_loss": critic_loss.detach(),
             "actor_loss": actor_loss.detach(),
@@ -199,5 +199,7 @@ def _network(make: NetworkFactory | None, inputs: int, outputs: int, hidden: tup
         out = module.eval()(torch.zeros(2, inputs))
     if not isinstance(out, Tensor) or out.shape != (2, outputs):
         got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-        raise UsageError(f"network({inputs}, {outputs}) must map (B, {inputs}) to (B, {outputs}); for B = 2 it gave {got}")
+        raise UsageError(
+            f"network({inputs}, {outputs}) must map (B, {inputs}) to (B, {outputs}); for B = 2 it gave {got}"
+        )
     return module.train(was_training)

@@ -1,8 +1,8 @@
 """ctrlrl: reinforcement learning for classical control and robotics, from simulation to the robot's controller.
 
-    import ctrlrl
-    run = ctrlrl.train("sac", env="Pendulum-v1", steps=20_000)
-    action, state, extras = ctrlrl.load(run).policy.act(obs, state)
+import ctrlrl
+run = ctrlrl.train("sac", env="Pendulum-v1", steps=20_000)
+action, state, extras = ctrlrl.load(run).policy.act(obs, state)
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Config:
             raise UsageError(f"{path} must be {allowed}, got {getattr(self, name)!r}")
 
     @classmethod
-    def from_dict(cls: type[C], data: Mapping[str, Any], *, base: C | None = None, source: str = "") -> C:
+    def from_dict(cls, data: Mapping[str, Any], *, base: typing.Self | None = None, source: str = "") -> typing.Self:
         """Build from nested plain values; fields that `data` leaves out come from `base`, else from the defaults.
 
         Raises:

@@ -6,11 +6,11 @@ Gymnasium 0.29, and is the only file of the package that does. Both users step e
 which writes into arrays laid out by `layout`: plain memory in process, a memory map shared with the parent in a worker.
 
 How an environment's state is saved. Restoring qpos and qvel of a MuJoCo task is not exact to the bit, since its
-observations read derived fields (contact forces, body positions) that lag the state. So a `Slot` records how the episode
-began (the seed, or the state of the random generator) and the actions since; restoring replays them and compares the
-observation reached, bit for bit. That is exact for every deterministic environment, with whatever wrappers it has. An
-environment that knows better sets `ctrlrl_state = True` and has `get_state() -> dict` and `set_state(dict)` of JSON-able
-values and arrays.
+observations read derived fields (contact forces, body positions) that lag the state. So a `Slot` records how the
+episode began (the seed, or the state of the random generator) and the actions since; restoring replays them and
+compares the observation reached, bit for bit. That is exact for every deterministic environment, with whatever wrappers
+it has. An environment that knows better sets `ctrlrl_state = True` and has `get_state() -> dict` and `set_state(dict)`
+of JSON-able values and arrays.
 """
 
 from __future__ import annotations
@@ -161,9 +161,9 @@ def family_of(entry_point: Any) -> str | None:
 def _missing_package(env_id: str, error: Exception) -> Refused:
     spec = gym.registry.get(env_id)
     name = env_id.rpartition("-v")[0]
-    newest = newest_versions().get(name, env_id)
-    if newest != env_id and family_of(spec.entry_point if spec else None) is None:
-        return Refused(f"{env_id} needs packages that are no longer kept: use {newest!r}. ({error})")
+    if spec and getattr(spec.entry_point, "__module__", "") == "gymnasium.envs" and newest_versions()[name] != env_id:
+        # Gymnasium registers what it has given up with a function that raises
+        return Refused(f"{env_id} is outdated: use {newest_versions()[name]!r}. ({error})")
     extra = EXTRAS.get(family_of(spec.entry_point) or "") if spec else None
     package = extra[1] if extra else getattr(error, "name", None)
     remedy = f" Install it: {sys.executable} -m pip install {package}" if package else ""
@@ -335,7 +335,7 @@ class Slot:
         self.description = {
             "observation": describe_observation_space(env.observation_space, owner),
             "action": describe_action_space(env.action_space, owner),
-            "control_dt": _control_dt(env),
+            "control_dt": control_dt(env),
         }
         self.broken = False
         self._entries = [
@@ -354,7 +354,7 @@ class Slot:
         while isinstance(env, gym.Wrapper):
             wrappers.append(env)
             env = env.env
-        # The environment's own state says nothing of its wrappers, so it is used only where those have none but a clock.
+        # The environment's own state says nothing of its wrappers: it is used where those have none but a clock.
         self._has_own_state = bool(getattr(env, "ctrlrl_state", False)) and all(
             type(wrapper) in _STATELESS for wrapper in wrappers
         )
@@ -368,7 +368,7 @@ class Slot:
         self._obs = self._flatten(self.env.reset(seed=seed)[0])
         return self._obs
 
-    def step(self, action: Any) -> tuple[dict[str, Any], Any, bool, bool, dict[str, Any], float | None]:
+    def step(self, action: Any) -> tuple[dict[str, Any], Any, bool, bool, dict[str, Any], Any]:
         """One step: (observation to act on, reward, terminated, truncated, true next observation, success or None).
 
         Where the episode ended, the observation to act on is the first one of the next episode, else the two
@@ -396,9 +396,12 @@ class Slot:
         arrays = {"obs." + name: np.array(value) for name, value in self._obs.items()}
         state: dict[str, Any] = {"generator": split_arrays(self._generator().state, arrays, "generator")}
         if self._has_own_state:
-            own = self.env.unwrapped.get_state()  # type: ignore[attr-defined]
             elapsed = [wrapper._elapsed_steps for wrapper in self._time_limits]
-            return {**state, "method": "own", "own": split_arrays(own, arrays, "own"), "elapsed": elapsed}, arrays
+            try:
+                own = split_arrays(self.env.unwrapped.get_state(), arrays, "own")  # type: ignore[attr-defined]
+            except Exception as error:  # the run goes on, and says why this episode cannot
+                return {**state, "method": "none", "why": f"saving raised {type(error).__name__}: {error}"}, arrays
+            return {**state, "method": "own", "own": own, "elapsed": elapsed}, arrays
         if self._steps > MAX_REPLAY:
             return {**state, "method": "none", "why": f"its episode is longer than {MAX_REPLAY} steps"}, arrays
         arrays["actions"] = self._actions[: self._steps].copy()
@@ -439,7 +442,7 @@ class Slot:
         self.reset(state["seed"])
         actions = arrays["actions"]
         for index in range(len(actions)):
-            _, _, terminated, truncated, final, _ = self.step(actions[index])
+            _, _, terminated, truncated, _, _ = self.step(actions[index])
             if terminated or truncated:
                 raise _NotRestored(f"replaying its {len(actions)} actions ended the episode after {index + 1}")
             alive()
@@ -486,7 +489,7 @@ class _NotRestored(Exception):
     """Why a saved state could not be reached again."""
 
 
-def _control_dt(env: gym.Env[Any, Any]) -> float | None:
+def control_dt(env: Any) -> float | None:
     """Seconds per step: the environment's `dt`, else what its frame rate says."""
     dt = getattr(env.unwrapped, "dt", None)
     if isinstance(dt, (int, float, np.number)) and dt > 0:
@@ -517,8 +520,9 @@ class Host:
 
     def reset(self, seeds: Sequence[int | None]) -> None:
         """Start an episode in each environment, each with its seed."""
-        for index, (row, slot) in enumerate(self.rows):
-            with self._watched(row, slot):
+        with self._watched():
+            for index, (row, slot) in enumerate(self.rows):
+                self._at[0] = row
                 self._write_first(row, slot.reset(seeds[index]))
 
     def step(self) -> None:
@@ -528,8 +532,9 @@ class Host:
         terminations, truncations = arrays["terminated"], arrays["truncated"]
         observations = [(name, arrays["obs/" + name]) for name in self._names]
         ended = []
-        for row, slot in self.rows:
-            with self._watched(row, slot):
+        with self._watched():
+            for row, slot in self.rows:
+                self._at[0] = row
                 obs, reward, terminated, truncated, final, success = slot.step(actions[row])
                 for name, array in observations:
                     array[row] = obs[name]
@@ -537,8 +542,8 @@ class Host:
                 terminations[row] = terminated
                 truncations[row] = truncated
                 successes[row] = math.nan if success is None else success
-            if final is not obs:
-                ended.append((row, final))
+                if final is not obs:
+                    ended.append((row, final))
         for name, array in observations:
             arrays["final/" + name][self._span] = array[self._span]
         for row, final in ended:
@@ -554,21 +559,29 @@ class Host:
     ) -> list[str | None]:
         """Continue each environment from its state; per environment None, or why it was started afresh."""
         reasons = []
-        for index, (row, slot) in enumerate(self.rows):
-            with self._watched(row, slot):
+        with self._watched():
+            for index, (row, slot) in enumerate(self.rows):
+                self._at[0] = row
                 obs, reason = slot.set_state(*states[index], alive)
                 self._write_first(row, obs)
-            reasons.append(reason)
+                reasons.append(reason)
         return reasons
 
-    def render(self) -> Any:
+    def render(self) -> np.ndarray[Any, Any]:
         """The picture (H, W, 3) of the first environment."""
-        return np.asarray(self.rows[0][1].env.render(), np.uint8)
+        row, slot = self.rows[0]
+        try:
+            return np.asarray(slot.env.render(), np.uint8)
+        except gym.error.DependencyNotInstalled as error:
+            raise Refused(f"To draw the environment, a package is needed that is not installed: {error}") from error
+        except Exception as error:
+            raise EnvironmentRaised(row) from error
 
     def close(self) -> None:
-        """Close the environments."""
-        for _, slot in self.rows:
-            slot.env.close()
+        """Close the environments, all of them even where one raises."""
+        with contextlib.ExitStack() as stack:
+            for _, slot in self.rows:
+                stack.callback(slot.env.close)
 
     def _write_first(self, row: int, obs: dict[str, Any]) -> None:
         arrays = self._arrays
@@ -579,12 +592,13 @@ class Host:
         arrays["success"][row] = math.nan
 
     @contextlib.contextmanager
-    def _watched(self, row: int, slot: Slot) -> Iterator[None]:
-        self._at[0] = row
+    def _watched(self) -> Iterator[None]:
+        """What the environment that `at` names raises becomes `EnvironmentRaised`."""
         try:
             yield
         except (Exception, SystemExit) as error:
-            slot.broken = True
+            row = int(self._at[0])
+            self.rows[row - self._span.start][1].broken = True
             raise EnvironmentRaised(row) from error
         self._at[0] = -1
 
@@ -703,8 +717,8 @@ def _serve(channel: _Channel, memory_fd: int) -> None:
             channel.send(commands[command["do"]](command))
         except EnvironmentRaised as error:
             channel.send({"raised": str(error), "row": error.row})
-        except Exception:  # a picture that cannot be drawn, a state that cannot be saved
-            channel.send({"raised": traceback.format_exc(), "row": -1})
+        except Refused as error:
+            channel.send({"refused": [str(error), error.word, error.known]})
     host.close()
 
 

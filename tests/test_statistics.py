@@ -83,6 +83,7 @@ def test_one_run_has_no_interval() -> None:
     low, high = stratified_bootstrap({"a": [1.0], "b": [2.0]})
     assert np.isnan(low) and np.isnan(high)
     assert all(math.isnan(bound) for bound in mean_interval([5.0]))
+    assert all(math.isnan(bound) for bound in mean_interval([5.0, math.inf]))
 
 
 @pytest.mark.parametrize("scores", [{}, {"a": []}])

@@ -23,7 +23,7 @@ def decode(path: Path) -> tuple[Any, list[Frame]]:
     with av.open(path) as container:
         stream = container.streams.video[0]
         facts = (stream.average_rate, stream.codec_context.name, stream.codec_context.pix_fmt)
-        return facts, [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        return facts, [np.asarray(one.to_ndarray(format="rgb24"), np.uint8) for one in container.decode(stream)]
 
 
 @pytest.mark.parametrize(

@@ -25,5 +25,7 @@ def run(arguments: Sequence[str]) -> int:
 
     for info in list_envs():
         if options.pattern.lower() in info.id.lower():
-            print(f"{info.id:<36} {info.family:<18}{'' if info.installed else ' (needs a package that is not installed)'}")
+            print(
+                f"{info.id:<36} {info.family:<18}{'' if info.installed else ' (needs a package that is not installed)'}"
+            )
     return 0

@@ -49,9 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def resolve(
-    algorithm: Algorithm, arguments: Sequence[str]
-) -> tuple[Options, OffPolicyConfig, Preset | None]:
+def resolve(algorithm: Algorithm, arguments: Sequence[str]) -> tuple[Options, OffPolicyConfig, Preset | None]:
     """Defaults, then the environment's preset, then the config file, then flags."""
     cls = train_config_class(algorithm.name)
     path = option(arguments, "config")
@@ -59,7 +57,9 @@ def resolve(
     named = from_file.pop("algo", algorithm.name)  # a run's config.json says what it was
     if named != algorithm.name:
         raise UsageError(f"{path} is for {named}, not for {algorithm.name}: ctrlrl train {named} --config {path}")
-    if "preset" in from_file and "out" in from_file:  # a run's config.json: its preset is in its fields, its folder taken
+    if (
+        "preset" in from_file and "out" in from_file
+    ):  # a run's config.json: its preset is in its fields, its folder taken
         del from_file["preset"], from_file["out"]
         preset = None
     else:

@@ -27,7 +27,7 @@ class TanhNormal:
         return torch.tanh(self.mean)
 
     def rsample(self, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reparameterized sample from standard normal `noise` (..., A): the action, its log-density (..., 1), the raw u.
+        """Reparameterized sample from standard normal `noise` (..., A): action, log-density (..., 1), raw u.
 
         The raw sample u = atanh(action) is returned because atanh cannot recover it from a saturated action.
         """

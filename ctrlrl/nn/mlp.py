@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -19,7 +20,7 @@ def mlp(sizes: Sequence[int], *, layer_norm: bool = False) -> nn.Sequential:
     Initialized as `torch.nn.Linear` is: uniform within 1/sqrt(inputs), weights and biases alike.
     """
     layers: list[nn.Module] = []
-    for i, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
         layers.append(nn.Linear(inputs, outputs))
         if i < len(sizes) - 2:
             layers += [nn.LayerNorm(outputs)] if layer_norm else []
@@ -62,7 +63,7 @@ class EnsembleMLP(nn.Module):
         super().__init__()
         self.members = members
         layers: list[nn.Module] = []
-        for i, (inputs, outputs) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
             layers.append(EnsembleLinear(members, inputs, outputs))
             if i < len(sizes) - 2:
                 layers += [EnsembleLayerNorm(members, outputs)] if layer_norm else []
@@ -75,7 +76,7 @@ class EnsembleMLP(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """K copies of any network, independently initialized and evaluated together by `torch.vmap`; (B, in) to (K, B, out).
+    """K networks of any kind, each with its own weights, evaluated by `torch.vmap`; (B, in) to (K, B, out).
 
     For a user's own critic network; `EnsembleMLP` is the faster equivalent for multilayer perceptrons.
     """
@@ -84,7 +85,7 @@ class Ensemble(nn.Module):
         super().__init__()
         self.members = members
         networks = [make() for _ in range(members)]
-        parameters, buffers = stack_module_state(networks)  # type: ignore[arg-type]
+        parameters, buffers = stack_module_state(networks)
         self._names = {name.replace(".", "/"): name for name in [*parameters, *buffers]}  # a module's names hold no "."
         for name, value in parameters.items():
             self.register_parameter(name.replace(".", "/"), nn.Parameter(value.detach()))

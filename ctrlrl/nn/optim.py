@@ -24,9 +24,17 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, parameters: Sequence
     optimizer.step()
 
 
+@torch.no_grad()
+def polyak(targets: Sequence[Tensor], sources: Sequence[Tensor], tau: float) -> None:
+    """targets += tau * (sources - targets), all in one call."""
+    torch._foreach_lerp_(list(targets), list(sources), tau)
+
+
 def adam_state(optimizer: torch.optim.Adam) -> list[dict[str, Tensor]]:
     """Step counts and moments, one dict per parameter; empty before the first step."""
-    return [dict(optimizer.state[p]) for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
+    return [
+        dict(optimizer.state[p]) for group in optimizer.param_groups for p in group["params"] if p in optimizer.state
+    ]
 
 
 def load_adam_state(optimizer: torch.optim.Adam, state: Sequence[dict[str, Any]]) -> None:

@@ -74,7 +74,7 @@ class ActionScaling(nn.Module):
 
     def to_environment(self, unit: Tensor) -> Tensor:
         """(..., A) in [-1, 1] to (..., *shape) within the bounds, which rounding alone could miss."""
-        unit = unit.unflatten(-1, self.low.shape)
+        unit = unit.reshape(*unit.shape[:-1], *self.low.shape)
         return (self.low + (unit + 1) * ((self.high - self.low) / 2)).clamp(self.low, self.high)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -29,15 +29,22 @@ class Batch:
 
     def __getitem__(self, g: int) -> Batch:
         """The batch [B, ...] of gradient step `g`."""
-        parts = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            parts[f.name] = value[g] if f.name in _TENSORS else map_obs(lambda t: t[g], value)
-        return Batch(**parts)
+
+        def part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value[g] for name, value in tensors.items()}
+
+        return Batch(
+            obs=map_obs(lambda t: t[g], self.obs),
+            action=self.action[g],
+            reward=self.reward[g],
+            discount=self.discount[g],
+            next_obs=map_obs(lambda t: t[g], self.next_obs),
+            end=self.end[g],
+            index=self.index[g],
+            extras=part(self.extras),
+            next_extras=part(self.next_extras),
+        )
 
     def __len__(self) -> int:
         """G of a batch [G, B, ...]."""
         return len(self.reward)
-
-
-_TENSORS = {"action", "reward", "discount", "end", "index"}

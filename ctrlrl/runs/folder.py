@@ -14,7 +14,7 @@ from safetensors.torch import save as to_safetensors
 
 from ctrlrl.errors import UsageError
 from ctrlrl.replay.buffer import ReplayBuffer
-from ctrlrl.runs.checkpoint import load_checkpoint, save_checkpoint
+from ctrlrl.runs.checkpoint import save_checkpoint
 from ctrlrl.runs.files import full_disk_explained, remove_leftovers, sha256, write_atomically, write_json
 
 
@@ -158,7 +158,9 @@ class RunFolder:
             path = self.replay / segment["file"]
             if not path.is_file() or sha256(path) != segment["sha256"]:
                 state = "altered or truncated" if path.is_file() else "missing"
-                raise UsageError(f"replay segment {path} is {state}; restore it from a copy: the run cannot go on without")
+                raise UsageError(
+                    f"replay segment {path} is {state}; restore it from a copy: the run cannot go on without"
+                )
             try:
                 rows = load_file(path)
             except SafetensorError as error:

@@ -52,7 +52,7 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         # What an earlier session wrote after the checkpoint it is resumed from is hidden by purge_step.
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, record: Record) -> None:
         step, kind = record["step"], record["kind"]
@@ -68,12 +68,12 @@ class TensorBoard:
         else:
             return
         for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
         if kind == "eval":
-            self._writer.flush()  # type: ignore[no-untyped-call]
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 def _mean(values: list[float]) -> float:

@@ -1,23 +1,24 @@
 """Plots of runs as inline SVG. They take their ink from the page, so they read well on light and on dark.
 
 Colours are fixed here and written as CSS variables with the light colour as fallback: `currentColor` for ink,
-`var(--grid)`, and `var(--series-0)` onwards, which the page sets for each scheme. Text stays text. Ids are prefixed with
-the plot's name, so that many plots fit in one page; the same input gives the same bytes.
+`var(--grid)`, and `var(--series-0)` onwards, which the page sets for each scheme. Text stays text. Ids are prefixed
+with the plot's name, so that many plots fit in one page; the same input gives the same bytes.
 """
 
 from __future__ import annotations
 
 import html
 import io
+import itertools
 import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -32,7 +33,7 @@ _MAX_POINTS = 2000
 _MAX_DOTS = 800
 _TICKS = [1, 2, 2.5, 5, 10]
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": _INK,
     "axes.facecolor": "none",
@@ -113,7 +114,7 @@ def short_number(value: float) -> str:
 
 def plain_number(value: float) -> str:
     """`value` as in a table, to four digits: 4,521, 731.2, -0.05."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"
 
 
 def downsample(series: Series, limit: int = _MAX_POINTS) -> Series:
@@ -123,7 +124,7 @@ def downsample(series: Series, limit: int = _MAX_POINTS) -> Series:
         return series
     edges = np.linspace(0, count, limit // 2 + 1).astype(int)
     kept: set[int] = set()
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in itertools.pairwise(edges):
         stretch = series.values[start:stop]
         if np.isfinite(stretch).any():
             kept |= {start + int(np.nanargmin(stretch)), start + int(np.nanargmax(stretch))}
@@ -193,9 +194,8 @@ def comparison_curves(name: str, groups: Sequence[GroupCurve], threshold: float 
             axes.fill_between(group.grid, group.low, group.high, color=color, alpha=0.16, linewidth=0)
             axes.plot(group.grid, group.iqm, color=color, linestyle=dashes, linewidth=2, label=_legend(group.label))
         if threshold is not None:
-            dashes = (0, (4, 3))
             label = f"threshold: {plain_number(threshold)}"
-            axes.axhline(threshold, color=_INK, linewidth=0.8, linestyle=dashes, alpha=0.6, label=label)
+            axes.axhline(threshold, color=_INK, linewidth=0.8, linestyle=(0, (4, 3)), alpha=0.6, label=label)
         return _svg(figure, axes, name, "Evaluation return over environment steps, by group")
 
 
@@ -295,7 +295,7 @@ def _svg(figure: Figure, axes: Axes, name: str, description: str, *, title: bool
     with warnings.catch_warnings():
         # The browser draws the text with its own fonts; that matplotlib's lacks a glyph matters to nobody.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return _inline(buffer.getvalue(), name, description)
 
 

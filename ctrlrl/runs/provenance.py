@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from ctrlrl.envs.spaces import space_to_json
 from ctrlrl.envs.vector import VectorEnv
+from ctrlrl.envs.worker import describe_action_space, describe_observation_space
 
 _PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "safetensors")
 
@@ -49,12 +49,14 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
 
 def describe_environment(env: VectorEnv) -> dict[str, Any]:
     """Name, spaces (for people, and to make the policy again without the environment) and control period."""
+    observation = describe_observation_space(env.observation_space, env.name)
+    action = describe_action_space(env.action_space, env.name)
     return {
         "name": env.name,
         "observation_space": str(env.observation_space),
         "action_space": str(env.action_space),
         "control_dt": env.control_dt,
-        "spaces": {"observation": space_to_json(env.observation_space), "action": space_to_json(env.action_space)},
+        "spaces": {"observation": observation, "action": action},
     }
 
 
@@ -65,7 +67,8 @@ def describe_source() -> dict[str, Any] | None:
         return None
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10).stdout
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout
 
     try:
         return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}

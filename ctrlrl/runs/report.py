@@ -21,11 +21,15 @@ from markupsafe import Markup
 
 from ctrlrl.errors import UsageError
 from ctrlrl.runs import plots
+from ctrlrl.runs.files import write_atomically
 from ctrlrl.runs.plots import EvaluationCurve, GroupCurve, Series, plain_number
 from ctrlrl.runs.statistics import Floats, align_curves, iqm, mean_interval, stratified_bootstrap, time_to_threshold
 
-_NOT_LEARNING = frozenset({"seed", "steps", "device", "eval_every", "eval_episodes", "checkpoint_every"})
-"""Settings in which runs of one group may differ: which run it is, how long, where, and how closely it is watched."""
+_NOT_LEARNING = frozenset(
+    {"seed", "steps", "out", "preset", "device", "threads", "env_python", "worker_timeout"}
+    | {"video", "log_every", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints"}
+)
+"""Settings in which runs of one group may differ: which run it is, how long, where, how closely watched."""
 _EMBEDDED_BYTES = 32 * 2**20
 """Videos are embedded up to this many bytes in all; further ones are named, so that the page still opens on a phone."""
 
@@ -96,7 +100,7 @@ class RunRecord:
     seconds: float
     """Training time, summed over sessions."""
     unreadable: int
-    """Lines of metrics.jsonl that are no record: a write was cut off."""
+    """Lines of the two files that are no record: a write was cut off."""
     superseded: int
     """Records of steps that were lost with a killed session and done again."""
 
@@ -161,17 +165,19 @@ def load_run(path: str | Path) -> RunRecord:
         inside = sorted(child.parent.name for child in folder.glob("*/config.json"))
         hint = f" It holds run folders: {', '.join(inside[:4])}. Give those: {folder}/*" if inside else ""
         raise UsageError(f"{folder} is not a run folder: it has no {', no '.join(missing)}.{hint}")
-    config, provenance = _read_json(folder / "config.json"), _read_json(folder / "provenance.json")
+    config, provenance = _read_json(folder / "config.json"), _without_nulls(_read_json(folder / "provenance.json"))
     absent = [key for key in ("algo", "env") if key not in config]
     if absent:
         raise UsageError(f"{folder / 'config.json'} has no {' and no '.join(map(repr, absent))}: no run wrote this")
-    status = _read_json(folder / "status.json") if (folder / "status.json").is_file() else {}
+    status = _without_nulls(_read_json(folder / "status.json")) if (folder / "status.json").is_file() else {}
     # From step 0 on every step was new; only a later session can have done steps again.
     starts = [int(one.get("from_step", 0)) for one in provenance.get("sessions", [])]
     lines = _Lines([start for start in starts if start > 0])
-    with (folder / "metrics.jsonl").open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            lines.add(line)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        if (folder / name).is_file():
+            with (folder / name).open(encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    lines.add(line)
     return RunRecord(
         path=folder,
         config=config,
@@ -191,7 +197,7 @@ def load_run(path: str | Path) -> RunRecord:
 
 
 class _Lines:
-    """Collects metrics.jsonl line by line."""
+    """Collects the records of metrics.jsonl and evaluations.jsonl line by line."""
 
     def __init__(self, session_starts: list[int]) -> None:
         self.train: list[tuple[int, dict[str, Any]]] = []
@@ -208,9 +214,9 @@ class _Lines:
     def add(self, line: str) -> None:
         try:
             record = json.loads(line)
-            step, seconds = int(record["step"]), float(record["time"])
+            step, seconds = int(record["step"]), float(record.get("time", 0))
             self._add(record["kind"], step, seconds, record)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             self.unreadable += 1
             return
         if record.get("checkpoint", "current") == "current":
@@ -218,7 +224,7 @@ class _Lines:
 
     def _add(self, kind: str, step: int, seconds: float, record: dict[str, Any]) -> None:
         if kind == "train":
-            rates = {key: record[key] for key in ("steps_per_s", "updates_per_s") if key in record}
+            rates: dict[str, Any] = {key: record[key] for key in ("steps_per_s", "updates_per_s") if key in record}
             self._rewind(self.train, step)
             self.train.append((step, {**record["metrics"], **rates}))
         elif kind == "episode":
@@ -282,7 +288,7 @@ def _videos(folder: Path) -> list[Video]:
     videos = []
     for path in sorted(folder.glob("*.mp4")):
         sidecar = path.with_suffix(".json")
-        videos.append(Video(path=path, facts=_read_json(sidecar) if sidecar.is_file() else {}))
+        videos.append(Video(path=path, facts=_without_nulls(_read_json(sidecar)) if sidecar.is_file() else {}))
     return sorted(videos, key=lambda one: (one.facts.get("checkpoint") != "best", -int(one.facts.get("step", 0))))
 
 
@@ -294,6 +300,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f"{path} holds a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` less the entries that are null: in what describes a run, unknown and absent are the same."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 # ---- One run --------------------------------------------------------------------------------------------------------
@@ -324,7 +337,9 @@ def write_report(run_dir: str | Path) -> Path:
         commands=_commands(run),
         provenance=_provenance_rows(run.provenance),
     )
-    return _write_atomically(run.path / "report.html", page)
+    path = run.path / "report.html"
+    write_atomically(path, page.encode())
+    return path
 
 
 def _evaluation_curve(run: RunRecord) -> EvaluationCurve:
@@ -525,7 +540,8 @@ def write_comparison(run_dirs: Sequence[str | Path], out: str | Path, *, thresho
         shown=_shown,
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    return _write_atomically(target, page)
+    write_atomically(target, page.encode())
+    return target
 
 
 def console_summary(run_dirs: Sequence[str | Path]) -> str:
@@ -539,7 +555,7 @@ def console_summary(run_dirs: Sequence[str | Path]) -> str:
         return "\n".join([*_summary_of_one(runs[0]), *notes])
     lines = []
     for one in _compare(runs, None):
-        at = "no step in common" if one.last_common is None else f"at step {one.last_common:,.0f}"
+        at = "(no step in common)" if one.last_common is None else f"at step {one.last_common:,.0f}"
         lines.append(f"{one.env}: IQM of the evaluation return {at}, 95 % interval over seeds")
         width = max(len(group.label) for group in one.groups)
         for group in one.groups:
@@ -572,10 +588,12 @@ def _load_all(run_dirs: Sequence[str | Path]) -> tuple[list[RunRecord], list[str
     """Every folder once, and notes about those given twice."""
     if not run_dirs:
         raise UsageError("a report needs at least one run folder, got none: ctrlrl report RUN [RUN ...]")
-    unique = {Path(path).resolve(): Path(path) for path in reversed(run_dirs)}
+    unique: dict[Path, Path] = {}
+    for path in map(Path, run_dirs):
+        unique.setdefault(path.resolve(), path)
     repeated = len(run_dirs) - len(unique)
     notes = [f"{repeated} of the folders given are repetitions of another and count once."] if repeated else []
-    return [load_run(path) for path in reversed(unique.values())], notes
+    return [load_run(path) for path in unique.values()], notes
 
 
 def _compare(runs: Sequence[RunRecord], threshold: float | None) -> list[EnvComparison]:
@@ -605,8 +623,8 @@ def _compare_env(env: str, runs: Sequence[RunRecord], threshold: float | None) -
     for label, members in labelled:
         rows = [_run_row(run, label, grid, aligned, threshold, run.path in counted) for run in members]
         groups.append(_group(label, rows, aligned))
-    if 1 <= min(group.seeds for group in groups) < 5:
-        notes.append("With fewer than five seeds an interval over seeds is a rough guess, and mostly too narrow.")
+    if any(group.seeds < 5 for group in groups):
+        notes.append("With fewer than five seeds an interval over seeds is mostly too narrow; one seed gives none.")
     return EnvComparison(
         env=env,
         groups=groups,
@@ -619,7 +637,7 @@ def _compare_env(env: str, runs: Sequence[RunRecord], threshold: float | None) -
 
 
 def _label_groups(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]]:
-    """Runs of one environment by algorithm and settings; where an algorithm has several settings, the label says which."""
+    """Runs of one environment by algorithm and settings; the label tells apart the settings of one algorithm."""
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
         groups.setdefault(json.dumps(_settings(run), sort_keys=True), []).append(run)
@@ -650,7 +668,7 @@ def _independent(label: str, members: Sequence[RunRecord], notes: list[str]) -> 
         if not run.evaluations:
             notes.append(f"{run.path.name} has no evaluation yet and is left out of the figures.")
             continue
-        key = _text(run.seed)
+        key = str(run.path) if run.seed is None else _text(run.seed)
         rival = longest.get(key)
         if rival is None:
             longest[key] = run
@@ -670,10 +688,11 @@ def _notes_on_lengths(runs: Sequence[RunRecord], grid: Floats) -> list[str]:
     if len(lasts) < 2:
         return []
     shortest = min(runs, key=lambda run: run.evaluations[-1].step)
-    return [
+    note = (
         f"The runs differ in length. Figures over seeds compare them at step {grid[-1]:,.0f}, the last that all were "
         f"evaluated up to; {shortest.path.name} ({shortest.state}) sets it. Leave it out to compare the others further."
-    ]
+    )
+    return [note]
 
 
 def _default_threshold(runs: Sequence[RunRecord]) -> tuple[float | None, str]:
@@ -747,7 +766,7 @@ def _differences(groups: Sequence[tuple[str, list[RunRecord]]]) -> list[tuple[st
 
 
 def _comparable(run: RunRecord) -> dict[str, Any]:
-    flat = {key: value for key, value in _flatten(run.config).items() if key not in ("seed", "env")}
+    flat = {key: value for key, value in _flatten(run.config).items() if key not in ("seed", "env", "out")}
     hardware, git = run.provenance.get("hardware") or {}, run.provenance.get("git") or {}
     packages = run.provenance.get("packages") or {}
     flat |= {"ctrlrl version": run.provenance.get("ctrlrl"), "commit": git.get("commit")}
@@ -813,13 +832,3 @@ def _date(text: str) -> str:
         return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M")
     except ValueError:
         return text
-
-
-def _write_atomically(path: Path, text: str) -> Path:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path

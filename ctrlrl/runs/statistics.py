@@ -103,14 +103,14 @@ def mean_interval(returns: npt.ArrayLike, confidence: float = 0.95) -> tuple[flo
         confidence: in (0, 1).
 
     Returns:
-        (low, high); both NaN for n < 2, which says nothing about the spread.
+        (low, high); both NaN for n < 2, which says nothing about the spread, and where a return is not finite.
 
     Raises:
         UsageError: a confidence outside (0, 1).
     """
     _check_confidence(confidence)
     values = np.asarray(returns, dtype=np.float64)
-    if len(values) < 2:
+    if len(values) < 2 or not np.isfinite(values).all():
         return math.nan, math.nan
     mean = float(values.mean())
     half = student_t(len(values) - 1, confidence) * float(values.std(ddof=1)) / math.sqrt(len(values))

@@ -132,7 +132,8 @@ def random_actions(space: gym.Space[Any], n: int, generator: torch.Generator) ->
     if isinstance(space, gym.spaces.Discrete):
         return torch.randint(int(space.n), (n,), generator=generator) + int(space.start)
     if isinstance(space, gym.spaces.MultiDiscrete):
-        return (torch.rand(n, *space.shape, generator=generator) * torch.as_tensor(space.nvec)).long()
+        unit = torch.rand(n, *space.shape, generator=generator, dtype=torch.float64)
+        return (unit * torch.as_tensor(space.nvec)).long() + torch.as_tensor(space.start)
     raise UsageError(f"cannot draw random actions from {space}")
 
 

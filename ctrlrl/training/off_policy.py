@@ -1,7 +1,7 @@
 """The off-policy loop: collect, update, evaluate, checkpoint.
 
 One iteration is one control step in each of N environments followed by the gradient updates it pays for. Everything
-between two iterations is consistent and can be saved; a run that goes on from a checkpoint does what it would have done.
+between two iterations is consistent and can be saved; a run that goes on from there does what it would have done.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ class OffPolicyLoop:
     def _require_finite(self, agent: dict[str, Any] | None = None) -> None:
         """Raise unless all losses since the last record (and the weights of `agent`) are finite."""
         suspects = self._sums if agent is None else self._sums | pack(agent)[0]
-        bad = [name for name, value in suspects.items() if not bool(torch.isfinite(value).all())]
+        bad = [name.strip("/") for name, value in suspects.items() if not bool(torch.isfinite(value).all())]
         if not bad:
             return
         post_mortem = save_checkpoint(
@@ -191,7 +191,7 @@ class OffPolicyLoop:
         go_on = f"The last good checkpoint is {last[-1]}. " if last else "No checkpoint had been written yet. "
         raise NonFiniteError(
             f"training became non-finite within the last {CHECK_EVERY} updates before update {self.updates:,} "
-            f"(step {self.env_steps:,}): {', '.join(name.strip("/") for name in bad[:4])}. {go_on}"
+            f"(step {self.env_steps:,}): {', '.join(bad[:4])}. {go_on}"
             "Try a smaller --agent.critic-lr and --agent.actor-lr, --agent.layer-norm, or rewards of a smaller scale. "
             f"Weights and the last batches' indices: {post_mortem}"
         )

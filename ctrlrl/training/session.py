@@ -18,7 +18,7 @@ from ctrlrl.algorithms.agent import OffPolicyAgent
 from ctrlrl.algorithms.registry import ALGORITHMS, find_algorithm, train_config_class
 from ctrlrl.config import OffPolicyConfig, changed_fields
 from ctrlrl.envs.make import make_env
-from ctrlrl.envs.spaces import space_from_json
+from ctrlrl.envs.spaces import build_space
 from ctrlrl.envs.vector import EnvState, VectorEnv
 from ctrlrl.errors import CtrlrlError, Interrupted, UsageError
 from ctrlrl.nn.encoder import EncoderFactory
@@ -171,7 +171,9 @@ def resume(
     done = state["loop"]["env_steps"]
     if steps is not None:
         if steps < done:
-            raise UsageError(f"{folder.path} has done {done:,} steps already; --steps must be at least that, got {steps}")
+            raise UsageError(
+                f"{folder.path} has done {done:,} steps already; --steps must be at least that, got {steps}"
+            )
         config = replace(config, steps=steps)
     provenance = folder.read_json("provenance")
     _require_objects(provenance, env=env, network=network, encoder=encoder)
@@ -222,8 +224,8 @@ def load(
     state = load_checkpoint(folder.find_checkpoint(checkpoint))
     spaces = provenance["environment"]["spaces"]
     agent = find_algorithm(algo).load_agent_class()(
-        space_from_json(spaces["observation"]),
-        space_from_json(spaces["action"]),
+        build_space(spaces["observation"]),
+        build_space(spaces["action"]),
         config.agent,  # type: ignore[attr-defined]
         device=device,
         **_given(network=network, encoder=encoder),
@@ -516,7 +518,9 @@ def _read_config(folder: RunFolder) -> tuple[str, OffPolicyConfig]:
     algo = data.pop("algo", None)
     data.pop("preset", None)
     if algo not in ALGORITHMS:
-        raise UsageError(f"{folder.path / 'config.json'} names the algorithm {algo!r}, which this version does not have")
+        raise UsageError(
+            f"{folder.path / 'config.json'} names the algorithm {algo!r}, which this version does not have"
+        )
     return algo, train_config_class(algo).from_dict(data, source=str(folder.path / "config.json"))
 
 

@@ -1,0 +1,372 @@
+"""Gymnasium environments stepped in this process: `GymnasiumVector`, and `GymnasiumVectorAdapter` for vector ones."""
+
+from __future__ import annotations
+
+import traceback
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TypeVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+from ctrlrl.envs.spaces import build_space
+from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds
+from ctrlrl.envs.worker import (
+    EnvironmentRaised,
+    Host,
+    Refused,
+    Slot,
+    control_dt,
+    describe,
+    describe_action_space,
+    describe_observation_space,
+    flatten_dict_space,
+    layout,
+    map_arrays,
+    place,
+)
+from ctrlrl.errors import CtrlrlError, EnvironmentFailure, UsageError, nearest
+from ctrlrl.tree import Obs, map_obs, obs_to
+
+Array = np.ndarray[Any, Any]
+T = TypeVar("T")
+
+
+def usage_error(refused: Refused) -> UsageError:
+    """What the user is told of a `Refused`: its message, and the names that are near."""
+    return UsageError(str(refused) + (nearest(refused.word, refused.known) if refused.word else ""))
+
+
+def seed_per_env(seed: int | Sequence[int] | None, num_envs: int) -> list[int | None]:
+    """What `VectorEnv.reset` takes, as one seed per environment; raises UsageError where the number is not theirs."""
+    if seed is None:
+        return [None] * num_envs
+    if isinstance(seed, (int, np.integer)):
+        return list(derive_seeds(int(seed), num_envs))
+    if len(seed) != num_envs:
+        raise UsageError(f"reset takes one seed, or {num_envs}, one per environment; got {len(seed)}")
+    return [int(value) for value in seed]
+
+
+class ActionBuffer:
+    """The (N, ...) array that environments read their actions from; what is written is clipped to the bounds.
+
+    A Box keeps its dtype, Discrete and MultiDiscrete are int64 and carry values as the environment counts them.
+    """
+
+    def __init__(self, space: gym.Space[Any], array: Array) -> None:
+        self.array = array
+        self.tensor = torch.from_numpy(array)
+        self._bounds: tuple[Tensor, Tensor] | None = None
+        if isinstance(space, gym.spaces.Box):
+            self._bounds = torch.from_numpy(space.low.copy()), torch.from_numpy(space.high.copy())
+
+    def write(self, action: Tensor) -> None:
+        """Take `action` (N, ...); raises UsageError on another shape, or fractions where the space counts."""
+        if action.shape != self.tensor.shape:
+            raise UsageError(f"step takes actions of shape {tuple(self.tensor.shape)}, got {tuple(action.shape)}")
+        if action.is_floating_point() and not self.tensor.is_floating_point():
+            raise UsageError(f"step takes actions of dtype {self.tensor.dtype}, got {action.dtype}")
+        self.tensor.copy_(action.detach())
+        if self._bounds is not None:
+            torch.clamp(self.tensor, *self._bounds, out=self.tensor)
+
+
+class HostedVector(VectorEnv):
+    """What the backends share that step single environments through `worker.Host`: buffers, seeds, failures.
+
+    The tensors are views of the arrays that the hosts write to, allocated once; on another device than the CPU, copies.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        description: dict[str, Any],
+        arrays: dict[str, Array],
+        num_envs: int,
+        device: torch.device | str,
+    ) -> None:
+        self.name = name
+        self.num_envs = num_envs
+        self.device = torch.device(device)
+        self.observation_space = build_space(description["observation"])
+        self.action_space = build_space(description["action"])
+        self.control_dt = description["control_dt"]
+        self._action = ActionBuffer(self.action_space, arrays["action"])
+        self._tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        self._success = arrays["success"]
+        self._knows_success = False
+        self._valid = torch.ones(num_envs, dtype=torch.bool, device=self.device)
+        self._failure: EnvironmentFailure | None = None
+
+    def reset(self, seed: int | Sequence[int] | None = None) -> Obs:
+        self._require_health()
+        self._reset(seed_per_env(seed, self.num_envs))
+        return self._observation("obs/")
+
+    def step(self, action: Tensor) -> Step:
+        self._require_health()
+        self._action.write(action)
+        self._step()
+        self._knows_success = self._knows_success or not np.isnan(self._success).all()
+        return Step(
+            obs=self._observation("obs/"),
+            action=self._on_device("action"),
+            reward=self._on_device("reward"),
+            terminated=self._on_device("terminated"),
+            truncated=self._on_device("truncated"),
+            final_obs=self._observation("final/"),
+            valid=self._valid,
+            log={"success": self._on_device("success")} if self._knows_success else {},
+        )
+
+    def set_state(self, state: EnvState) -> tuple[Obs, list[str | None]]:
+        self._require_health()
+        if len(state.json) != self.num_envs:
+            raise UsageError(
+                f"{self.name}: the state saved is of {len(state.json)} environments, these are {self.num_envs}; "
+                "make as many as before to go on from it"
+            )
+        reasons = self._set_state(state)
+        return self._observation("obs/"), reasons
+
+    @abstractmethod
+    def _reset(self, seeds: list[int | None]) -> None: ...
+
+    @abstractmethod
+    def _step(self) -> None: ...
+
+    @abstractmethod
+    def _set_state(self, state: EnvState) -> list[str | None]: ...
+
+    def _observation(self, kind: str) -> Obs:
+        if isinstance(self.observation_space, gym.spaces.Dict):
+            return {name: self._on_device(kind + name) for name in self.observation_space.spaces}
+        return self._on_device(kind)
+
+    def _on_device(self, key: str) -> Tensor:
+        return self._tensors[key].to(self.device)
+
+    def _fail(self, failure: EnvironmentFailure, cause: BaseException | None = None) -> NoReturn:
+        """Raise `failure` now and at every further step: what the environments hold is no longer of one moment."""
+        self._failure = failure
+        raise failure from cause
+
+    def _require_health(self) -> None:
+        if self._failure is not None:
+            raise EnvironmentFailure(f"{self.name} has failed before and must be made anew. {self._failure}")
+
+
+class GymnasiumVector(HostedVector):
+    """N Gymnasium environments, stepped one after the other in this process.
+
+    Rewards are float32; observations and Box actions keep their dtype; `log["success"]` is float32. Observations and
+    rewards are passed on as they are, finite or not.
+    """
+
+    def __init__(
+        self,
+        makers: Sequence[Callable[[], gym.Env[Any, Any]]],
+        *,
+        name: str | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Make the environments, one from each of `makers`.
+
+        Raises:
+            UsageError: an environment cannot be made or has spaces that are not supported.
+            EnvironmentFailure: making an environment raised something else.
+        """
+        envs: list[gym.Env[Any, Any]] = []
+        try:
+            for maker in makers:
+                envs.append(maker())
+            name = name or (envs[0].spec.id if envs[0].spec is not None else type(envs[0].unwrapped).__name__)
+            slots = [Slot(env, name) for env in envs]
+            description = describe(slots, name)
+        except BaseException as error:
+            for env in envs:
+                env.close()
+            if isinstance(error, Refused):
+                raise usage_error(error) from error
+            if isinstance(error, CtrlrlError) or not isinstance(error, Exception):
+                raise
+            raise EnvironmentFailure(
+                f"{name or 'the environment'} cannot be made:\n{traceback.format_exc()}"
+            ) from error
+        arrays = layout(description, len(slots))
+        buffers = map_arrays(arrays, bytearray(place(arrays)[1]))
+        super().__init__(name, description, buffers, len(slots), device)
+        self._host = Host(slots, buffers)
+        self._renders = slots[0].env.render_mode == "rgb_array"
+        self._closed = False
+
+    def get_state(self) -> EnvState:
+        states = self._host.get_state()
+        return EnvState([json for json, _ in states], [arrays for _, arrays in states])
+
+    def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        if not self._renders:
+            raise UsageError(f"{self.name} was made without pictures; make it with render=True")
+        return self._guarded(self._host.render)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._host.close()
+
+    def _reset(self, seeds: list[int | None]) -> None:
+        self._guarded(lambda: self._host.reset(seeds))
+
+    def _step(self) -> None:
+        self._guarded(self._host.step)
+
+    def _set_state(self, state: EnvState) -> list[str | None]:
+        pairs = list(zip(state.json, state.arrays, strict=True))
+        return self._guarded(lambda: self._host.set_state(pairs))
+
+    def _guarded(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except Refused as error:
+            raise usage_error(error) from error
+        except EnvironmentRaised as error:
+            self._fail(EnvironmentFailure(f"{self.name}: environment {error.row} raised:\n{error}"), error.__cause__)
+
+
+class GymnasiumVectorAdapter(VectorEnv):
+    """A `gymnasium.vector.VectorEnv` that the user made, with any of Gymnasium's three autoreset modes.
+
+    - `NEXT_STEP`: after an end, `obs` is the terminal observation; whatever is done there is ignored, and the row of
+      the next step, which only resets, has `valid` False, reward zero and no flags (`may_be_invalid` is True).
+    - `SAME_STEP`: the true next observation is taken from `info["final_obs"]`.
+    - `DISABLED`: rows that ended are reset here, with `options={"reset_mask": ...}`.
+
+    Its state cannot be saved.
+    """
+
+    def __init__(self, env: gym.vector.VectorEnv[Any, Any, Any], *, device: torch.device | str = "cpu") -> None:
+        """Wrap `env`; raises UsageError for spaces that are not supported and where the autoreset mode is not said."""
+        self.name = env.spec.id if env.spec is not None else type(env.unwrapped).__name__
+        self.num_envs = env.num_envs
+        self.device = torch.device(device)
+        self._env = env
+        try:
+            self._mode = AutoresetMode((env.metadata or {}).get("autoreset_mode"))
+        except ValueError as error:
+            raise UsageError(
+                f"{self.name}: the vector environment does not say how it resets environments that end. Set its "
+                'metadata["autoreset_mode"] to the member of gymnasium.vector.AutoresetMode that it keeps to.'
+            ) from error
+        self.may_be_invalid = self._mode is AutoresetMode.NEXT_STEP
+        try:
+            self.observation_space = build_space(describe_observation_space(env.single_observation_space, self.name))
+            self.action_space = build_space(describe_action_space(env.single_action_space, self.name))
+        except Refused as error:
+            raise usage_error(error) from error
+        self.control_dt = control_dt(env)
+        self._paths = list(flatten_dict_space(env.single_observation_space))
+        shape = (self.num_envs, *(self.action_space.shape or ()))
+        self._action = ActionBuffer(self.action_space, np.zeros(shape, self.action_space.dtype))
+        self._ended = np.zeros(self.num_envs, np.bool_)
+        self._knows_success = False
+        self._closed = False
+
+    def reset(self, seed: int | Sequence[int] | None = None) -> Obs:
+        seeds: Any = None if seed is None else seed_per_env(seed, self.num_envs)
+        if seed is not None and not isinstance(
+            self._env.unwrapped, (gym.vector.SyncVectorEnv, gym.vector.AsyncVectorEnv)
+        ):
+            # Gymnasium's contract gives other vector environments one number, from which they seed their rows.
+            if not isinstance(seed, (int, np.integer)):
+                raise UsageError(f"{self.name}: this vector environment takes one seed, not one per environment")
+            seeds = int(seed)
+        self._ended[:] = False
+        return obs_to(self._read(self._env.reset(seed=seeds)[0]), self.device)
+
+    def step(self, action: Tensor) -> Step:
+        self._action.write(action)
+        raw, reward, terminated, truncated, info = self._env.step(self._action.array.copy())
+        terminated, truncated = np.array(terminated, np.bool_), np.array(truncated, np.bool_)
+        reward, obs = np.array(reward, np.float32), self._read(raw)
+        valid = np.ones(self.num_envs, np.bool_)
+        if self._mode is AutoresetMode.NEXT_STEP:
+            valid &= ~self._ended
+            reward[~valid] = 0.0
+            terminated &= valid
+            truncated &= valid
+        success = self._read_success(info)
+        success[~valid] = np.nan
+        self._ended = terminated | truncated
+        final_obs = map_obs(torch.clone, obs)
+        if self._ended.any():
+            if self._mode is AutoresetMode.SAME_STEP:
+                self._write_final(final_obs, info["final_obs"])
+            elif self._mode is AutoresetMode.DISABLED:
+                obs = self._read(self._env.reset(options={"reset_mask": self._ended.copy()})[0])
+        self._knows_success = self._knows_success or not np.isnan(success).all()
+        return Step(
+            obs=obs_to(obs, self.device),
+            action=self._action.tensor.to(self.device, copy=True),
+            reward=self._tensor(reward),
+            terminated=self._tensor(terminated),
+            truncated=self._tensor(truncated),
+            final_obs=obs_to(final_obs, self.device),
+            valid=self._tensor(valid),
+            log={"success": self._tensor(success)} if self._knows_success else {},
+        )
+
+    def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        if self._env.render_mode != "rgb_array":
+            raise UsageError(f"{self.name} was made without pictures; make it with render_mode='rgb_array'")
+        frames = self._env.render()
+        if frames is None:
+            raise UsageError(f"{self.name} gave no picture")
+        return np.asarray(frames[0], np.uint8)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._env.close()
+
+    def _tensor(self, values: Array) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+    def _read(self, raw: Any) -> Obs:
+        """A batch of observations as Gymnasium gives it, as our own copy (CPU)."""
+        if not isinstance(self.observation_space, gym.spaces.Dict):
+            return torch.from_numpy(np.array(raw, self.observation_space.dtype))
+        return {
+            ".".join(path): torch.from_numpy(
+                np.array(_at_path(raw, path), self.observation_space[".".join(path)].dtype)
+            )
+            for path in self._paths
+        }
+
+    def _write_final(self, final_obs: Obs, finals: Any) -> None:
+        """Put the rows that ended, from Gymnasium's array of objects, into `final_obs`."""
+        for row in np.flatnonzero(self._ended):
+            for path in self._paths:
+                target = final_obs[".".join(path)] if isinstance(final_obs, dict) else final_obs
+                target.numpy()[row] = _at_path(finals[row], path)
+
+    def _read_success(self, info: dict[str, Any]) -> Array:
+        """(N,) float32: what each environment said of its success, NaN where it said nothing."""
+        success = np.full(self.num_envs, np.nan, np.float32)
+        # An environment that was reset within the step says what it has to say in `final_info`.
+        for source in (info, info.get("final_info", {})):
+            for key in ("success", "is_success"):
+                if isinstance(source, dict) and key in source:
+                    said = np.asarray(source.get(f"_{key}", np.ones(self.num_envs, np.bool_)))
+                    success[said] = np.asarray(source[key], np.float32)[said]
+        return success
+
+
+def _at_path(value: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value

@@ -1,0 +1,167 @@
+"""Making vector environments from what a user names or passes, and listing those there are.
+
+Importing this file does not import torch, so that the command line answers at once; the backends are imported when an
+environment is made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import gymnasium as gym
+
+from ctrlrl.envs.worker import EXTRAS, build_env, family_of, newest_versions
+from ctrlrl.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from ctrlrl.envs.vector import VectorEnv
+
+BACKENDS = ("auto", "gymnasium", "workers")
+
+
+@dataclass(frozen=True, slots=True)
+class EnvInfo:
+    """One environment that `make_env` knows by name."""
+
+    id: str
+    """What to pass to `make_env`."""
+    family: str
+    """`mujoco`, `classic_control`, ... for Gymnasium's own, else the namespace or package that registered it."""
+    installed: bool
+    """Whether the package that its family needs is there."""
+
+
+def make_env(
+    env: str | gym.Env[Any, Any] | Callable[[], gym.Env[Any, Any]] | gym.vector.VectorEnv[Any, Any, Any] | VectorEnv,
+    *,
+    num_envs: int = 1,
+    backend: str = "auto",
+    env_kwargs: dict[str, Any] | None = None,
+    env_python: str | os.PathLike[str] | None = None,
+    device: torch.device | str = "cpu",
+    render: bool = False,
+    worker_timeout: float = 60.0,
+) -> VectorEnv:
+    """`num_envs` environments behind the vector contract.
+
+    Args:
+        env: an id (`HalfCheetah-v5`, `module:ID`), an environment (one only), a function that makes one, a
+            `gymnasium.vector.VectorEnv`, or a `VectorEnv` of ours, which is returned as it is.
+        backend: `gymnasium` steps in this process, `workers` in worker processes (ids only); `auto` takes workers
+            where `env_python` is given, else this process.
+        env_kwargs: arguments of `gymnasium.make`; for ids only.
+        env_python: interpreter that runs the environments in worker processes; it needs numpy and Gymnasium only.
+        device: where the tensors lie. A `VectorEnv` of ours keeps its own.
+        render: give pictures of environment 0 through `render()`; for ids (others are made with a render mode).
+        worker_timeout: seconds that a step may take in a worker process.
+
+    Raises:
+        UsageError: says what was expected, what came and what to do.
+        EnvironmentFailure: the environment raised while being made.
+    """
+    from ctrlrl.envs.gymnasium_backend import GymnasiumVector, GymnasiumVectorAdapter
+    from ctrlrl.envs.vector import VectorEnv
+
+    if num_envs < 1:
+        raise UsageError(f"num_envs must be at least 1, got {num_envs}")
+    if backend not in BACKENDS:
+        raise UsageError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.{nearest(backend, BACKENDS)}")
+    if env_python is not None and backend == "gymnasium":
+        raise UsageError("backend 'gymnasium' steps in this process and cannot use env_python; use 'workers'")
+    workers = backend == "workers" or env_python is not None
+    render_headless()
+
+    if isinstance(env, str):
+        if workers:
+            from ctrlrl.envs.workers import WorkerVector
+
+            return WorkerVector(
+                env,
+                num_envs=num_envs,
+                env_kwargs=env_kwargs,
+                env_python=env_python,
+                device=device,
+                render=render,
+                timeout=worker_timeout,
+            )
+        makers = [functools.partial(build_env, env, env_kwargs or {}, render and row == 0) for row in range(num_envs)]
+        return GymnasiumVector(makers, name=env, device=device)
+
+    if workers:
+        raise UsageError(
+            f"worker processes make environments from an id, and got a {type(env).__name__}: register the environment "
+            "in a module with gymnasium.register and pass 'module:ID', or use backend='gymnasium'"
+        )
+    if env_kwargs:
+        raise UsageError(f"env_kwargs go with an id; make the {type(env).__name__} with these arguments instead")
+    if isinstance(env, (VectorEnv, gym.vector.VectorEnv)):
+        if env.num_envs != num_envs:
+            raise UsageError(f"the vector environment passed has {env.num_envs} environments, num_envs is {num_envs}")
+        return env if isinstance(env, VectorEnv) else GymnasiumVectorAdapter(env, device=device)
+    if isinstance(env, gym.Env):
+        if num_envs != 1:
+            raise UsageError(
+                f"one environment was passed and num_envs is {num_envs}: pass a function that makes one, or an id"
+            )
+        return GymnasiumVector([lambda: env], device=device)
+    if callable(env):
+        return GymnasiumVector([_checked(env)] * num_envs, device=device)
+    raise UsageError(
+        f"env must be an id, a gymnasium.Env, a function that makes one, or a vector environment; got {env!r}"
+    )
+
+
+def _checked(maker: Callable[[], gym.Env[Any, Any]]) -> Callable[[], gym.Env[Any, Any]]:
+    def make() -> gym.Env[Any, Any]:
+        env = cast(Any, maker())
+        if not isinstance(env, gym.Env):
+            raise UsageError(f"the function passed as env must return a gymnasium.Env, it returned {env!r}")
+        return env
+
+    return make
+
+
+def render_headless() -> None:
+    """Let MuJoCo draw without a display, through EGL where that is installed.
+
+    MuJoCo picks its way to draw when it is first imported, so this comes before any environment is made. Left alone it
+    would try to open a window, and fail where there is no display.
+    """
+    displayed = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if not sys.platform.startswith("linux") or displayed or "MUJOCO_GL" in os.environ:
+        return
+    try:
+        ctypes.CDLL("libEGL.so.1")
+    except OSError:
+        return
+    os.environ["MUJOCO_GL"] = "egl"
+
+
+def list_envs() -> list[EnvInfo]:
+    """The environments that are registered, each in its newest version, by family and name; makes none of them."""
+    infos = []
+    for env_id in newest_versions().values():
+        spec = gym.registry[env_id]
+        if not isinstance(spec.entry_point, str):
+            continue  # what Gymnasium has given up raises when called; a user's own class is known to the user
+        family = family_of(spec.entry_point)
+        if family is None:
+            package = spec.entry_point.partition(":")[0].partition(".")[0]
+            infos.append(EnvInfo(env_id, spec.namespace or package, _is_installed(package)))
+        else:
+            infos.append(EnvInfo(env_id, family, _is_installed(EXTRAS[family][0]) if family in EXTRAS else True))
+    return sorted(infos, key=lambda info: (info.family, info.id))
+
+
+@functools.cache
+def _is_installed(module: str) -> bool:
+    return module in sys.modules or importlib.util.find_spec(module) is not None

@@ -1,0 +1,25 @@
+"""Gymnasium spaces from the JSON-able descriptions that `worker.py` makes of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+
+def build_space(description: dict[str, Any]) -> gym.Space[Any]:
+    """The space that `describe_observation_space` or `describe_action_space` of `worker.py` described."""
+    match description["type"]:
+        case "Box":
+            shape, dtype = tuple(description["shape"]), np.dtype(description["dtype"])
+            low, high = (np.broadcast_to(np.asarray(description[key], dtype), shape) for key in ("low", "high"))
+            return gym.spaces.Box(low, high, shape, dtype.type)
+        case "Discrete":
+            return gym.spaces.Discrete(description["n"], start=description["start"])
+        case "MultiDiscrete":
+            return gym.spaces.MultiDiscrete(description["nvec"], start=description["start"])
+        case "Dict":
+            return gym.spaces.Dict({name: build_space(entry) for name, entry in description["entries"].items()})
+        case kind:
+            raise ValueError(f"unknown kind of space {kind!r}")
