@@ -115,7 +115,7 @@ class RunFolder:
         Older ones go, save those that a resumable checkpoint counts as its best: a resumed run may need them again.
         """
         path = save_checkpoint(self.checkpoints, f"best-{step:012d}", state)
-        kept = {path.name} | {state["best"]["checkpoint"] for state in self._states()}
+        kept = {path.name} | {state["best"]["checkpoint"] for state in self._states() if state["best"]}
         for old in self.checkpoints.glob("best-*"):
             if old.name not in kept:
                 shutil.rmtree(old)

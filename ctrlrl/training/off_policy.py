@@ -68,6 +68,7 @@ class OffPolicyLoop:
         self.updates: int = counters.get("updates", 0)
         self.seconds: float = counters.get("seconds", 0.0)
         self.best: dict[str, Any] | None = (state or {}).get("best")
+        self._evaluated_at: int = counters.get("evaluated_at", -1)
         # Sums of metrics since the last training record.
         self._sums: dict[str, Tensor] = {k: v.to(buffer.device) for k, v in counters.get("sums", {}).items()}
         self._summed: int = counters.get("summed", 0)
@@ -103,7 +104,7 @@ class OffPolicyLoop:
                 if interrupt.requested:
                     self.checkpoint()
                     raise Interrupted(f"interrupted at step {self.env_steps:,}. {self._saved_message()}")
-            if self.config.eval_every and self.env_steps % self.config.eval_every:
+            if self.config.eval_every and self._evaluated_at != self.env_steps:
                 self._evaluate()
             self.checkpoint()
             for callback in self.callbacks:
@@ -207,6 +208,7 @@ class OffPolicyLoop:
 
     def _evaluate(self) -> None:
         assert self.eval_env is not None
+        self._evaluated_at = self.env_steps
         with self._window.paused():
             result = evaluate(self.eval_env, self.agent.policy, self._seeds)
             best = self.best is None or result.mean > self.best["mean"]
@@ -232,6 +234,7 @@ class OffPolicyLoop:
                 "loop": {
                     "env_steps": self.env_steps,
                     "updates": self.updates,
+                    "evaluated_at": self._evaluated_at,
                     "seconds": self._time(),
                     "sums": self._sums,
                     "summed": self._summed,

@@ -1,0 +1,116 @@
+"""Kills trainings with SIGKILL, resumes them until they finish, and compares each with one that was left alone.
+
+Usage: python -m tests.kill_driver FOLDER TRIALS ENV. Children are forked, so that torch is imported once. Every other
+trial dies at a random time; the rest die inside a file operation (fsync, rename, delete), that is while a checkpoint, a
+replay segment or a report is being written. Prints one line per trial, and exits with 1 if any run differs.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from ctrlrl.runs.folder import RunFolder
+from ctrlrl.training.session import resume, train
+
+from tests.runs import SMALL, assert_same
+
+SETTINGS = SMALL | {"steps": 900, "num_envs": 2}
+FILE_OPERATIONS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
+
+
+def child(work: Callable[[], object], *, die_at: int | None = None) -> int:
+    """Run `work` in a forked process that dies at its `die_at`-th file operation; returns its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        if die_at is not None:
+            count = 0
+
+            def deadly(original: Callable[..., object]) -> Callable[..., object]:
+                def operation(*args: object, **kwargs: object) -> object:
+                    nonlocal count
+                    count += 1
+                    if count == die_at:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return original(*args, **kwargs)
+
+                return operation
+
+            for name in FILE_OPERATIONS:
+                setattr(os, name, deadly(getattr(os, name)))
+        work()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def wait(pid: int) -> int:
+    """0 if the process finished, -9 if it was killed, 1 if it failed."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether there is something to resume."""
+    return (run / "config.json").exists() and bool(RunFolder(run).step_checkpoints())
+
+
+def main(folder: Path, trials: int, env: str) -> int:
+    """Run the trials; returns the exit code."""
+    whole = folder / "whole"
+    started = time.monotonic()
+    assert wait(child(lambda: train("sac", env, out=str(whole), **SETTINGS))) == 0
+    duration = time.monotonic() - started
+    draw = random.Random(0)
+    bad = 0
+    for trial in range(trials):
+        run = folder / f"trial-{trial}"
+        deaths = []
+        while True:
+
+            def work() -> object:
+                if has_checkpoint(run):
+                    return resume(run, quiet=True)
+                shutil.rmtree(run, ignore_errors=True)
+                return train("sac", env, out=str(run), **SETTINGS)
+
+            if len(deaths) == 3:  # three deaths are enough: let it finish
+                pid, how = child(work), "nothing"
+            elif trial % 2:
+                at = draw.randint(1, 150)
+                pid, how = child(work, die_at=at), f"file operation {at}"
+            else:
+                delay = draw.uniform(0.2, 0.8) * duration
+                pid, how = child(work), f"{delay:.2f} s"
+                time.sleep(delay)
+                os.kill(pid, signal.SIGKILL)
+            code = wait(pid)
+            if code == 0:
+                break
+            if code != -signal.SIGKILL:
+                print(f"trial {trial}: failed with {code} after {deaths}")
+                return 1
+            deaths.append(how)
+        try:
+            assert_same(whole, run)
+            print(f"trial {trial}: equal; died at {', '.join(deaths) or 'nothing'}", flush=True)
+        except AssertionError as error:
+            bad += 1
+            print(f"trial {trial}: DIFFERS after {deaths}: {error}", flush=True)
+    print(f"{trials - bad} of {trials} equal")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]))
