@@ -212,7 +212,12 @@ class GymnasiumVector(HostedVector):
     def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         if not self._renders:
             raise UsageError(f"{self.name} was made without pictures; make it with render=True")
-        return self._guarded(self._host.render)
+        try:
+            return self._host.render()
+        except Refused as error:
+            raise usage_error(error) from error
+        except EnvironmentRaised as error:  # which spoils no environment
+            raise EnvironmentFailure(f"{self.name}: environment 0 cannot be drawn:\n{error}") from error.__cause__
 
     def close(self) -> None:
         if not self._closed:
@@ -232,8 +237,6 @@ class GymnasiumVector(HostedVector):
     def _guarded(self, call: Callable[[], T]) -> T:
         try:
             return call()
-        except Refused as error:
-            raise usage_error(error) from error
         except EnvironmentRaised as error:
             self._fail(EnvironmentFailure(f"{self.name}: environment {error.row} raised:\n{error}"), error.__cause__)
 

@@ -27,7 +27,8 @@ class Step:
     obs: Obs
     """(N, ...) observation to act on next: the first one of the new episode where the old one ended."""
     action: Tensor
-    """(N, ...) action as applied, in the environment's units: after clamps, or a human's intervention."""
+    """(N, ...) action as applied, in the environment's units: after clamps, or a human's intervention. Its dtype is the
+    action space's (int64 where the space counts)."""
     reward: Tensor
     """(N,) float32."""
     terminated: Tensor
@@ -37,9 +38,10 @@ class Step:
     final_obs: Obs
     """(N, ...) true next observation of each row; equals `obs` where nothing ended."""
     valid: Tensor
-    """(N,) bool: False for rows that are no transition (a backend's filler row, a diverged simulation)."""
+    """(N,) bool: False for rows that are no transition (a backend's filler row, a diverged simulation). Such a row has
+    reward zero and no flags, and its `obs` is the first one of a new episode."""
     log: dict[str, Tensor] = field(default_factory=dict)
-    """Per-row figures (N,), `success` among them where the task knows it."""
+    """Per-row figures (N,), `success` among them where the task knows it: 1, 0, or NaN in a step that does not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
 import base64
 import contextlib
 import faulthandler
-import importlib
+import importlib.util
 import inspect
 import json
 import math
@@ -93,6 +93,27 @@ def _quiet_gymnasium() -> Iterator[None]:
         gym.logger.min_level = level
 
 
+def _mujoco_warns_on_stderr(spec: Any) -> None:
+    """MuJoCo's warnings once each on stderr; left alone it writes them to MUJOCO_LOG.TXT in the current folder.
+
+    That the model files of Gymnasium use an attribute that MuJoCo 4 deprecates is nothing its user can act on.
+    """
+    if "mujoco" not in str(spec.entry_point) or importlib.util.find_spec("mujoco") is None:
+        return
+    import mujoco
+
+    if not hasattr(mujoco, "get_mju_user_warning") or mujoco.get_mju_user_warning() is not None:
+        return
+    seen = set()
+
+    def warn(message: str) -> None:
+        if message not in seen and "'settotalmass'" not in message:
+            seen.add(message)
+            print(f"MuJoCo: {message}", file=sys.stderr)
+
+    mujoco.set_mju_user_warning(warn)
+
+
 def build_env(env_id: str, kwargs: dict[str, Any], render: bool = False) -> gym.Env[Any, Any]:
     """The environment `env_id` (`ID` or `module:ID`), made with `kwargs`; raises `Refused` with the remedy."""
     module, _, name = env_id.rpartition(":")
@@ -102,11 +123,14 @@ def build_env(env_id: str, kwargs: dict[str, Any], render: bool = False) -> gym.
             _import_for(env_id, module)
         if name not in gym.registry:
             raise _unknown(name)
+        _mujoco_warns_on_stderr(gym.registry[name])
         try:
             env: gym.Env[Any, Any] = gym.make(name, **options)
         except (gym.error.DependencyNotInstalled, ImportError) as error:
             raise _missing_package(name, error) from error
         except TypeError as error:
+            if render and "'render_mode'" in str(error):
+                raise Refused(f"{env_id} cannot give pictures: it takes no render_mode.") from error
             raise _bad_argument(name, kwargs, error) from error
     modes = list(env.metadata.get("render_modes") or [])
     if render and options["render_mode"] == "rgb_array" and "rgb_array" not in modes:
@@ -136,9 +160,9 @@ def _unknown(name: str) -> Refused:
             f"There is no environment {name!r}. `ctrlrl envs` lists those there are; for one of another package or of "
             "your own, name the module that registers it: 'module:ID'.",
             name,
-            list(gym.registry),
+            list(newest_versions().values()),
         )
-    return Refused(f"There is no environment {name!r}: the version to use is {newest!r}.")
+    return Refused(f"Gymnasium {gym.__version__} has no environment {name!r}: the version to use is {newest!r}.")
 
 
 def newest_versions() -> dict[str, str]:
@@ -678,7 +702,10 @@ def _commands(host: Host, channel: _Channel) -> dict[str, Callable[[dict[str, An
         return {"reasons": host.set_state(states, alive)}
 
     def render(_: dict[str, Any]) -> dict[str, Any]:
-        return {"picture": encode_array(host.render())}
+        try:
+            return {"picture": encode_array(host.render())}
+        except EnvironmentRaised as error:
+            return {"undrawn": str(error)}
 
     return {"step": step, "reset": reset, "get_state": get_state, "set_state": set_state, "render": render}
 

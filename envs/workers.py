@@ -21,6 +21,7 @@ import tempfile
 import time
 from typing import IO, Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 
@@ -156,7 +157,10 @@ class WorkerVector(HostedVector):
         self._require_health()
         self._settle()
         self._workers[0].send({"do": "render"}, self._timeout)
-        return decode_array(self._receive(self._workers[0], self._timeout)["picture"])
+        reply = self._receive(self._workers[0], self._timeout)
+        if "undrawn" in reply:  # which spoils no environment
+            raise EnvironmentFailure(f"{self.name}: environment 0 cannot be drawn:\n{reply['undrawn']}")
+        return decode_array(reply["picture"])
 
     def close(self) -> None:
         for worker in self._workers:
@@ -219,7 +223,13 @@ class WorkerVector(HostedVector):
             where = f"environment {row} (worker {worker.index})" if row >= 0 else worker.label
             return self._fail(EnvironmentFailure(f"{self.name}: {where} {gone}"))
         if "refused" in reply:
-            raise usage_error(Refused(*reply["refused"]))
+            refused = Refused(*reply["refused"])
+            if refused.word in gym.registry:
+                raise UsageError(
+                    f"{refused.word} is registered in this process, but not in its worker processes: put the call of "
+                    f"gymnasium.register in a module and pass 'module:{refused.word}'"
+                )
+            raise usage_error(refused)
         if "unbuilt" in reply:
             self._fail(EnvironmentFailure(f"{self.name} cannot be made ({worker.label}):\n{reply['unbuilt']}"))
         if "raised" in reply:

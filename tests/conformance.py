@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,12 +104,12 @@ def actions_for(env: VectorEnv, count: int, seed: int = 1) -> list[Tensor]:
         high = np.where(np.isfinite(space.high), space.high, 1.0)
         values = [random.uniform(1.5 * low - 0.5 * high, 1.5 * high - 0.5 * low, shape) for _ in range(count)]
         return [torch.as_tensor(value, dtype=torch.float32, device=env.device) for value in values]
-    if isinstance(space, gym.spaces.Discrete):
-        low, high = int(space.start), int(space.start + space.n)
-    else:
-        assert isinstance(space, gym.spaces.MultiDiscrete)
-        low, high = space.start, space.start + space.nvec
-    return [torch.as_tensor(random.integers(low, high, shape), device=env.device) for _ in range(count)]
+    assert isinstance(space, (gym.spaces.Discrete, gym.spaces.MultiDiscrete))
+    counts = space.n if isinstance(space, gym.spaces.Discrete) else space.nvec
+    return [
+        torch.as_tensor(random.integers(space.start, space.start + counts, shape), device=env.device)
+        for _ in range(count)
+    ]
 
 
 def rollout(env: VectorEnv, count: int, seed: int = 1) -> list[Step]:
@@ -215,7 +216,7 @@ def check_boundaries(first: Obs, steps: list[Step], expected: Expected) -> None:
     ended = torch.stack([step.terminated | step.truncated for step in steps])  # (T, N)
     assert ended[: expected.ends_within].any(0).all(), f"a row did not end within {expected.ends_within} steps"
     if expected.next_step:
-        for before, step in zip(steps, steps[1:], strict=False):
+        for before, step in itertools.pairwise(steps):
             over = before.terminated | before.truncated
             assert torch.equal(step.valid, ~over), "the row after an end, and only that, is a filler"
             assert same(before.obs, before.final_obs)
@@ -242,18 +243,13 @@ def check_seeding(env: VectorEnv, other: VectorEnv, first: Obs, steps: list[Step
     if not expected.random_starts:
         return
     assert not same(copy_obs(env.reset(SEED + 1)), first), "another seed, the same observations"
-    assert not same(row(first, 0), row(first, 1)), "rows must not be copies of each other"
-    for index in range(expected.num_envs):
-        # Where the next episode's first observation lies: after a filler row, one step later.
-        after = [step for step, over in zip(steps, steps_ended(steps, index), strict=True) if over]
-        if expected.next_step:
-            after = [step for step in steps if not step.valid[index]]
-        assert after and not same(row(after[0].obs, index), row(first, index)), "an automatic reset reseeded"
-
-
-def steps_ended(steps: list[Step], index: int) -> list[bool]:
-    """Whether the row ended, for each step."""
-    return [bool(step.terminated[index] | step.truncated[index]) for step in steps]
+    starts = [row(first, index) for index in range(expected.num_envs)]
+    for step in steps:
+        # Where the new episode shows: in the same step, or in the filler row after it.
+        begun = ~step.valid if expected.next_step else step.terminated | step.truncated
+        starts += [row(step.obs, index) for index in begun.nonzero().flatten().tolist()]
+    distinct = {tuple(value.cpu().numpy().tobytes() for _, value in obs_items(start)) for start in starts}
+    assert len(distinct) == len(starts), "two episodes begin alike: rows are copies, or an automatic reset reseeds"
 
 
 def check_reference(env: VectorEnv, first: Obs, steps: list[Step], expected: Expected) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.training.session import resume, train
-
 from tests.runs import SMALL, assert_same
 
 SETTINGS = SMALL | {"steps": 900, "num_envs": 2}
@@ -79,7 +78,7 @@ def main(folder: Path, trials: int, env: str) -> int:
         deaths = []
         while True:
 
-            def work() -> object:
+            def work(run: Path = run) -> object:
                 if has_checkpoint(run):
                     return resume(run, quiet=True)
                 shutil.rmtree(run, ignore_errors=True)

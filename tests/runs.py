@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
+
 from ctrlrl.runs.checkpoint import load_checkpoint, pack
 from ctrlrl.runs.folder import RunFolder
-from safetensors.torch import load_file
 
 SMALL: dict[str, Any] = {
     "steps": 400,

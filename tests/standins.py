@@ -20,8 +20,10 @@ MODULE = "tests.standins:"
 
 
 class CountingEnv(gym.Env[Any, Any]):
-    """Observation [episode, t]: shows at sight which episode and step a row is from. The episode counter outlives
-    resets, so replaying cannot reach its state from a new environment."""
+    """Observation [episode since it was seeded, t]: shows at sight which episode and step a row is from.
+
+    Replaying the episode alone cannot reach that count from a new environment.
+    """
 
     observation_space = gym.spaces.Box(0.0, np.inf, (2,), np.float32)
 
@@ -32,7 +34,7 @@ class CountingEnv(gym.Env[Any, Any]):
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
-        self.episode, self.t = self.episode + 1, 0
+        self.episode, self.t = (self.episode + 1 if seed is None else 0), 0
         return self._obs(), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -134,6 +136,19 @@ class ImageEnv(WalkEnv):
         return {"image": image, "body": {"position": self.position.copy()}}
 
 
+class DrawnEnv(WalkEnv):
+    """Gives pictures."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012  (as Gymnasium declares it)
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self) -> Any:
+        return np.arange(72, dtype=np.uint8).reshape(4, 6, 3)
+
+
 class FaultyEnv(WalkEnv):
     """Fails at step `at_step` of its life, if its first action is then above `above`."""
 
@@ -213,6 +228,7 @@ _ENVS = {
     "Unbounded": UnboundedEnv,
     "MultiDiscrete": MultiDiscreteEnv,
     "Image": ImageEnv,
+    "Drawn": DrawnEnv,
     "Crashing": CrashingEnv,
     "Exiting": ExitingEnv,
     "Segfaulting": SegfaultingEnv,

@@ -4,14 +4,17 @@ import math
 
 import pytest
 import torch
+from gymnasium.spaces import Box
+
 from ctrlrl.nn.distributions import TanhNormal, log_tanh_jacobian
 from ctrlrl.nn.policy import ActionScaling
-from gymnasium.spaces import Box
 
 
 def test_log_prob_by_hand():
     # u ~ N(0.5, 0.2^2), a = tanh(u) at u = 0.7: log N = -0.5 - log 0.2 - 0.9189385; log(1 - tanh^2 0.7) = -0.4543530
-    distribution = TanhNormal(torch.tensor([[0.5]], dtype=torch.float64), torch.tensor([[math.log(0.2)]], dtype=torch.float64))
+    distribution = TanhNormal(
+        torch.tensor([[0.5]], dtype=torch.float64), torch.tensor([[math.log(0.2)]], dtype=torch.float64)
+    )
     action, log_prob, raw = distribution.rsample(torch.ones(1, 1, dtype=torch.float64))
     assert raw.item() == pytest.approx(0.7)
     assert action.item() == pytest.approx(0.6043677771)
@@ -31,7 +34,7 @@ def test_the_density_integrates_to_one(mean, log_std):
 
 def test_the_jacobian_stays_exact_where_tanh_saturates():
     raw = torch.tensor([-30.0, -9.0, 0.0, 9.0, 30.0])
-    exact = torch.log1p(-torch.tanh(raw.double()) ** 2)  # -inf beyond +-19 even in float64
+    exact = torch.log1p(-(torch.tanh(raw.double()) ** 2))  # -inf beyond +-19 even in float64
     got = log_tanh_jacobian(raw)
     assert torch.isfinite(got).all()
     assert torch.allclose(got[1:4], exact[1:4].float(), rtol=1e-5)

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from ctrlrl.envs import worker
 from ctrlrl.envs.gymnasium_backend import GymnasiumVector, GymnasiumVectorAdapter
 from ctrlrl.envs.make import list_envs, make_env, render_headless
 from ctrlrl.envs.spaces import build_space
-from ctrlrl.envs.vector import EnvState, VectorEnv, derive_seeds
+from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds
 from ctrlrl.errors import EnvironmentFailure, UsageError
 from tests import standins
 from tests.conformance import actions_for, check_vector_env, copy_obs, rollout, same
@@ -57,8 +59,7 @@ def counting_first(obs: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("truncates", [False, True])
 def test_counting_shows_every_boundary(truncates: bool) -> None:
-    env_id = STANDIN + "OwnState-v0"
-    make = in_process(env_id, truncates=truncates)
+    make = in_process(STANDIN + "OwnState-v0", truncates=truncates)
     env = make(2)
     env.reset(0)
     rows = []
@@ -76,12 +77,16 @@ def test_counting_shows_every_boundary(truncates: bool) -> None:
     ]
 
 
+def test_environment_with_a_state_of_its_own_conforms() -> None:
+    check_vector_env(in_process(STANDIN + "OwnState-v0"), ends_within=4, random_starts=False, is_first=counting_first)
+
+
 def test_environment_that_reuses_its_array_keeps_its_terminal_observation() -> None:
     env = in_process(STANDIN + "Reusing-v0")(1)
     env.reset(0)
     steps = rollout(env, 4)
-    assert steps[3].final_obs[0].tolist() == [0, 4]  # type: ignore[index,union-attr]
-    assert steps[3].obs[0].tolist() == [1, 0]  # type: ignore[index,union-attr]
+    assert steps[3].final_obs[0].tolist() == [0, 4]
+    assert steps[3].obs[0].tolist() == [1, 0]
 
 
 def test_native_standin_conforms() -> None:
@@ -95,6 +100,68 @@ def test_native_standin_conforms() -> None:
     assert not all(bool(step.valid.all()) for step in steps), "the stand-in must have invalid rows"
     assert all(float(step.action.abs().max()) <= 0.8 + 1e-6 for step in steps)
     assert any(not bool(step.log["success"].isnan().all()) for step in steps)
+
+
+def mislead_final_obs(step: Step) -> None:
+    step.final_obs = step.obs
+
+
+def mislead_obs(step: Step) -> None:
+    step.obs = step.final_obs
+
+
+def merge_the_flags(step: Step) -> None:
+    step.terminated, step.truncated = step.terminated | step.truncated, step.terminated & False
+
+
+def round_the_reward(step: Step) -> None:
+    step.reward = step.reward.round()
+
+
+def report_an_action_out_of_bounds(step: Step) -> None:
+    step.action = 2 * step.action
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [mislead_final_obs, mislead_obs, merge_the_flags, round_the_reward, report_an_action_out_of_bounds],
+)
+def test_conformance_notices_wrong_steps(fault: Callable[[Step], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    right = GymnasiumVector.step
+
+    def wrong(self: GymnasiumVector, action: torch.Tensor) -> Step:
+        step = right(self, action)
+        fault(step)
+        return step
+
+    monkeypatch.setattr(GymnasiumVector, "step", wrong)
+    with pytest.raises(AssertionError):
+        test_in_process_backend_conforms("Pendulum-v1", {"max_episode_steps": 12}, 12)
+
+
+def test_conformance_notices_wrong_resets(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = worker.Slot.reset
+    with monkeypatch.context() as patched:
+        patched.setattr(worker.Slot, "reset", lambda slot, seed: right(slot, 3 if seed is None else seed))
+        with pytest.raises(AssertionError, match="two episodes begin alike"):
+            check_vector_env(in_process(STANDIN + "Walk-v0"), ends_within=60)
+    with monkeypatch.context() as patched:
+        patched.setattr(worker.Slot, "reset", lambda slot, seed: right(slot, None))
+        with pytest.raises(AssertionError, match="a seed per row"):
+            check_vector_env(in_process(STANDIN + "Walk-v0"), ends_within=60)
+
+
+def test_conformance_notices_a_state_that_forgets_the_generator(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = worker.Slot.set_state
+
+    def wrong(slot: Any, *state: Any) -> Any:
+        result = right(slot, *state)
+        slot.env.unwrapped.np_random.random()
+        return result
+
+    monkeypatch.setattr(worker.Slot, "set_state", wrong)
+    with pytest.raises(AssertionError, match="going on from step"):
+        check_vector_env(in_process("CartPole-v1"), ends_within=60)
 
 
 # --- the adapter of vector environments -------------------------------------------------------------------------------
@@ -133,7 +200,7 @@ def test_every_autoreset_mode_yields_the_same_transitions(
     def transitions(env: VectorEnv) -> list[list[tuple[Any, ...]]]:
         """Per row, its valid transitions; actions come from a list by the row's count of transitions."""
         choices = np.random.default_rng(0).integers(0, 2, (2, 200)) + getattr(env.action_space, "start", 0)
-        obs, found = copy_obs(env.reset(4)), [[] for _ in range(2)]  # type: ignore[var-annotated]
+        obs, found = copy_obs(env.reset(4)), [[] for _ in range(2)]
         while min(map(len, found)) < 60:
             action = torch.tensor([int(choices[i, len(found[i])]) for i in range(2)])
             step = env.step(action)
@@ -142,7 +209,7 @@ def test_every_autoreset_mode_yields_the_same_transitions(
                     success = step.log["success"][i].item() if "success" in step.log else np.nan
                     success = None if np.isnan(success) else success
                     ends = (bool(step.terminated[i]), bool(step.truncated[i]))
-                    before, after = obs[i].tolist(), step.final_obs[i].tolist()  # type: ignore[index]
+                    before, after = obs[i].tolist(), step.final_obs[i].tolist()
                     found[i].append((before, int(action[i]), float(step.reward[i]), *ends, after, success))
             obs = copy_obs(step.obs)
         return [entries[:60] for entries in found]
@@ -232,9 +299,9 @@ def test_own_state_is_not_trusted_below_other_wrappers() -> None:
     env.reset(0)
     rollout(env, 3)
     obs, reasons = other.set_state(env.get_state())
-    assert env.get_state().json[0]["method"] == "replay"  # type: ignore[index]
+    assert env.get_state().json[0]["method"] == "replay"
     assert reasons == [None]
-    assert obs[0, :, 1].tolist() == [1, 2, 3]  # type: ignore[index,call-overload]
+    assert obs[0, :, 1].tolist() == [1, 2, 3]
 
 
 def test_array_splitting_round_trips() -> None:
@@ -244,7 +311,7 @@ def test_array_splitting_round_trips() -> None:
     back = worker.join_arrays(stored, {k: worker.decode_array(worker.encode_array(a)) for k, a in arrays.items()})
     np.testing.assert_array_equal(back["b"].pop("c"), np.arange(3, dtype=np.uint32))
     assert back == {"a": [1, 2.5, None, 3.0], "b": {}, "d": 2**100}
-    with pytest.raises(TypeError, match="state entry x.f is a set"):
+    with pytest.raises(TypeError, match=r"state entry x\.f is a set"):
         worker.split_arrays({"f": set()}, {}, "x")
 
 
@@ -270,7 +337,7 @@ def test_spaces_round_trip_through_json(space: gym.Space[Any]) -> None:
 
 def env_with(observation: gym.Space[Any], action: gym.Space[Any]) -> gym.Env[Any, Any]:
     env = standins.WalkEnv()
-    env.observation_space, env.action_space = observation, action  # type: ignore[assignment]
+    env.observation_space, env.action_space = observation, action
     return env
 
 
@@ -319,11 +386,11 @@ def test_discrete_actions_are_as_the_environment_counts() -> None:
     env = in_process(STANDIN + "Counting-v0", discrete=True)(2)
     env.reset(0)
     assert env.step(torch.tensor([2, 4])).action.tolist() == [2, 4]
-    with pytest.raises(UsageError, match="dtype torch.int64, got torch.float32"):
+    with pytest.raises(UsageError, match=r"dtype torch\.int64, got torch\.float32"):
         env.step(torch.zeros(2))
     with pytest.raises(UsageError, match=r"shape \(2,\), got \(2, 1\)"):
         env.step(torch.zeros(2, 1, dtype=torch.int64))
-    with pytest.raises(EnvironmentFailure, match=r"0 is not in Discrete"):
+    with pytest.raises(EnvironmentFailure, match=r"\(0\) is not in Discrete"):
         env.step(torch.tensor([2, 0]))
 
 
@@ -348,7 +415,7 @@ def test_non_finite_values_are_passed_on() -> None:
     steps = rollout(env, 2)
     assert steps[0].reward.isfinite().all()
     assert steps[1].reward.isnan().all()
-    assert steps[1].final_obs.isnan().all()  # type: ignore[union-attr]
+    assert steps[1].final_obs.isnan().all()
 
 
 def test_success_is_logged_where_it_is_known() -> None:
@@ -365,8 +432,7 @@ def test_environment_that_raises_is_named_and_the_others_can_be_saved() -> None:
     env = in_process(STANDIN + "Crashing-v0", above=0.5)(3)
     env.reset(0)
     action = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 0.0]])
-    rollout_until_failure = pytest.raises(EnvironmentFailure, match="environment 1 raised:(?s:.*)lost its marbles")
-    with rollout_until_failure as caught:
+    with pytest.raises(EnvironmentFailure, match=r"environment 1 raised:(?s:.*)lost its marbles") as caught:
         for _ in range(3):
             env.step(action)
     assert "tests/standins.py" in str(caught.value).replace(os.sep, "/")
@@ -390,7 +456,7 @@ def test_seeds_must_be_as_many_as_environments() -> None:
     [
         ("HalfCheeta-v5", {}, "no environment 'HalfCheeta-v5'.*Did you mean HalfCheetah-v5"),
         ("HalfCheetah-v3", {}, "outdated: use 'HalfCheetah-v5'"),
-        ("HalfCheetah-v1", {}, "no environment 'HalfCheetah-v1': the version to use is 'HalfCheetah-v5'"),
+        ("HalfCheetah-v1", {}, "has no environment 'HalfCheetah-v1': the version to use is 'HalfCheetah-v5'"),
         ("HalfCheetah", {}, "the version to use is 'HalfCheetah-v5'"),
         ("no_such_module:Env-v0", {}, "no module 'no_such_module'.*start from the folder that contains it"),
         ("LunarLander-v3", {}, r'package that is not installed.*pip install swig "gymnasium\[box2d\]"'),
@@ -400,7 +466,7 @@ def test_seeds_must_be_as_many_as_environments() -> None:
     ],
 )
 def test_what_cannot_be_made_is_explained(backend: str, env_id: str, kwargs: dict[str, Any], message: str) -> None:
-    if env_id.startswith("LunarLander") and __import__("importlib.util").util.find_spec("Box2D"):
+    if env_id.startswith("LunarLander") and find_spec("Box2D"):
         pytest.skip("Box2D is installed")
     with pytest.raises(UsageError, match=message):
         make_env(env_id, env_kwargs=kwargs, backend=backend)
@@ -450,18 +516,20 @@ def test_control_dt(env_id: str, dt: float) -> None:
     assert make_env(standins.WalkEnv).control_dt is None
 
 
-def test_pictures() -> None:
-    class Drawn(standins.WalkEnv):
-        render_mode = "rgb_array"
-
-        def render(self) -> Any:
-            return np.full((4, 6, 3), 9, np.uint8)
-
-    assert make_env(Drawn).render().shape == (4, 6, 3)
+def test_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = make_env(STANDIN + "Drawn-v0", num_envs=2, render=True)
+    assert drawn.control_dt == pytest.approx(0.1)
+    with pytest.raises(EnvironmentFailure, match=r"cannot be drawn(?s:.*)before calling `env\.reset"):
+        drawn.render()
+    drawn.reset(0)  # a picture that fails does not spoil the environments
+    assert drawn.render().shape == (4, 6, 3)
     with pytest.raises(UsageError, match="make it with render=True"):
-        make_env("Pendulum-v1").render()
-    with pytest.raises(UsageError, match="needs the render mode 'rgb_array'"):
+        make_env(STANDIN + "Drawn-v0").render()
+    with pytest.raises(UsageError, match="it takes no render_mode"):
         make_env(STANDIN + "Walk-v0", render=True)
+    monkeypatch.setitem(standins.DrawnEnv.metadata, "render_modes", ["human"])
+    with pytest.raises(UsageError, match=r"needs the render mode 'rgb_array' and has \['human'\]"):
+        make_env(STANDIN + "Drawn-v0", render=True)
 
 
 def test_headless_rendering_leaves_the_users_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,10 @@ def test_samples_are_what_happened(history, capacity, n_step, seed):
 )
 def test_saved_in_segments_and_loaded_it_goes_on_the_same(history, capacity, cuts, later):
     n = len(history[0])
-    make = lambda: ReplayBuffer(BOX, ACTION, capacity=max(capacity, n), num_envs=n)
+
+    def make() -> ReplayBuffer:
+        return ReplayBuffer(BOX, ACTION, capacity=max(capacity, n), num_envs=n)
+
     model = Model(make(), n)
     segments, written = [], 0
     for i, outcomes in enumerate(history):

@@ -7,11 +7,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
 from ctrlrl.algorithms.sac import SAC
 from ctrlrl.algorithms.sac_config import SACConfig
 from ctrlrl.errors import UsageError
 from ctrlrl.replay.batch import Batch
-from torch import nn
 
 OBS = gym.spaces.Box(-np.inf, np.inf, (5,))
 ACT = gym.spaces.Box(np.float32([-0.4, 0.0]), np.float32([0.4, 3.0]))
@@ -160,7 +161,7 @@ def test_one_update_equals_stable_baselines3_on_the_same_weights_batch_and_noise
     noise = torch.randn(2, 64, 1, generator=torch.Generator().manual_seed(5))
     draws = iter(noise)
     monkeypatch.setattr(
-        torch.distributions.Normal, "rsample", lambda self, shape=torch.Size(): self.loc + self.scale * next(draws)
+        torch.distributions.Normal, "rsample", lambda self, shape=(): self.loc + self.scale * next(draws)
     )
     sample = ReplayBufferSamples(
         batch.obs, batch.action / 2, batch.next_obs, 1 - batch.discount[:, None] / 0.99, batch.reward[:, None]
@@ -190,7 +191,14 @@ def test_one_update_equals_stable_baselines3_on_the_same_weights_batch_and_noise
 def probe(reward, discount: float, *, next_obs=None, updates: int = 400, **settings) -> SAC:
     """Train on batches from a made-up environment: observation -1 or 1, action in [-0.4, 0.4]."""
     act = gym.spaces.Box(-0.4, 0.4, (1,))
-    fields = {"hidden": (64, 64), "actor_lr": 3e-3, "critic_lr": 3e-3, "tau": 0.05, "initial_alpha": 1e-3, "alpha_lr": 0.0}
+    fields = {
+        "hidden": (64, 64),
+        "actor_lr": 3e-3,
+        "critic_lr": 3e-3,
+        "tau": 0.05,
+        "initial_alpha": 1e-3,
+        "alpha_lr": 0.0,
+    }
     agent = SAC(gym.spaces.Box(-1, 1, (1,)), act, SACConfig(**fields | settings))
     g = torch.Generator().manual_seed(0)
     for _ in range(updates):
@@ -241,7 +249,9 @@ def test_probe_the_policy_follows_the_action_that_pays_within_any_bounds():
 
 def test_probe_the_temperature_reaches_the_target_entropy():
     # No reward: the policy spreads out, the temperature falls until the entropy meets the target.
-    agent = probe(lambda o, a: torch.zeros_like(o), 0.0, updates=1500, alpha_lr=1e-2, initial_alpha=1.0, target_entropy=-0.5)
+    agent = probe(
+        lambda o, a: torch.zeros_like(o), 0.0, updates=1500, alpha_lr=1e-2, initial_alpha=1.0, target_entropy=-0.5
+    )
     noise = torch.randn(4000, 1, generator=torch.Generator().manual_seed(0))
     entropy = -agent.policy.distribution(torch.ones(4000, 1)).rsample(noise)[1].mean().item()
     assert entropy > -0.6  # with nothing to gain the constraint E[-log pi] >= target holds

@@ -312,8 +312,8 @@ def _without_nulls(value: Any) -> Any:
 # ---- One run --------------------------------------------------------------------------------------------------------
 
 
-def write_report(run_dir: str | Path) -> Path:
-    """Write `report.html` into the run folder and return its path. An earlier report is replaced at once or not at all.
+def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
+    """Write `report.html` into the run folder (or to `out`) and return its path; replaces an earlier one in one step.
 
     Raises:
         UsageError: as `load_run`.
@@ -337,7 +337,7 @@ def write_report(run_dir: str | Path) -> Path:
         commands=_commands(run),
         provenance=_provenance_rows(run.provenance),
     )
-    path = run.path / "report.html"
+    path = run.path / "report.html" if out is None else Path(out)
     write_atomically(path, page.encode())
     return path
 

@@ -1,0 +1,297 @@
+"""The command line: what it prints on bad input (kept in `tests/messages/`), exit codes, start-up time.
+
+To take new messages on: UPDATE_MESSAGES=1 scripts/test tests/test_cli.py, then read the diff.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tests.standins  # noqa: F401  (registers ctrlrl-test/...)
+from ctrlrl.cli.main import run as ctrlrl_command
+from ctrlrl.runs import files
+from ctrlrl.runs.folder import RunFolder
+
+MESSAGES = Path(__file__).parent / "messages"
+QUICK = "--steps 150 --learning-starts 50 --eval-every 0 --checkpoint-every 70 --threads 1 --no-video --quiet"
+TINY = f"{QUICK} --agent.hidden 8 --agent.batch-size 8"
+
+# name: (command, exit code). {tmp} is an empty folder, {run} a finished run, {copy} a copy of it to be damaged.
+CASES = {
+    "no-command": ("", 2),
+    "unknown-command": ("trian", 2),
+    "no-algorithm": ("train", 2),
+    "unknown-algorithm": ("train scac --env Pendulum-v1", 2),
+    "no-environment": ("train sac", 2),
+    "unknown-environment": ("train sac --env HalfChetah-v5", 2),
+    "old-version": ("train sac --env HalfCheetah-v3", 2),
+    "unknown-module": ("train sac --env no_such_module:Thing-v0", 2),
+    "missing-package": ("train sac --env LunarLanderContinuous-v3", 2),
+    "bad-env-kwargs": ('train sac --env Pendulum-v1 --env-kwargs {{"gravty":1}}', 2),
+    "env-kwargs-not-json": ("train sac --env Pendulum-v1 --env-kwargs gravity=1", 2),
+    "env-python-missing": ("train sac --env Pendulum-v1 --env-python {tmp}/python", 2),
+    "discrete-actions": ("train sac --env CartPole-v1", 2),
+    "multi-discrete-actions": ("train sac --env ctrlrl-test/MultiDiscrete-v0", 2),
+    "unbounded-actions": ("train sac --env ctrlrl-test/Unbounded-v0", 2),
+    "image-observation": ("train sac --env ctrlrl-test/Image-v0", 2),
+    "discrete-observation": ("train sac --env Taxi-v4", 2),
+    "unknown-flag": ("train sac --env Pendulum-v1 --agent.gama 0.9", 2),
+    "flag-of-wrong-type": ("train sac --env Pendulum-v1 --agent.batch-size many", 2),
+    "flag-out-of-range": ("train sac --env Pendulum-v1 --agent.gamma 1.5", 2),
+    "flag-not-among-choices": ("train sac --env Pendulum-v1 --backend gpu", 2),
+    "no-environments": ("train sac --env Pendulum-v1 --num-envs 0", 2),
+    "capacity-below-environments": ("train sac --env Pendulum-v1 --num-envs 8 --buffer.capacity 4", 2),
+    "unknown-device": ("train sac --env Pendulum-v1 --device tpu", 2),
+    "config-missing": ("train sac --env Pendulum-v1 --config {tmp}/none.yaml", 2),
+    "config-unknown-field": ("train sac --env Pendulum-v1 --config {tmp}/unknown.yaml", 2),
+    "config-wrong-type": ("train sac --env Pendulum-v1 --config {tmp}/type.yaml", 2),
+    "config-other-algorithm": ("train sac --env Pendulum-v1 --config {tmp}/other.json", 2),
+    "out-holds-a-run": ("train sac --env Pendulum-v1 --out {run}", 2),
+    "out-not-empty": ("train sac --env Pendulum-v1 --out {tmp}", 2),
+    "nan-observation": ('train sac --env ctrlrl-test/Nan-v0 --env-kwargs {{"at_step":30}} --out {tmp}/nan ' + TINY, 3),
+    "resume-nothing": ("resume {tmp}/none", 2),
+    "resume-no-run": ("resume {tmp}", 2),
+    "resume-fewer-steps": ("resume {run} --steps 100", 2),
+    "resume-unknown-checkpoint": ("resume {run} --checkpoint step-5", 2),
+    "eval-without-best": ("eval {run}", 2),
+    "eval-no-episodes": ("eval {run} --checkpoint last --episodes 0", 2),
+    "report-no-run": ("report {tmp}", 2),
+    "report-nothing": ("report", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "finished"
+    assert ctrlrl_command(f"train sac --env Pendulum-v1 --no-preset --out {path} {TINY}".split()) == 0
+    return path
+
+
+def invoke(command: list[str], capsys) -> tuple[int, str, str]:
+    try:
+        code = ctrlrl_command(command)
+    except SystemExit as stop:  # tyro's own way out
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def check(name: str, text: str) -> None:
+    path = MESSAGES / f"{name}.txt"
+    if os.environ.get("UPDATE_MESSAGES"):
+        os.makedirs(MESSAGES, exist_ok=True)
+        path.write_text(text)
+    assert path.exists(), f"no message kept for {name}: UPDATE_MESSAGES=1"
+    assert text == path.read_text()
+
+
+def normalized(text: str, *folders: tuple[Path, str]) -> str:
+    for folder, name in folders:
+        text = text.replace(str(folder), name)
+    text = text.replace(sys.executable, "PYTHON")
+    return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unknown.yaml").write_text("agent: {gama: 0.9}\n")
+    (tmp_path / "type.yaml").write_text("steps: soon\n")
+    (tmp_path / "other.json").write_text('{"algo": "td3"}\n')
+    return tmp_path
+
+
+def everything_under(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_gets_one_clear_message(name, folder, finished_run, capsys):
+    command, expected = CASES[name]
+    before = everything_under(finished_run), everything_under(folder)
+    code, out, err = invoke(command.format(tmp=folder, run=finished_run).split(), capsys)
+    assert code == expected, err
+    assert "Traceback" not in err + out
+    check(name, normalized(err or out, (finished_run, "RUN"), (folder, "FOLDER")))
+    if expected == 2:  # nothing overwritten, nothing begun
+        assert (everything_under(finished_run), everything_under(folder)) == before
+
+
+DAMAGE = {
+    "checkpoint-truncated": ("tensors.safetensors", lambda data: data[: len(data) // 2]),
+    "checkpoint-altered": ("tensors.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+    "checkpoint-state-altered": ("state.json", lambda data: data.replace(b'"updates": 100', b'"updates": 999')),
+    "checkpoint-manifest-cut": ("manifest.json", lambda data: data[:30]),
+    "checkpoint-manifest-gone": ("manifest.json", None),
+    "checkpoint-of-the-future": ("manifest.json", lambda data: data.replace(b'"format": 1', b'"format": 2')),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("command", ["resume {run} --steps 200", "eval {run} --checkpoint last"])
+def test_damaged_checkpoints_are_refused(name, command, folder, finished_run, capsys):
+    copy = folder / "copy"
+    shutil.copytree(finished_run, copy)
+    file, change = DAMAGE[name]
+    path = RunFolder(copy).find_checkpoint("last") / file
+    if change is None:
+        path.unlink()
+    else:
+        changed = change(path.read_bytes())
+        assert changed != path.read_bytes()
+        path.write_bytes(changed)
+    before = everything_under(copy)
+    code, _, err = invoke(command.format(run=copy).split(), capsys)
+    assert code == 2
+    check(name, normalized(err, (folder, "FOLDER")))
+    assert everything_under(copy) == before
+    if name == "checkpoint-truncated" and command.startswith("resume"):  # the remedy it names works
+        remedy = re.search(r"--checkpoint (step-\d+)", err)
+        assert remedy
+        assert invoke(["resume", str(copy), "--checkpoint", remedy[1], "--quiet"], capsys)[0] == 0
+
+
+@pytest.mark.parametrize("how", ["altered", "missing"])
+def test_damaged_replay_is_refused(how, folder, finished_run, capsys):
+    copy = folder / "copy"
+    shutil.copytree(finished_run, copy)
+    segment = next((copy / "replay").glob("rows-*"))
+    if how == "missing":
+        segment.unlink()
+    else:
+        segment.write_bytes(segment.read_bytes()[:-3] + b"xyz")
+    code, _, err = invoke(["resume", str(copy), "--steps", "200", "--quiet"], capsys)
+    assert code == 2
+    check(f"replay-{how}", normalized(err, (folder, "FOLDER")))
+
+
+def test_a_disk_that_is_too_small_is_noticed_before_the_start(folder, capsys, monkeypatch):
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50 * 2**20))
+    code, _, err = invoke(f"train sac --env HalfCheetah-v5 --out {folder}/run".split(), capsys)
+    assert code == 2
+    check("disk-too-small", normalized(err, (folder, "FOLDER")))
+    assert not (folder / "run").exists()
+
+
+def test_a_disk_that_fills_up_loses_nothing(folder, capsys, monkeypatch):
+    """The third checkpoint finds no space: the second one stays, and the run goes on from it once there is some."""
+    original, count = files.write_durably, 0
+
+    def write(path, content):
+        nonlocal count
+        count += "step-000000000150" in str(path)
+        if "step-000000000150" in str(path):
+            with files.full_disk_explained(path):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        original(path, content)
+
+    monkeypatch.setattr("ctrlrl.runs.checkpoint.write_durably", write)
+    code, _, err = invoke(f"train sac --env Pendulum-v1 --no-preset --out {folder}/run {TINY}".split(), capsys)
+    assert (code, count) == (2, 1)
+    check("disk-full", re.sub(r"\.tmp-\d+", ".tmp-PID", normalized(err, (folder, "FOLDER"))))
+    run = RunFolder(folder / "run")
+    assert [p.name for p in run.step_checkpoints()] == ["step-000000000070", "step-000000000140"]
+    assert not list(run.path.rglob(".tmp-*"))
+    monkeypatch.undo()
+    assert invoke(["resume", str(run.path), "--quiet"], capsys)[0] == 0
+    assert run.find_checkpoint("last").name == "step-000000000150"
+
+
+def test_no_permission_is_explained(folder, capsys, monkeypatch):
+    def refuse(self, *args, **kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # the tests may run as root, whom no mode stops
+    code, _, err = invoke(f"train sac --env Pendulum-v1 --out {folder}/run".split(), capsys)
+    assert code == 2
+    check("no-permission", normalized(err, (folder, "FOLDER")))
+
+
+def test_the_whole_round(folder, capsys):
+    run = folder / "run"
+    command = f"train sac --env Pendulum-v1 --no-preset --out {run} --steps 300 --learning-starts 50 --eval-every 100"
+    command += " --eval-episodes 3 --threads 1 --no-video --agent.hidden 16 --agent.batch-size 16"
+    code, out, _ = invoke(command.split(), capsys)
+    assert code == 0
+    assert f"report: {run}/report.html" in out
+    assert "step 300: evaluation return" in out
+    code, out, _ = invoke(["resume", str(run), "--steps", "400"], capsys)
+    assert code == 0
+    assert "resumed at step 300; continues exactly" in out
+    code, out, _ = invoke(["eval", str(run), "--episodes", "4"], capsys)
+    assert code == 0
+    assert re.search(r"mean return -[\d,.]+, 95 % interval \[-[\d,.]+, -[\d,.]+\], 4 episodes", out)
+    code, out, _ = invoke(["report", str(run)], capsys)
+    assert code == 0
+    assert "Pendulum-v1" in (run / "report.html").read_text()
+    # The run's own config.json trains the same thing again.
+    again = folder / "again"
+    code, _, _ = invoke(["train", "sac", "--config", str(run / "config.json"), "--out", str(again), "--quiet"], capsys)
+    assert code == 0
+    first, second = (json.loads((p / "config.json").read_text()) for p in (run, again))
+    assert {k: v for k, v in first.items() if k != "out"} == {k: v for k, v in second.items() if k != "out"}
+    code, out, _ = invoke(["report", str(run), str(again), "--out", str(folder / "both.html")], capsys)
+    assert code == 0
+    assert (folder / "both.html").stat().st_size > 10_000
+    code, out, _ = invoke(["envs", "cheetah"], capsys)
+    assert (code, out.split()[:2]) == (0, ["HalfCheetah-v5", "mujoco"])
+    code, out, _ = invoke(["algos"], capsys)
+    assert (code, out.split()[0]) == (0, "sac")
+
+
+def test_dry_run_shows_preset_and_changes_and_writes_nothing(folder, capsys):
+    before = everything_under(folder)
+    code, out, _ = invoke(["train", "sac", "--env", "Swimmer-v5", "--dry-run", "--agent.batch-size", "128"], capsys)
+    assert code == 0
+    check("dry-run", out)
+    assert everything_under(folder) == before
+
+
+def test_flags_go_before_the_file_and_the_file_before_the_preset(folder, capsys):
+    (folder / "c.yaml").write_text("agent: {gamma: 0.9, tau: 0.1}\n")
+    command = "train sac --env Swimmer-v5 --dry-run --config c.yaml --agent.tau 0.2"
+    _, out, _ = invoke(command.split(), capsys)
+    assert "* agent.gamma: 0.9\n* agent.tau: 0.2\n" in out
+
+
+@pytest.mark.parametrize("command", ["--help", "train sac --help", "train sac --env X --agent.gama 1", "envs", "algos"])
+def test_quick_answers_do_not_import_torch(command):
+    """Torch takes seconds to import; help and typing errors must not wait for it."""
+    code = (
+        "import sys; from ctrlrl.cli.main import run\n"
+        f"try: run({command.split()!r})\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(folder):
+    run = folder / "run"
+    command = [sys.executable, "-m", "ctrlrl", *f"train sac --env Pendulum-v1 --out {run} --steps 1000000".split()]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+    )
+    try:
+        while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").stat().st_size:
+            assert process.poll() is None, process.communicate()
+            __import__("time").sleep(0.05)
+        process.send_signal(2)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert f"Go on with: ctrlrl resume {run}" in err
+    assert RunFolder(run).step_checkpoints()

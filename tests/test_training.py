@@ -1,0 +1,309 @@
+"""Whole trainings: counting, extension, interruption, failures, Python's interface."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ctrlrl
+from ctrlrl.errors import EnvironmentFailure, Interrupted, NonFiniteError, UsageError
+from ctrlrl.runs.checkpoint import load_checkpoint
+from ctrlrl.runs.folder import RunFolder
+from tests.runs import SMALL, assert_same, contents
+from tests.standins import MODULE, WalkEnv, native_vector
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+class StopAt(ctrlrl.Callback):
+    """Ends or interrupts a training at a step, and counts."""
+
+    def __init__(self, step: int, *, interrupt: bool = False) -> None:
+        self.step, self.interrupt, self.calls = step, interrupt, 0
+
+    def on_step(self, loop):
+        self.calls += 1
+        if loop.env_steps >= self.step:
+            if self.interrupt:
+                signal.raise_signal(signal.SIGINT)
+                self.step = 10**9
+            else:
+                loop.stop("enough")
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+@pytest.mark.parametrize(("num_envs", "utd"), [(1, 1.0), (8, 1.0), (8, 0.25), (3, 2.0)])
+def test_updates_are_counted_per_environment_step(tmp_path, num_envs, utd):
+    settings = SMALL | {"steps": 240, "eval_every": 0, "agent": SMALL["agent"] | {"utd": utd}}
+    ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), num_envs=num_envs, **settings)
+    state = load_checkpoint(RunFolder(tmp_path / "r").find_checkpoint("last"))
+    assert state["loop"]["env_steps"] == 240
+    assert state["loop"]["updates"] == int(utd * (240 - 60))
+
+
+def test_actions_are_random_before_learning_starts_and_the_policys_after(tmp_path):
+    ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), **SMALL)
+    actions = contents(tmp_path / "r")["rows"]["action"].squeeze()
+    first = torch.rand(60, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    assert torch.allclose(actions[:60], first)
+    assert actions.abs().max() <= 2
+
+
+def test_extended_run_equals_a_longer_one(tmp_path):
+    ctrlrl.train("sac", "HalfCheetah-v5", out=str(tmp_path / "whole"), **SMALL | {"num_envs": 2, "eval_every": 200})
+    short = SMALL | {"num_envs": 2, "steps": 200, "eval_every": 200}
+    ctrlrl.train("sac", "HalfCheetah-v5", out=str(tmp_path / "parts"), **short)
+    ctrlrl.resume(tmp_path / "parts", steps=400, quiet=True)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(UsageError, match="has done 400 steps already"):
+        ctrlrl.resume(tmp_path / "parts", steps=300)
+
+
+@pytest.mark.parametrize(
+    ("env", "more"),
+    [
+        ("Pendulum-v1", {}),
+        ("Humanoid-v5", {"steps": 200}),  # reads derived quantities that lag the state; bounds of 0.4
+        ("HalfCheetah-v5", {"num_envs": 3, "backend": "workers", "steps": 330}),
+        (MODULE + "ctrlrl-test/Image-v0", {"buffer": {"n_step": 3}}),  # nested Dict, uint8
+        (
+            "Pendulum-v1",
+            {"buffer": {"capacity": 100}, "agent": {"hidden": [16], "batch_size": 8, "normalize_obs": True}},
+        ),
+    ],
+)
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, env, more):
+    settings = SMALL | more
+    encoder = {}
+    if "Image" in env:
+        encoder = {"encoder": DictEncoder}
+    ctrlrl.train("sac", env, out=str(tmp_path / "whole"), callbacks=[StopAt(10**9)], **settings, **encoder)
+    for at in (settings["steps"] // 3, settings["steps"] // 2 + 7):
+        calls = StopAt(at, interrupt=True)
+        with pytest.raises(Interrupted, match="Go on with: ctrlrl resume"):
+            if at == settings["steps"] // 3:
+                ctrlrl.train("sac", env, out=str(tmp_path / "parts"), callbacks=[calls], **settings, **encoder)
+            else:
+                ctrlrl.resume(tmp_path / "parts", callbacks=[calls], quiet=True, **encoder)
+        assert json.loads((tmp_path / "parts" / "status.json").read_text())["state"] == "interrupted"
+    ctrlrl.resume(tmp_path / "parts", callbacks=[StopAt(10**9)], quiet=True, **encoder)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert "continues exactly" in records(tmp_path / "parts", "note")[-1]["text"]
+
+
+class DictEncoder(nn.Module):
+    """Mean pixel and position."""
+
+    def __init__(self, space):
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, obs):
+        pixel = obs["image"].float().flatten(1).mean(1, keepdim=True) / 255
+        return self.linear(torch.cat([pixel, obs["body.position"].float()], 1))
+
+
+def test_a_native_backend_with_groups_and_invalid_rows_trains_and_resumes(tmp_path):
+    settings = SMALL | {"num_envs": 4}
+    make = lambda: native_vector(4)  # noqa: E731
+    ctrlrl.train("sac", make(), eval_env=native_vector(2), out=str(tmp_path / "whole"), **settings)
+    with pytest.raises(Interrupted):
+        stop = [StopAt(200, interrupt=True)]
+        ctrlrl.train("sac", make(), eval_env=native_vector(2), out=str(tmp_path / "parts"), callbacks=stop, **settings)
+    with pytest.raises(UsageError, match="pass the same one: env="):
+        ctrlrl.resume(tmp_path / "parts", callbacks=[StopAt(10**9)])
+    again = [StopAt(10**9)]
+    ctrlrl.resume(tmp_path / "parts", env=make(), eval_env=native_vector(2), callbacks=again, quiet=True)
+    whole, parts = contents(tmp_path / "whole"), contents(tmp_path / "parts")
+    assert all(torch.equal(v, parts["rows"][k]) for k, v in whole["rows"].items())
+    state = load_checkpoint(RunFolder(tmp_path / "whole").find_checkpoint("last"))
+    assert state["loop"]["env_steps"] == int(whole["rows"]["valid"].sum())  # filler rows are no environment steps
+
+
+class Drifting(WalkEnv):
+    """Draws from a source that nobody saves, so its episodes cannot be continued; they last 40 steps."""
+
+    def step(self, action):
+        self.t = self.t + 1
+        self.position = np.random.default_rng().normal(size=2)
+        return self._obs(), 0.0, False, self.t == 40, {}
+
+    def reset(self, **kwargs):
+        self.t = 0
+        return super().reset(**kwargs)
+
+
+def test_an_environment_that_cannot_continue_starts_afresh_and_says_so(tmp_path):
+    with pytest.raises(Interrupted):
+        stop = [StopAt(103, interrupt=True)]
+        ctrlrl.train("sac", lambda: Drifting(), out=str(tmp_path / "r"), callbacks=stop, **SMALL)
+    ctrlrl.resume(tmp_path / "r", env=lambda: Drifting(), callbacks=[StopAt(10**9)], quiet=True)
+    note = records(tmp_path / "r", "note")[-1]["text"]
+    assert "environment 0 started a new episode (" in note
+    session = json.loads((tmp_path / "r" / "provenance.json").read_text())["sessions"][-1]
+    assert session["from_step"] == 103
+    assert "environment 0 started a new episode (" in session["notes"][-1]
+    rows = contents(tmp_path / "r")["rows"]
+    assert int((~rows["valid"]).sum()) == 1  # the one filler row between the two halves
+    assert len(rows["valid"]) == 401
+
+
+@pytest.mark.parametrize("backend", ["gymnasium", "workers"])
+def test_a_crashing_environment_is_reported_and_the_run_saved(tmp_path, backend):
+    env = MODULE + "ctrlrl-test/Crashing-v0"
+    settings = SMALL | {"env_kwargs": {"at_step": 90}, "backend": backend, "eval_every": 0}
+    with pytest.raises(EnvironmentFailure) as error:
+        ctrlrl.train("sac", env, out=str(tmp_path / "r"), **settings)
+    text = str(error.value)
+    assert "Traceback" in text
+    assert "standins.py" in text
+    assert "Go on with: ctrlrl resume" in text
+    state = load_checkpoint(RunFolder(tmp_path / "r").find_checkpoint("last"))
+    assert state["loop"]["env_steps"] == 89  # everything up to the step that failed
+    status = json.loads((tmp_path / "r" / "status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 89)
+    assert (tmp_path / "r" / "report.html").exists()
+    with pytest.raises(EnvironmentFailure):  # goes on, with a fresh environment that fails 90 steps later
+        ctrlrl.resume(tmp_path / "r", quiet=True)
+    assert load_checkpoint(RunFolder(tmp_path / "r").find_checkpoint("last"))["loop"]["env_steps"] == 178
+
+
+def test_nan_from_the_environment_stops_with_the_run_saved(tmp_path):
+    settings = SMALL | {"env_kwargs": {"at_step": 100}, "eval_every": 0}
+    with pytest.raises(NonFiniteError, match=r"non-finite reward in environment 0.*Go on with: ctrlrl resume") as error:
+        ctrlrl.train("sac", MODULE + "ctrlrl-test/Nan-v0", out=str(tmp_path / "r"), **settings)
+    assert error.value.exit_code == 3
+    rows = contents(tmp_path / "r")["rows"]
+    assert all(torch.isfinite(v.float()).all() for v in rows.values())
+
+
+def test_non_finite_training_keeps_the_last_good_checkpoint(tmp_path):
+    class Poison(ctrlrl.Callback):
+        def on_step(self, loop):
+            if loop.env_steps == 260:
+                next(loop.agent.critics.parameters()).data.fill_(float("nan"))
+
+    with pytest.raises(NonFiniteError, match=r"became non-finite.*critic_loss") as error:
+        ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), callbacks=[Poison()], **SMALL)
+    folder = RunFolder(tmp_path / "r")
+    assert folder.find_checkpoint("last").name == "step-000000000210"
+    assert str(folder.find_checkpoint("last")) in str(error.value)
+    post_mortem = load_checkpoint(next(folder.path.glob("non-finite-*")))
+    assert len(post_mortem["batches"]) == 16
+    assert post_mortem["batches"][-1]["index"].shape == (1, 16)
+    ctrlrl.resume(tmp_path / "r", callbacks=[ctrlrl.Callback()], quiet=True)
+
+
+def test_a_callback_can_stop_and_writers_see_every_record(tmp_path):
+    class Keep:
+        def __init__(self):
+            self.kept, self.closed = [], False
+
+        def write(self, record):
+            self.kept.append(record)
+
+        def close(self):
+            self.closed = True
+
+    writer, stop = Keep(), StopAt(150)
+    run = ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), callbacks=[stop], writers=[writer], **SMALL)
+    assert stop.calls == 150
+    assert writer.closed
+    assert writer.kept == [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert {r["kind"] for r in writer.kept} == {"train", "eval", "note"}
+    assert json.loads((run.path / "status.json").read_text())["state"] == "finished"
+
+
+def test_load_gives_the_best_policy_without_making_the_environment(tmp_path, monkeypatch):
+    run = ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), **SMALL)
+    monkeypatch.setattr("ctrlrl.training.session.make_env", None)
+    policy = ctrlrl.load(run).policy
+    action, state, extras = policy.act(torch.zeros(2, 3))
+    assert action.shape == (2, 1)
+    assert (state, extras) == ({}, {})
+    last = ctrlrl.load(run.path, checkpoint="last").policy
+    assert all(torch.equal(a, b) for a, b in zip(last.parameters(), run.policy.parameters(), strict=True))
+    with pytest.raises(UsageError, match="has no checkpoint 'step-1'; there: best-"):
+        ctrlrl.load(run, checkpoint="step-1")
+
+
+def test_evaluate_repeats_what_training_recorded(tmp_path):
+    run = ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), **SMALL)
+    best = max(records(run.path, "eval"), key=lambda r: r["mean"])
+    assert ctrlrl.evaluate(run).returns == best["returns"]
+    assert len(ctrlrl.evaluate(run, episodes=3).returns) == 3
+
+
+def test_own_networks_are_needed_again(tmp_path):
+    network = lambda i, o: nn.Sequential(nn.Linear(i, 8), nn.ELU(), nn.Linear(8, o))  # noqa: E731
+    run = ctrlrl.train("sac", "Pendulum-v1", network=network, out=str(tmp_path / "r"), **SMALL)
+    with pytest.raises(UsageError, match="pass the same one: network="):
+        ctrlrl.load(run)
+    assert isinstance(ctrlrl.load(run, network=network).policy.trunk[1], nn.ELU)
+
+
+def test_an_environment_object_needs_one_for_evaluation(tmp_path):
+    with pytest.raises(UsageError, match="evaluation needs an environment of its own"):
+        ctrlrl.train("sac", gym.make("Pendulum-v1"), out=str(tmp_path / "r"), **SMALL)
+    assert not (tmp_path / "r").exists()
+    ctrlrl.train("sac", gym.make("Pendulum-v1"), out=str(tmp_path / "r"), **SMALL | {"eval_every": 0})
+    vector = gym.make_vec("Pendulum-v1", 2, vectorization_mode="sync")
+    ctrlrl.train("sac", vector, out=str(tmp_path / "v"), **SMALL | {"eval_every": 0, "num_envs": 2, "steps": 440})
+    rows = contents(tmp_path / "v")["rows"]
+    assert int(rows["truncated"].sum()) == 2
+    assert int((~rows["valid"]).sum()) == 2  # Gymnasium's own autoreset rows, held back
+
+
+def test_two_runs_with_one_seed_are_equal_and_another_seed_differs(tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / name), seed=seed, **SMALL)
+    assert_same(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(AssertionError):
+        assert_same(tmp_path / "a", tmp_path / "c")
+
+
+def test_old_checkpoints_and_segments_are_deleted(tmp_path):
+    small = SMALL | {"buffer": {"capacity": 100}, "checkpoint_every": 30, "keep_checkpoints": 2}
+    run = ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), **small)
+    folder = RunFolder(run.path)
+    assert [p.name for p in folder.step_checkpoints()] == ["step-000000000390", "step-000000000400"]
+    starts = sorted(int(p.name.split("-")[1]) for p in folder.replay.iterdir())
+    assert starts[0] >= 390 - 100 - 30
+    assert not list(run.path.rglob(".tmp-*"))
+
+
+def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path):
+    """20 runs die by SIGKILL two or three times each, at random moments or inside file operations."""
+    command = [sys.executable, "-m", "tests.kill_driver", str(tmp_path), "20", "Pendulum-v1"]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=550)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "20 of 20 equal"
+    assert done.stdout.count("died at nothing") < 5
+
+
+@pytest.mark.slow
+def test_pendulum_is_solved_over_three_seeds(tmp_path):
+    """RL Zoo's SAC reaches -150 on Pendulum-v1; an untrained policy gets about -1,200."""
+    finals = []
+    for seed in range(3):
+        run = ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / str(seed)), seed=seed, steps=8_000, quiet=True)
+        finals.append(records(run.path, "eval")[-1]["mean"])
+    assert np.mean(finals) > -220, finals
