@@ -131,13 +131,16 @@ def _checked(maker: Callable[[], gym.Env[Any, Any]]) -> Callable[[], gym.Env[Any
 
 
 def render_headless() -> None:
-    """Let MuJoCo draw without a display, through EGL where that is installed.
+    """Let MuJoCo draw without a display, through EGL where that is installed, and pygame into memory.
 
-    MuJoCo picks its way to draw when it is first imported, so this comes before any environment is made. Left alone it
-    would try to open a window, and fail where there is no display.
+    Both pick their way to draw when they are first imported, so this comes before any environment is made. Left alone
+    they would try to open a window, and fail or complain where there is no display.
     """
-    displayed = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if not sys.platform.startswith("linux") or displayed or "MUJOCO_GL" in os.environ:
+    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+    if not sys.platform.startswith("linux") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
+        return
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+    if "MUJOCO_GL" in os.environ:
         return
     try:
         ctypes.CDLL("libEGL.so.1")

@@ -100,8 +100,7 @@ def _mujoco_warns_on_stderr(spec: Any) -> None:
     """
     if "mujoco" not in str(spec.entry_point) or importlib.util.find_spec("mujoco") is None:
         return
-    import mujoco
-
+    mujoco: Any = importlib.import_module("mujoco")  # not at the top: other environments do without it
     if not hasattr(mujoco, "get_mju_user_warning") or mujoco.get_mju_user_warning() is not None:
         return
     seen = set()
@@ -136,7 +135,17 @@ def build_env(env_id: str, kwargs: dict[str, Any], render: bool = False) -> gym.
     if render and options["render_mode"] == "rgb_array" and "rgb_array" not in modes:
         env.close()
         raise Refused(f"{env_id} cannot give pictures: it needs the render mode 'rgb_array' and has {modes}.")
+    if render and not {"camera_id", "camera_name", "default_camera_config"} & kwargs.keys():
+        _follow_with_camera(env.unwrapped)
     return env
+
+
+def _follow_with_camera(env: Any) -> None:
+    """Take the MuJoCo model's own camera `track`, if it has one; Gymnasium's default one stays where the robot was."""
+    if hasattr(env, "mujoco_renderer"):
+        names = [env.model.camera(index).name for index in range(env.model.ncam)]
+        if "track" in names:
+            env.mujoco_renderer.camera_id = names.index("track")
 
 
 def _import_for(env_id: str, module: str) -> None:

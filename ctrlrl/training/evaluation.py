@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,12 +43,12 @@ def evaluate(
     policy: Policy,
     seeds: Sequence[int],
     *,
-    on_frame: Callable[[np.ndarray[Any, Any]], None] | None = None,
+    before_step: Callable[[], None] | None = None,
 ) -> Evaluation:
     """One episode with the policy's mode for each of `seeds`, `env.num_envs` at a time.
 
     The environment starts each episode from its seed, so the result depends on nothing but policy and seeds.
-    `on_frame` takes a picture of environment 0 before every step of its first episode.
+    `before_step` is called before every step of the first episode of environment 0, to take pictures, say.
     """
     n = env.num_envs
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), np.int64)
@@ -63,8 +62,8 @@ def evaluate(
         count = torch.zeros(n, dtype=torch.int64, device=env.device)
         outcome = torch.full((n,), float("nan"), device=env.device)
         for _ in range(MAX_STEPS):
-            if on_frame is not None and first == 0 and bool(running[0]):
-                on_frame(env.render())
+            if before_step is not None and first == 0 and bool(running[0]):
+                before_step()
             action, state, _ = policy.act(obs_to(obs, policy.device), state, explore=False)
             step = env.step(action.to(env.device))
             counted = running & step.valid

@@ -288,17 +288,13 @@ def record_video(
         raise rendering_error(error) from error
     frames: list[np.ndarray[Any, Any]] = []
 
-    def keep(frame: np.ndarray[Any, Any]) -> None:
-        frames.append(frame)
-        if len(frames) >= VIDEO_STEPS:
-            raise _Enough
+    def film() -> None:
+        if len(frames) < VIDEO_STEPS:
+            frames.append(env.render())
 
     seed, fps = evaluation_seeds(1)[0], 1 / (env.control_dt or 1 / 30)
-    ret = None
     try:
-        ret = evaluate(env, policy, [seed], on_frame=keep).mean
-    except _Enough:
-        pass
+        result = evaluate(env, policy, [seed], before_step=film)
     except CtrlrlError:
         raise
     except Exception as error:
@@ -307,13 +303,9 @@ def record_video(
         env.close()
     path = folder.videos / f"{checkpoint}-{step:012d}.mp4"
     write_video(frames, path, fps)
-    about = {"step": step, "checkpoint": checkpoint, "seed": seed, "return": ret, "length": len(frames), "fps": fps}
-    write_json(path.with_suffix(".json"), about)
+    about = {"step": step, "checkpoint": checkpoint, "seed": seed, "return": result.mean, "fps": fps}
+    write_json(path.with_suffix(".json"), {**about, "length": result.lengths[0], "frames": len(frames)})
     return path
-
-
-class _Enough(Exception):
-    """Ends an episode whose video is long enough."""
 
 
 class _Session:
