@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from ctrlrl.algorithms.registry import ALGORITHMS
 from ctrlrl.cli.main import COMMANDS
 from ctrlrl.cli.main import run as ctrlrl_command
