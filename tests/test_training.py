@@ -185,6 +185,36 @@ def test_a_crashing_environment_is_reported_and_the_run_saved(tmp_path, backend)
     assert load_checkpoint(RunFolder(tmp_path / "r").find_checkpoint("last"))["loop"]["env_steps"] == 178
 
 
+def test_a_hanging_worker_is_reported_with_where_it_hangs_and_the_run_saved(tmp_path):
+    env = MODULE + "ctrlrl-test/Hanging-v0"
+    settings = SMALL | {"env_kwargs": {"at_step": 90}, "backend": "workers", "eval_every": 0, "worker_timeout": 1.0}
+    with pytest.raises(EnvironmentFailure) as error:
+        ctrlrl.train("sac", env, out=str(tmp_path / "r"), **settings)
+    text = str(error.value)
+    assert "standins.py" in text
+    assert "in fail" in text  # the frame that sleeps
+    assert "Go on with: ctrlrl resume" in text
+    assert load_checkpoint(RunFolder(tmp_path / "r").find_checkpoint("last"))["loop"]["env_steps"] == 89
+
+
+def test_tensorboard_shows_the_record_also_of_a_resumed_run(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with pytest.raises(Interrupted):
+        ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), callbacks=[StopAt(230, interrupt=True)], **SMALL)
+    ctrlrl.resume(tmp_path / "r", checkpoint="step-000000000210", callbacks=[StopAt(10**9)], quiet=True)
+    events = EventAccumulator(str(tmp_path / "r" / "tensorboard"))
+    events.Reload()
+    for tag, kind, value in (
+        ("evaluation/return", "eval", lambda r: r["mean"]),
+        ("episode/return", "episode", lambda r: r["return"]),
+        ("train/critic_loss", "train", lambda r: r["metrics"].get("critic_loss")),
+    ):
+        want = [(r["step"], value(r)) for r in records(tmp_path / "r", kind) if value(r) is not None]
+        got = [(e.step, e.value) for e in events.Scalars(tag)]
+        assert got == [(step, pytest.approx(x, rel=1e-6)) for step, x in want], tag
+
+
 def test_nan_from_the_environment_stops_with_the_run_saved(tmp_path):
     settings = SMALL | {"env_kwargs": {"at_step": 100}, "eval_every": 0}
     with pytest.raises(NonFiniteError, match=r"non-finite reward in environment 0.*Go on with: ctrlrl resume") as error:
