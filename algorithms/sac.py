@@ -88,7 +88,7 @@ class SAC:
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: weights are made there
             self.normalizer = ObservationNormalizer(observation_space) if c.normalize_obs else None
             policy_space = group_space(observation_space, c.policy_obs or policy_groups(observation_space))
             critic_space = group_space(observation_space, c.critic_obs or critic_groups(observation_space))

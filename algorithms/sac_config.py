@@ -49,13 +49,13 @@ class SACConfig(Config):
     def check(self) -> None:
         self.require("gamma", 0 < self.gamma <= 1, "in (0, 1]")
         self.require("tau", 0 < self.tau <= 1, "in (0, 1]")
-        self.require("batch_size", self.batch_size >= 1, "at least 1")
+        self.require("batch_size", 1 <= self.batch_size <= 1_000_000, "between 1 and 1,000,000")
         self.require("utd", 0 < self.utd <= 1000, "in (0, 1000]")
         self.require("actor_lr", 0 < self.actor_lr < 1, "in (0, 1)")
         self.require("critic_lr", 0 < self.critic_lr < 1, "in (0, 1)")
         self.require("alpha_lr", 0 <= self.alpha_lr < 1, "in [0, 1)")
         self.require("initial_alpha", 0 < self.initial_alpha < float("inf"), "above 0")
-        self.require("hidden", all(width >= 1 for width in self.hidden), "widths of at least 1")
+        self.require("hidden", all(1 <= width <= 100_000 for width in self.hidden), "widths between 1 and 100,000")
         self.require("num_critics", 1 <= self.num_critics <= 100, "between 1 and 100")
         low_high = len(self.log_std_bounds) == 2 and self.log_std_bounds[0] < self.log_std_bounds[1]
         self.require("log_std_bounds", low_high, "two numbers, the lower one first")

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ctrlrl.training.callbacks import Callback as Callback
-    from ctrlrl.training.session import Run as Run
-    from ctrlrl.training.session import evaluate_run as evaluate
-    from ctrlrl.training.session import load as load
+    from ctrlrl.training.loading import Run as Run
+    from ctrlrl.training.loading import evaluate_run as evaluate
+    from ctrlrl.training.loading import load as load
     from ctrlrl.training.session import resume as resume
     from ctrlrl.training.session import train as train
 
@@ -23,9 +23,9 @@ __all__ = ["Callback", "Run", "evaluate", "load", "resume", "train"]
 # Looked up on first use: importing torch takes seconds, and the command line must answer at once.
 _WHERE = {
     "Callback": ("ctrlrl.training.callbacks", "Callback"),
-    "Run": ("ctrlrl.training.session", "Run"),
-    "evaluate": ("ctrlrl.training.session", "evaluate_run"),
-    "load": ("ctrlrl.training.session", "load"),
+    "Run": ("ctrlrl.training.loading", "Run"),
+    "evaluate": ("ctrlrl.training.loading", "evaluate_run"),
+    "load": ("ctrlrl.training.loading", "load"),
     "resume": ("ctrlrl.training.session", "resume"),
     "train": ("ctrlrl.training.session", "train"),
 }

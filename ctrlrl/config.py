@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -97,7 +99,7 @@ class ReplayConfig(Config):
     """Rewards summed before the bootstrap; 1 is the papers' SAC."""
 
     def check(self) -> None:
-        self.require("capacity", self.capacity >= 1, "at least 1")
+        self.require("capacity", 1 <= self.capacity <= 10**11, "between 1 and 100,000,000,000")
         self.require("n_step", 1 <= self.n_step <= 1000, "between 1 and 1000")
 
 
@@ -144,12 +146,12 @@ class TrainConfig(Config):
         self.require("env", bool(self.env), "an environment ID")
         self.require("steps", self.steps >= 1, "at least 1")
         self.require("seed", 0 <= self.seed < 2**32, "between 0 and 4294967295")
-        self.require("num_envs", self.num_envs >= 1, "at least 1")
+        self.require("num_envs", 1 <= self.num_envs <= 1_000_000, "between 1 and 1,000,000")
         self.require("worker_timeout", self.worker_timeout > 0, "above 0")
-        self.require("threads", self.threads is None or self.threads >= 1, "at least 1")
+        self.require("threads", self.threads is None or 1 <= self.threads <= 1024, "between 1 and 1,024")
         self.require("log_every", self.log_every >= 1, "at least 1")
         self.require("eval_every", self.eval_every >= 0, "0 (off) or more")
-        self.require("eval_episodes", self.eval_episodes >= 1, "at least 1")
+        self.require("eval_episodes", 1 <= self.eval_episodes <= 100_000, "between 1 and 100,000")
         self.require("checkpoint_every", self.checkpoint_every >= 1, "at least 1")
         self.require("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1")
 
@@ -171,6 +173,14 @@ class OffPolicyConfig(TrainConfig):
             raise UsageError(f"buffer.capacity must be at least num_envs = {self.num_envs}, got {capacity}")
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 3e-4 as text, for want of a dot; people write it as a number."""
+
+
+_FLOAT = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789"))
+
+
 def read_config_file(path: str | Path) -> dict[str, Any]:
     """A YAML or JSON file as nested plain values.
 
@@ -179,7 +189,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(), _Loader)
     except FileNotFoundError:
         raise UsageError(f"no such config file: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -250,14 +260,22 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
     elif origin is tuple and isinstance(value, list | tuple):
         return tuple(_coerce(item, typing.get_args(hint)[0], path) for item in value)
     elif (
-        (origin is dict and isinstance(value, dict))
-        or (hint is float and isinstance(value, float))
+        (origin is dict and isinstance(value, dict) and _is_json(value))
+        or (hint is float and isinstance(value, float) and math.isfinite(value))
         or (isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)))
     ):
         return value
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     raise UsageError(f"{path} must be {_type_name(hint)}, got {value!r}")
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _type_name(hint: Any) -> str:
@@ -268,5 +286,5 @@ def _type_name(hint: Any) -> str:
         return f"a list of {_type_name(args[0])} values"
     if origin is dict:
         return "a JSON object"
-    names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    names = {int: "an integer", float: "a finite number", str: "text", bool: "true or false", type(None): "null"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))

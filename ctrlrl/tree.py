@@ -22,11 +22,6 @@ def obs_items(obs: Obs) -> list[tuple[str, Tensor]]:
     return list(obs.items()) if isinstance(obs, dict) else [("obs", obs)]
 
 
-def first_leaf(obs: Obs) -> Tensor:
-    """Any tensor of `obs`, for its leading dimensions or device."""
-    return next(iter(obs.values())) if isinstance(obs, dict) else obs
-
-
 def obs_to(obs: Obs, device: torch.device) -> Obs:
     """`obs` on `device` (the same object where it already lies there)."""
-    return map_obs(lambda value: value.to(device, non_blocking=True), obs)
+    return map_obs(lambda value: value.to(device), obs)

@@ -14,19 +14,23 @@ from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
 from ctrlrl.envs.spaces import build_space
-from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds
+from ctrlrl.envs.vector import EnvState, RenderFailure, Step, VectorEnv, derive_seeds
 from ctrlrl.envs.worker import (
     EnvironmentRaised,
     Host,
     Refused,
     Slot,
+    Undrawn,
     control_dt,
     describe,
     describe_action_space,
     describe_observation_space,
+    draw,
     flatten_dict_space,
     layout,
     map_arrays,
+    name_and_message,
+    opengl_failure,
     place,
 )
 from ctrlrl.errors import CtrlrlError, EnvironmentFailure, UsageError, nearest
@@ -39,6 +43,20 @@ T = TypeVar("T")
 def usage_error(refused: Refused) -> UsageError:
     """What the user is told of a `Refused`: its message, and the names that are near."""
     return UsageError(str(refused) + (nearest(refused.word, refused.known) if refused.word else ""))
+
+
+def made_without_opengl(name: str, text: str, cause: str) -> RenderFailure:
+    """The failure to make environments `name` for want of OpenGL; `text` is the traceback, `cause` what was raised."""
+    return RenderFailure(
+        f"{name} cannot be made: it looks for OpenGL, and that failed with {cause}. MUJOCO_GL says what MuJoCo looks "
+        "for: egl, glfw or osmesa, whichever is installed, or disable where nothing is drawn.\n" + text,
+        cause,
+    )
+
+
+def undrawable(name: str, text: str, cause: str) -> RenderFailure:
+    """The failure to draw environment 0; `text` is the traceback, `cause` what was raised."""
+    return RenderFailure(f"{name}: environment 0 cannot be drawn:\n{text}", cause)
 
 
 def seed_per_env(seed: int | Sequence[int] | None, num_envs: int) -> list[int | None]:
@@ -124,14 +142,14 @@ class HostedVector(VectorEnv):
             log={"success": self._on_device("success")} if self._knows_success else {},
         )
 
-    def set_state(self, state: EnvState) -> tuple[Obs, list[str | None]]:
+    def set_state(self, state: EnvState, *, seed: int) -> tuple[Obs, list[str | None]]:
         self._require_health()
         if len(state.json) != self.num_envs:
             raise UsageError(
                 f"{self.name}: the state saved is of {len(state.json)} environments, these are {self.num_envs}; "
                 "make as many as before to go on from it"
             )
-        reasons = self._set_state(state)
+        reasons = self._set_state(state, derive_seeds(seed, self.num_envs))
         return self._observation("obs/"), reasons
 
     @abstractmethod
@@ -141,7 +159,7 @@ class HostedVector(VectorEnv):
     def _step(self) -> None: ...
 
     @abstractmethod
-    def _set_state(self, state: EnvState) -> list[str | None]: ...
+    def _set_state(self, state: EnvState, seeds: list[int]) -> list[str | None]: ...
 
     def _observation(self, kind: str) -> Obs:
         if isinstance(self.observation_space, gym.spaces.Dict):
@@ -174,11 +192,16 @@ class GymnasiumVector(HostedVector):
         *,
         name: str | None = None,
         device: torch.device | str = "cpu",
+        owned: bool = True,
     ) -> None:
         """Make the environments, one from each of `makers`.
 
+        Args:
+            owned: whether `close` closes the environments; those that the user made are the user's to close.
+
         Raises:
             UsageError: an environment cannot be made or has spaces that are not supported.
+            RenderFailure: making an environment failed since OpenGL cannot be used.
             EnvironmentFailure: making an environment raised something else.
         """
         envs: list[gym.Env[Any, Any]] = []
@@ -189,21 +212,23 @@ class GymnasiumVector(HostedVector):
             slots = [Slot(env, name) for env in envs]
             description = describe(slots, name)
         except BaseException as error:
-            for env in envs:
-                env.close()
+            if owned:
+                for env in envs:
+                    env.close()
             if isinstance(error, Refused):
                 raise usage_error(error) from error
             if isinstance(error, CtrlrlError) or not isinstance(error, Exception):
                 raise
-            raise EnvironmentFailure(
-                f"{name or 'the environment'} cannot be made:\n{traceback.format_exc()}"
-            ) from error
+            name, failed = name or "the environment", opengl_failure(error)
+            if failed is not None:
+                raise made_without_opengl(name, traceback.format_exc(), name_and_message(failed)) from error
+            raise EnvironmentFailure(f"{name} cannot be made:\n{traceback.format_exc()}") from error
         arrays = layout(description, len(slots))
         buffers = map_arrays(arrays, bytearray(place(arrays)[1]))
         super().__init__(name, description, buffers, len(slots), device)
         self._host = Host(slots, buffers)
         self._renders = slots[0].env.render_mode == "rgb_array"
-        self._closed = False
+        self._to_close = owned
 
     def get_state(self) -> EnvState:
         states = self._host.get_state()
@@ -216,12 +241,12 @@ class GymnasiumVector(HostedVector):
             return self._host.render()
         except Refused as error:
             raise usage_error(error) from error
-        except EnvironmentRaised as error:  # which spoils no environment
-            raise EnvironmentFailure(f"{self.name}: environment 0 cannot be drawn:\n{error}") from error.__cause__
+        except Undrawn as error:
+            raise undrawable(self.name, str(error), error.cause) from error.__cause__
 
     def close(self) -> None:
-        if not self._closed:
-            self._closed = True
+        if self._to_close:
+            self._to_close = False
             self._host.close()
 
     def _reset(self, seeds: list[int | None]) -> None:
@@ -230,9 +255,9 @@ class GymnasiumVector(HostedVector):
     def _step(self) -> None:
         self._guarded(self._host.step)
 
-    def _set_state(self, state: EnvState) -> list[str | None]:
+    def _set_state(self, state: EnvState, seeds: list[int]) -> list[str | None]:
         pairs = list(zip(state.json, state.arrays, strict=True))
-        return self._guarded(lambda: self._host.set_state(pairs))
+        return self._guarded(lambda: self._host.set_state(pairs, seeds))
 
     def _guarded(self, call: Callable[[], T]) -> T:
         try:
@@ -249,7 +274,7 @@ class GymnasiumVectorAdapter(VectorEnv):
     - `SAME_STEP`: the true next observation is taken from `info["final_obs"]`.
     - `DISABLED`: rows that ended are reset here, with `options={"reset_mask": ...}`.
 
-    Its state cannot be saved.
+    Its state cannot be saved, and closing it is left to the user who made it.
     """
 
     def __init__(self, env: gym.vector.VectorEnv[Any, Any, Any], *, device: torch.device | str = "cpu") -> None:
@@ -277,7 +302,6 @@ class GymnasiumVectorAdapter(VectorEnv):
         self._action = ActionBuffer(self.action_space, np.zeros(shape, self.action_space.dtype))
         self._ended = np.zeros(self.num_envs, np.bool_)
         self._knows_success = False
-        self._closed = False
 
     def reset(self, seed: int | Sequence[int] | None = None) -> Obs:
         seeds: Any = None if seed is None else seed_per_env(seed, self.num_envs)
@@ -326,15 +350,12 @@ class GymnasiumVectorAdapter(VectorEnv):
     def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         if self._env.render_mode != "rgb_array":
             raise UsageError(f"{self.name} was made without pictures; make it with render_mode='rgb_array'")
-        frames = self._env.render()
-        if frames is None:
-            raise UsageError(f"{self.name} gave no picture")
-        return np.asarray(frames[0], np.uint8)
-
-    def close(self) -> None:
-        if not self._closed:
-            self._closed = True
-            self._env.close()
+        try:
+            return draw(lambda: _first_picture(self._env.render()))
+        except Refused as error:
+            raise usage_error(error) from error
+        except Undrawn as error:
+            raise undrawable(self.name, str(error), error.cause) from error.__cause__
 
     def _tensor(self, values: Array) -> Tensor:
         return torch.from_numpy(values).to(self.device)
@@ -367,6 +388,12 @@ class GymnasiumVectorAdapter(VectorEnv):
                     said = np.asarray(source.get(f"_{key}", np.ones(self.num_envs, np.bool_)))
                     success[said] = np.asarray(source[key], np.float32)[said]
         return success
+
+
+def _first_picture(pictures: Any) -> Any:
+    if pictures is None:
+        raise ValueError("the vector environment gave no pictures")
+    return pictures[0]
 
 
 def _at_path(value: Any, path: tuple[str, ...]) -> Any:

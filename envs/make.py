@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "gymnasium", "workers")
 
+_LONGEST_TIMEOUT = 1e9  # seconds; the operating system's clocks do not count far beyond
+
 
 @dataclass(frozen=True, slots=True)
 class EnvInfo:
@@ -62,10 +64,14 @@ def make_env(
         env_python: interpreter that runs the environments in worker processes; it needs numpy and Gymnasium only.
         device: where the tensors lie. A `VectorEnv` of ours keeps its own.
         render: give pictures of environment 0 through `render()`; for ids (others are made with a render mode).
-        worker_timeout: seconds that a step may take in a worker process.
+        worker_timeout: seconds that a step may take in a worker process; a finite number above 0.
+
+    Closing what is returned closes the environments made here, from an id or by a function. An environment or
+    `gymnasium.vector.VectorEnv` that was passed is left open, for the caller to close.
 
     Raises:
         UsageError: says what was expected, what came and what to do.
+        RenderFailure: the environment could not be made since OpenGL, with which MuJoCo draws, cannot be used.
         EnvironmentFailure: the environment raised while being made.
     """
     from ctrlrl.envs.gymnasium_backend import GymnasiumVector, GymnasiumVectorAdapter
@@ -73,6 +79,11 @@ def make_env(
 
     if num_envs < 1:
         raise UsageError(f"num_envs must be at least 1, got {num_envs}")
+    if not 0 < worker_timeout < _LONGEST_TIMEOUT:
+        raise UsageError(
+            f"worker_timeout must be a finite number of seconds above 0 (and below {_LONGEST_TIMEOUT:g}), "
+            f"got {worker_timeout}"
+        )
     if backend not in BACKENDS:
         raise UsageError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.{nearest(backend, BACKENDS)}")
     if env_python is not None and backend == "gymnasium":
@@ -112,7 +123,7 @@ def make_env(
             raise UsageError(
                 f"one environment was passed and num_envs is {num_envs}: pass a function that makes one, or an id"
             )
-        return GymnasiumVector([lambda: env], device=device)
+        return GymnasiumVector([lambda: env], device=device, owned=False)
     if callable(env):
         return GymnasiumVector([_checked(env)] * num_envs, device=device)
     raise UsageError(

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ctrlrl.errors import EnvironmentFailure
 from ctrlrl.tree import Obs
 
 
@@ -53,6 +54,17 @@ class EnvState:
 
     json: list[dict[str, Any] | None]
     arrays: list[dict[str, np.ndarray[Any, Any]]]
+
+
+class RenderFailure(EnvironmentFailure):
+    """Drawing failed, or OpenGL could not be set up for it; environments that had been made can still be stepped.
+
+    `cause` is the type and the message of what was raised, `FatalError: an OpenGL platform library has not been ...`.
+    """
+
+    def __init__(self, message: str, cause: str) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class VectorEnv(ABC):
@@ -103,16 +115,22 @@ class VectorEnv(ABC):
         """What `set_state` needs to go on from exactly here. By default: nothing, every environment starts afresh."""
         return EnvState([None] * self.num_envs, [{} for _ in range(self.num_envs)])
 
-    def set_state(self, state: EnvState) -> tuple[Obs, list[str | None]]:
+    def set_state(self, state: EnvState, *, seed: int) -> tuple[Obs, list[str | None]]:
         """Continue from `state`, in place of `reset`.
 
-        Returns the observations to act on (N, ...) and, per environment, None when it continues exactly or else the
-        reason why its episode was started afresh.
+        Environment i, where it cannot continue, is reset with `derive_seeds(seed, num_envs)[i]`, so that going on from
+        one state with one seed gives one trajectory. Returns the observations to act on (N, ...) and, per environment,
+        None when it continues or else the reason why its episode was started afresh.
         """
-        return self.reset(), [f"{self.name} cannot save its state"] * self.num_envs
+        return self.reset(seed), [f"{self.name} cannot save its state"] * self.num_envs
 
     def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The picture (H, W, 3) of environment 0; only where it was made with `render=True`."""
+        """The picture (H, W, 3) of environment 0; only where it was made with `render=True`.
+
+        Raises:
+            UsageError: it was made without pictures, or lacks a package that draws.
+            RenderFailure: drawing raised.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not render")
 
     def close(self) -> None:  # noqa: B027  (a backend that holds nothing has nothing to do)

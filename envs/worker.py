@@ -8,9 +8,14 @@ which writes into arrays laid out by `layout`: plain memory in process, a memory
 How an environment's state is saved. Restoring qpos and qvel of a MuJoCo task is not exact to the bit, since its
 observations read derived fields (contact forces, body positions) that lag the state. So a `Slot` records how the
 episode began (the seed, or the state of the random generator) and the actions since; restoring replays them and
-compares the observation reached, bit for bit. That is exact for every deterministic environment, with whatever wrappers
-it has. An environment that knows better sets `ctrlrl_state = True` and has `get_state() -> dict` and `set_state(dict)`
-of JSON-able values and arrays.
+compares a digest of all rewards and observations on the way, bit for bit. That is exact for every environment and
+wrapper whose episodes depend on nothing but their beginning and the actions.
+
+What is carried from one episode to the next, such as the statistics of `NormalizeReward` or the level of a curriculum,
+is not restored. Where it made a difference within the recorded part of the episode, the digest shows it and the episode
+is started afresh, without it. Where it would make one only later (the run stopped at the first step of an episode, say)
+nothing can show it: the episode goes on as if earlier ones had not been. An environment that needs it sets
+`ctrlrl_state = True` and has `get_state() -> dict` and `set_state(dict)` of JSON-able values and arrays.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ if __name__ == "__main__" and not getattr(sys.flags, "safe_path", False):
 import base64
 import contextlib
 import faulthandler
+import hashlib
 import importlib.util
 import inspect
 import json
@@ -32,6 +38,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import threading
 import time
 import traceback
@@ -54,7 +61,9 @@ EXTRAS = {
 }
 """Gymnasium's families: the module that the environments need, and what pip installs for it."""
 
+_OPENGL_MODULES = re.compile(r"(OpenGL|glfw|mujoco\.(.*\.)?(gl_context|egl|glfw|osmesa))(\.|$)")
 _STATELESS = (gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker, gym.wrappers.TimeLimit)
+_pack_reward = struct.Struct("<d").pack
 _WATCH_SECONDS = 1.0
 _ALIGNMENT = 64
 
@@ -77,6 +86,19 @@ class EnvironmentRaised(Exception):
     def __init__(self, row: int) -> None:
         super().__init__(traceback.format_exc())
         self.row = row
+
+
+class Undrawn(Exception):
+    """Drawing an environment raised: `cause` is the type and message of that, the text is its traceback."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(traceback.format_exc())
+        self.cause = name_and_message(error)
+
+
+def name_and_message(error: BaseException) -> str:
+    """`ValueError: 3 is too many`."""
+    return f"{type(error).__name__}: {error}"
 
 
 # --- building an environment ------------------------------------------------------------------------------------------
@@ -122,10 +144,12 @@ def build_env(env_id: str, kwargs: dict[str, Any], render: bool = False) -> gym.
             _import_for(env_id, module)
         if name not in gym.registry:
             raise _unknown(name)
-        _mujoco_warns_on_stderr(gym.registry[name])
         try:
+            _mujoco_warns_on_stderr(gym.registry[name])
             env: gym.Env[Any, Any] = gym.make(name, **options)
         except (gym.error.DependencyNotInstalled, ImportError) as error:
+            if opengl_failure(error) is not None:
+                raise
             raise _missing_package(name, error) from error
         except TypeError as error:
             if render and "'render_mode'" in str(error):
@@ -140,6 +164,20 @@ def build_env(env_id: str, kwargs: dict[str, Any], render: bool = False) -> gym.
     return env
 
 
+def opengl_failure(error: BaseException) -> BaseException | None:
+    """What looking for OpenGL raised, if that is what `error` comes from; where a module is missing, it is not.
+
+    MuJoCo looks for the renderer that MUJOCO_GL names when it is first imported, whether or not anything is drawn.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(cause.__traceback__)]
+        if not isinstance(cause, ModuleNotFoundError) and any(_OPENGL_MODULES.match(module) for module in modules):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 def _follow_with_camera(env: Any) -> None:
     """Take the MuJoCo model's own camera `track`, if it has one; Gymnasium's default one stays where the robot was."""
     if hasattr(env, "mujoco_renderer"):
@@ -149,6 +187,11 @@ def _follow_with_camera(env: Any) -> None:
 
 
 def _import_for(env_id: str, module: str) -> None:
+    if module.startswith("."):
+        raise Refused(
+            f"{env_id}: the module {module!r} is named relative to a package; give its full name, as in "
+            "'package.module:ID'."
+        )
     try:
         importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -381,6 +424,7 @@ class Slot:
         recorded_type = space.dtype if isinstance(space, gym.spaces.Box) else np.int64
         self._actions = np.empty((0, *(space.shape or ())), recorded_type)
         self._steps = 0
+        self._digest = hashlib.blake2b()
         self._seed: int | None = None
         self._generator_at_start: dict[str, Any] | None = None
         wrappers = []
@@ -399,6 +443,10 @@ class Slot:
         self._generator_at_start = None if seed is not None else self._generator().state
         self._steps = 0
         self._obs = self._flatten(self.env.reset(seed=seed)[0])
+        if not self._has_own_state:
+            self._digest = hashlib.blake2b()
+            for value in self._obs.values():
+                self._digest.update(value.tobytes())
         return self._obs
 
     def step(self, action: Any) -> tuple[dict[str, Any], Any, bool, bool, dict[str, Any], Any]:
@@ -407,7 +455,8 @@ class Slot:
         Where the episode ended, the observation to act on is the first one of the next episode, else the two
         observations are the same object. `action` is a row of the batch; the environment gets its own copy.
         """
-        if not self._has_own_state:
+        recorded = not self._has_own_state and self._steps < MAX_REPLAY
+        if recorded:
             self._record(action)
         self._steps += 1
         raw, reward, terminated, truncated, info = self.env.step(action.astype(self._action_type))
@@ -419,6 +468,10 @@ class Slot:
             # copied, since an environment may hand out the same array at each step and at its reset
             final = {name: value.copy() for name, value in obs.items()}
             obs = self.reset(None)
+        elif recorded:
+            self._digest.update(_pack_reward(reward))
+            for value in obs.values():
+                self._digest.update(value.tobytes())
         self._obs = obs
         return obs, reward, terminated, truncated, final, success
 
@@ -426,34 +479,37 @@ class Slot:
         """What `set_state` needs (JSON-able values, arrays); (None, {}) where there is nothing to continue."""
         if self.broken or self._obs is None:
             return None, {}
-        arrays = {"obs." + name: np.array(value) for name, value in self._obs.items()}
+        if not self._has_own_state and self._steps > MAX_REPLAY:
+            return {"method": "none", "why": f"its episode is longer than {MAX_REPLAY} steps"}, {}
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
         state: dict[str, Any] = {"generator": split_arrays(self._generator().state, arrays, "generator")}
         if self._has_own_state:
             elapsed = [wrapper._elapsed_steps for wrapper in self._time_limits]
             try:
                 own = split_arrays(self.env.unwrapped.get_state(), arrays, "own")  # type: ignore[attr-defined]
             except Exception as error:  # the run goes on, and says why this episode cannot
-                return {**state, "method": "none", "why": f"saving raised {type(error).__name__}: {error}"}, arrays
+                return {"method": "none", "why": f"saving raised {name_and_message(error)}"}, {}
+            arrays.update({"obs." + name: np.array(value) for name, value in self._obs.items()})
             return {**state, "method": "own", "own": own, "elapsed": elapsed}, arrays
-        if self._steps > MAX_REPLAY:
-            return {**state, "method": "none", "why": f"its episode is longer than {MAX_REPLAY} steps"}, arrays
         arrays["actions"] = self._actions[: self._steps].copy()
         start = split_arrays(self._generator_at_start, arrays, "start")
-        return {**state, "method": "replay", "seed": self._seed, "start": start}, arrays
+        digest = self._digest.hexdigest()
+        return {**state, "method": "replay", "seed": self._seed, "start": start, "digest": digest}, arrays
 
     def set_state(
         self,
         state: dict[str, Any] | None,
         arrays: dict[str, np.ndarray[Any, Any]],
+        seed: int,
         alive: Callable[[], None] = lambda: None,
     ) -> tuple[dict[str, Any], str | None]:
         """Continue from `get_state`'s values: (observation to act on, None or why the episode is started afresh).
 
-        `alive` is called after each replayed step.
+        An episode that is started afresh is started with `seed`. `alive` is called after each replayed step.
         """
         self.broken = False
         if state is None:
-            return self.reset(None), "no state was saved"
+            return self.reset(seed), "no state was saved"
         try:
             if state["method"] == "replay":
                 self._replay(state, arrays, alive)
@@ -464,10 +520,8 @@ class Slot:
             self._generator().state = join_arrays(state["generator"], arrays)
             return self._obs, None  # type: ignore[return-value]
         except Exception as error:
-            why = str(error) if isinstance(error, _NotRestored) else f"restoring raised {type(error).__name__}: {error}"
-        with contextlib.suppress(ValueError, TypeError):  # another kind of generator: start where this one is
-            self._generator().state = join_arrays(state["generator"], arrays)
-        return self.reset(None), why
+            why = str(error) if isinstance(error, _NotRestored) else f"restoring raised {name_and_message(error)}"
+        return self.reset(seed), why
 
     def _replay(self, state: dict[str, Any], arrays: dict[str, Any], alive: Callable[[], None]) -> None:
         if state["start"] is not None:
@@ -479,9 +533,11 @@ class Slot:
             if terminated or truncated:
                 raise _NotRestored(f"replaying its {len(actions)} actions ended the episode after {index + 1}")
             alive()
-        for name, value in self._obs.items():  # type: ignore[union-attr]
-            if value.tobytes() != arrays["obs." + name].tobytes():
-                raise _NotRestored(f"replaying its {len(actions)} actions reached another observation")
+        if self._digest.hexdigest() != state["digest"]:
+            raise _NotRestored(
+                f"replaying its {len(actions)} actions gave other rewards or observations: the environment carries "
+                "something over from earlier episodes, or draws from a source of its own"
+            )
 
     def _restore_own(self, state: dict[str, Any], arrays: dict[str, Any]) -> None:
         if not self._has_own_state:
@@ -496,8 +552,6 @@ class Slot:
         return self.env.unwrapped.np_random.bit_generator
 
     def _record(self, action: Any) -> None:
-        if self._steps >= MAX_REPLAY:
-            return
         if self._steps == len(self._actions):
             grown = np.empty((max(64, 2 * self._steps), *self._actions.shape[1:]), self._actions.dtype)
             grown[: self._steps] = self._actions
@@ -588,27 +642,24 @@ class Host:
         return [slot.get_state() for _, slot in self.rows]
 
     def set_state(
-        self, states: Sequence[tuple[dict[str, Any] | None, dict[str, Any]]], alive: Callable[[], None] = lambda: None
+        self,
+        states: Sequence[tuple[dict[str, Any] | None, dict[str, Any]]],
+        seeds: Sequence[int],
+        alive: Callable[[], None] = lambda: None,
     ) -> list[str | None]:
-        """Continue each environment from its state; per environment None, or why it was started afresh."""
+        """Continue each from its state; per environment None, or why it is started afresh, with its seed."""
         reasons = []
         with self._watched():
             for index, (row, slot) in enumerate(self.rows):
                 self._at[0] = row
-                obs, reason = slot.set_state(*states[index], alive)
+                obs, reason = slot.set_state(*states[index], seeds[index], alive)
                 self._write_first(row, obs)
                 reasons.append(reason)
         return reasons
 
     def render(self) -> np.ndarray[Any, Any]:
         """The picture (H, W, 3) of the first environment."""
-        row, slot = self.rows[0]
-        try:
-            return np.asarray(slot.env.render(), np.uint8)
-        except gym.error.DependencyNotInstalled as error:
-            raise Refused(f"To draw the environment, a package is needed that is not installed: {error}") from error
-        except Exception as error:
-            raise EnvironmentRaised(row) from error
+        return draw(self.rows[0][1].env.render)
 
     def close(self) -> None:
         """Close the environments, all of them even where one raises."""
@@ -634,6 +685,16 @@ class Host:
             self.rows[row - self._span.start][1].broken = True
             raise EnvironmentRaised(row) from error
         self._at[0] = -1
+
+
+def draw(render: Callable[[], Any]) -> np.ndarray[Any, Any]:
+    """The uint8 picture that `render` gives; raises `Undrawn`, or `Refused` where a package is missing."""
+    try:
+        return np.asarray(render(), np.uint8)
+    except gym.error.DependencyNotInstalled as error:
+        raise Refused(f"To draw the environment, a package is needed that is not installed: {error}") from error
+    except Exception as error:
+        raise Undrawn(error) from error
 
 
 def describe(slots: Sequence[Slot], owner: str) -> dict[str, Any]:
@@ -708,13 +769,13 @@ def _commands(host: Host, channel: _Channel) -> dict[str, Callable[[dict[str, An
             (state, {name: decode_array(array) for name, array in command["arrays"][index].items()})
             for index, state in enumerate(command["json"])
         ]
-        return {"reasons": host.set_state(states, alive)}
+        return {"reasons": host.set_state(states, command["seeds"], alive)}
 
     def render(_: dict[str, Any]) -> dict[str, Any]:
         try:
             return {"picture": encode_array(host.render())}
-        except EnvironmentRaised as error:
-            return {"undrawn": str(error)}
+        except Undrawn as error:
+            return {"undrawn": str(error), "cause": error.cause}
 
     return {"step": step, "reset": reset, "get_state": get_state, "set_state": set_state, "render": render}
 
@@ -735,8 +796,9 @@ def _serve(channel: _Channel, memory_fd: int) -> None:
         channel.send(describe(slots, config["env"]))
     except Refused as error:
         return channel.send({"refused": [str(error), error.word, error.known]})
-    except (Exception, SystemExit):
-        return channel.send({"unbuilt": traceback.format_exc()})
+    except (Exception, SystemExit) as error:
+        failed = opengl_failure(error)
+        return channel.send({"unbuilt": traceback.format_exc(), "opengl": failed and name_and_message(failed)})
 
     mapping = channel.receive()
     if mapping is None:

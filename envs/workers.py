@@ -12,7 +12,7 @@ import contextlib
 import json
 import mmap
 import os
-import select
+import selectors
 import signal
 import socket
 import subprocess
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from ctrlrl.envs import worker as worker_script
-from ctrlrl.envs.gymnasium_backend import HostedVector, usage_error
+from ctrlrl.envs.gymnasium_backend import HostedVector, made_without_opengl, undrawable, usage_error
 from ctrlrl.envs.vector import EnvState
 from ctrlrl.envs.worker import Refused, decode_array, encode_array, layout, map_arrays, place
 from ctrlrl.errors import EnvironmentFailure, UsageError
@@ -85,6 +85,7 @@ class WorkerVector(HostedVector):
 
         Raises:
             UsageError: the interpreter, the id, an argument or a space cannot be used; says what to do.
+            RenderFailure: making an environment failed since OpenGL cannot be used.
             EnvironmentFailure: an environment raised while being made, or its worker died or hung.
         """
         if os.name != "posix":
@@ -158,8 +159,8 @@ class WorkerVector(HostedVector):
         self._settle()
         self._workers[0].send({"do": "render"}, self._timeout)
         reply = self._receive(self._workers[0], self._timeout)
-        if "undrawn" in reply:  # which spoils no environment
-            raise EnvironmentFailure(f"{self.name}: environment 0 cannot be drawn:\n{reply['undrawn']}")
+        if "undrawn" in reply:
+            raise undrawable(self.name, reply["undrawn"], reply["cause"])
         return decode_array(reply["picture"])
 
     def close(self) -> None:
@@ -182,12 +183,13 @@ class WorkerVector(HostedVector):
         self._settle()
         self._ask({"do": "step"}, self._timeout)
 
-    def _set_state(self, state: EnvState) -> list[str | None]:
+    def _set_state(self, state: EnvState, seeds: list[int]) -> list[str | None]:
         self._settle()
         for worker in self._workers:
             rows = slice(worker.first, worker.first + worker.count)
             arrays = [{name: encode_array(array) for name, array in row.items()} for row in state.arrays[rows]]
-            worker.send({"do": "set_state", "json": state.json[rows], "arrays": arrays}, self._timeout)
+            command = {"do": "set_state", "json": state.json[rows], "arrays": arrays, "seeds": seeds[rows]}
+            worker.send(command, self._timeout)
         return [reason for reply in self._collect(self._start_timeout) for reason in reply["reasons"]]
 
     def _ask(self, command: dict[str, Any], timeout: float) -> list[dict[str, Any]]:
@@ -230,6 +232,8 @@ class WorkerVector(HostedVector):
                     f"gymnasium.register in a module and pass 'module:{refused.word}'"
                 )
             raise usage_error(refused)
+        if "unbuilt" in reply and reply["opengl"]:
+            raise made_without_opengl(f"{self.name} ({worker.label})", reply["unbuilt"], reply["opengl"])
         if "unbuilt" in reply:
             self._fail(EnvironmentFailure(f"{self.name} cannot be made ({worker.label}):\n{reply['unbuilt']}"))
         if "raised" in reply:
@@ -269,7 +273,9 @@ class _Worker:
         assert self._process.stdout is not None  # a PIPE was asked for
         self._printed: IO[bytes] = self._process.stdout
         os.set_blocking(self._printed.fileno(), False)
-        self._sources: list[Any] = [self._socket, self._printed]
+        self._sources = selectors.DefaultSelector()  # not select.select, which cannot take descriptors above 1023
+        self._sources.register(self._socket, selectors.EVENT_READ)
+        self._sources.register(self._printed, selectors.EVENT_READ)
 
     def send(self, command: dict[str, Any], timeout: float) -> None:
         """Send a command; a worker that is gone is noticed when its answer is awaited."""
@@ -294,7 +300,7 @@ class _Worker:
                 continue
             left = self._since + timeout - time.monotonic()
             # In slices, since a child that the environment forked can hold the socket open after the worker has died.
-            ready, _, _ = select.select(self._sources, [], [], max(0.0, min(left, _POLL_SECONDS)))
+            ready = [key.fileobj for key, _ in self._sources.select(max(0.0, min(left, _POLL_SECONDS)))]
             if self._printed in ready:
                 self._drain()
             if self._socket in ready:
@@ -320,6 +326,7 @@ class _Worker:
             self._drain()  # a full pipe would hold up its last words
             time.sleep(0.002)
         self._kill()
+        self._sources.close()
         self._socket.close()
         self._printed.close()
         self._dump.close()
@@ -366,8 +373,8 @@ class _Worker:
             del self._output[:-_OUTPUT_KEPT]
             if self.index == 0:
                 sys.stderr.write(chunk.decode(errors="replace"))
-        if chunk == b"" and self._printed in self._sources:  # closed, by the environment or by the end
-            self._sources.remove(self._printed)
+        if chunk == b"" and self._printed in self._sources.get_map():  # closed, by the environment or by the end
+            self._sources.unregister(self._printed)
 
 
 def _anonymous_file() -> IO[bytes]:

@@ -68,6 +68,7 @@ def check_vector_env(
         if reference is not None:
             check_reference(env, first, steps, expected)
         check_state(env, other, steps, expected)
+        check_fresh_start(env, other, expected)
     finally:
         env.close()
         other.close()
@@ -172,11 +173,13 @@ def check_description(env: VectorEnv, expected: Expected) -> None:
 
 def check_obs(env: VectorEnv, obs: Obs) -> None:
     """Names, shapes, dtypes and device are those of the space, and each row lies in it."""
-    space = env.observation_space
+    space, batched_space = env.observation_space, env.batched_observation_space
     boxes = space.spaces if isinstance(space, gym.spaces.Dict) else {"obs": space}
-    assert isinstance(obs, dict) == isinstance(space, gym.spaces.Dict)
-    assert [name for name, _ in obs_items(obs)] == list(boxes)
+    batched = batched_space.spaces if isinstance(batched_space, gym.spaces.Dict) else {"obs": batched_space}
+    assert isinstance(obs, dict) == isinstance(space, gym.spaces.Dict) == isinstance(batched_space, gym.spaces.Dict)
+    assert [name for name, _ in obs_items(obs)] == list(boxes) == list(batched)
     for name, value in obs_items(obs):
+        assert batched[name].contains(value.cpu().numpy()), f"{name}: the batch is not in {batched[name]}"
         assert value.shape == (env.num_envs, *(boxes[name].shape or ()))
         assert value.device == env.device
         for entry in value.cpu().numpy():
@@ -305,7 +308,7 @@ def check_state(env: VectorEnv, other: VectorEnv, steps: list[Step], expected: E
         arrays = [{name: array.copy() for name, array in entry.items()} for entry in state.arrays]
         other.reset(SEED + 7)
         rollout(other, 2, seed=3)
-        obs, reasons = other.set_state(EnvState(stored, arrays))
+        obs, reasons = other.set_state(EnvState(stored, arrays), seed=SEED + 9)
         check_obs(other, obs)
         assert len(reasons) == expected.num_envs
         if not expected.restorable:
@@ -315,3 +318,22 @@ def check_state(env: VectorEnv, other: VectorEnv, steps: list[Step], expected: E
         assert same(copy_obs(obs), before), "set_state gives another observation to act on"
         count = expected.ends_within + 2
         assert_same_steps(rollout(other, count, seed=5), rollout(env, count, seed=5), f"going on from step {moment}")
+
+
+def check_fresh_start(env: VectorEnv, other: VectorEnv, expected: Expected) -> None:
+    """What cannot go on is started afresh by `set_state`'s seed, so that two attempts give one trajectory."""
+    n = expected.num_envs
+
+    def begin(again: VectorEnv, seed: int) -> tuple[Obs, list[Step]]:
+        obs, reasons = again.set_state(EnvState([None] * n, [{} for _ in range(n)]), seed=seed)
+        assert len(reasons) == n
+        assert all(isinstance(reason, str) and reason for reason in reasons)
+        return copy_obs(obs), rollout(again, expected.ends_within + 2, seed=7)
+
+    first, steps = begin(env, SEED)
+    for again in (env, other):
+        obs, others = begin(again, SEED)
+        assert same(obs, first), "set_state with one seed starts afresh in two ways"
+        assert_same_steps(others, steps, "started afresh with one seed")
+    assert same(copy_obs(env.reset(derive_seeds(SEED, n))), first), "a row starts afresh with the seed derived for it"
+    assert not expected.random_starts or not same(begin(env, SEED + 1)[0], first), "another seed, the same start"

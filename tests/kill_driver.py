@@ -7,6 +7,7 @@ replay segment or a report is being written. Prints one line per trial, and exit
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import shutil
@@ -16,12 +17,19 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.training.session import resume, train
 from tests.runs import SMALL, assert_same
 
-SETTINGS = SMALL | {"steps": 900, "num_envs": 2}
+# Each trial takes the next of these: checkpoints and evaluations fall together, or not, also at the end.
+VARIANTS: list[dict[str, Any]] = [
+    {"steps": 900, "num_envs": 2},
+    {"steps": 900, "num_envs": 2, "eval_every": 200, "checkpoint_every": 50},
+    {"steps": 600, "buffer": {"capacity": 150, "n_step": 3}, "eval_every": 70, "keep_checkpoints": 1},
+    {"steps": 600, "num_envs": 3, "backend": "workers"},
+]
 FILE_OPERATIONS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 
 
@@ -67,30 +75,33 @@ def has_checkpoint(run: Path) -> bool:
 
 def main(folder: Path, trials: int, env: str) -> int:
     """Run the trials; returns the exit code."""
-    whole = folder / "whole"
-    started = time.monotonic()
-    assert wait(child(lambda: train("sac", env, out=str(whole), **SETTINGS))) == 0
-    duration = time.monotonic() - started
+    durations = []
+    for number, variant in enumerate(VARIANTS):
+        started = time.monotonic()
+        settings = SMALL | variant | {"out": str(folder / f"whole-{number}")}
+        assert wait(child(functools.partial(train, "sac", env, **settings))) == 0
+        durations.append(time.monotonic() - started)
     draw = random.Random(0)
     bad = 0
     for trial in range(trials):
-        run = folder / f"trial-{trial}"
+        run, variant = folder / f"trial-{trial}", trial // 2 % len(VARIANTS)
+        settings = SMALL | VARIANTS[variant] | {"out": str(run)}
         deaths = []
         while True:
 
-            def work(run: Path = run) -> object:
+            def work(run: Path = run, settings: dict[str, Any] = settings) -> object:
                 if has_checkpoint(run):
                     return resume(run, quiet=True)
                 shutil.rmtree(run, ignore_errors=True)
-                return train("sac", env, out=str(run), **SETTINGS)
+                return train("sac", env, **settings)
 
             if len(deaths) == 3:  # three deaths are enough: let it finish
                 pid, how = child(work), "nothing"
             elif trial % 2:
-                at = draw.randint(1, 150)
+                at = draw.randint(1, 250)
                 pid, how = child(work, die_at=at), f"file operation {at}"
             else:
-                delay = draw.uniform(0.2, 0.8) * duration
+                delay = draw.uniform(0.3, 0.9) * durations[variant]
                 pid, how = child(work), f"{delay:.2f} s"
                 time.sleep(delay)
                 os.kill(pid, signal.SIGKILL)
@@ -102,7 +113,7 @@ def main(folder: Path, trials: int, env: str) -> int:
                 return 1
             deaths.append(how)
         try:
-            assert_same(whole, run)
+            assert_same(folder / f"whole-{variant}", run)
             print(f"trial {trial}: equal; died at {', '.join(deaths) or 'nothing'}", flush=True)
         except AssertionError as error:
             bad += 1

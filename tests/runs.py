@@ -30,7 +30,7 @@ def contents(run: Path) -> dict[str, Any]:
     """Weights, optimizers, generators, counters, replay and records of a run, without clock readings."""
     folder = RunFolder.open(run)
     state = load_checkpoint(folder.find_checkpoint("last"))
-    del state["loop"]["seconds"], state["metrics_offset"]
+    del state["loop"]["seconds"], state["loop"]["moment"], state["metrics_offset"]
     segments = state["replay"].pop("segments")
     tensors, tree = pack(state)
     rows: dict[str, torch.Tensor] = {}

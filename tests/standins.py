@@ -136,6 +136,23 @@ class ImageEnv(WalkEnv):
         return {"image": image, "body": {"position": self.position.copy()}}
 
 
+class CurriculumEnv(CountingEnv):
+    """A counting environment whose reward, but not what is observed, grows with the episodes that were finished."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.finished = 0
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, _, terminated, truncated, info = super().step(action)
+        reward = 1.0 + 1e-12 * self.finished  # which float32 would not show
+        self.finished += terminated
+        return obs, reward, terminated, truncated, info
+
+    def _obs(self) -> Any:
+        return np.array([0, self.t], np.float32)
+
+
 class DrawnEnv(WalkEnv):
     """Gives pictures."""
 
@@ -222,6 +239,7 @@ class NanEnv(FaultyEnv):
 
 _ENVS = {
     "Counting": CountingEnv,
+    "Curriculum": CurriculumEnv,
     "OwnState": OwnStateEnv,
     "Reusing": ReusingEnv,
     "Walk": WalkEnv,
@@ -325,13 +343,13 @@ def native_vector(num_envs: int, *, divergence: float = 0.02, length: int = 30) 
                 [{"random": int(self.random[i])} for i in rows], [{"s": self.state[i].numpy()} for i in rows]
             )
 
-        def set_state(self, state: EnvState) -> tuple[dict[str, Tensor], list[str | None]]:
-            first = self.reset()
+        def set_state(self, state: EnvState, *, seed: int) -> tuple[dict[str, Tensor], list[str | None]]:
+            self.reset(seed)
             reasons: list[str | None] = []
             for i, (json, arrays) in enumerate(zip(state.json, state.arrays, strict=True)):
                 reasons.append("no state was saved" if json is None else None)
                 if json is not None:
                     self.random[i], self.state[i] = json["random"], torch.from_numpy(arrays["s"].copy())
-            return (self.observe(self.state) if state.json else first), reasons
+            return self.observe(self.state), reasons
 
     return NativeVector()

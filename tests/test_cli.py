@@ -192,7 +192,7 @@ def test_a_disk_that_fills_up_loses_nothing(folder, capsys, monkeypatch):
         nonlocal count
         count += "step-000000000150" in str(path)
         if "step-000000000150" in str(path):
-            with files.full_disk_explained(path):
+            with files.write_errors_explained(path):
                 raise OSError(errno.ENOSPC, "No space left on device")
         original(path, content)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import ctypes.util
 import json
 import os
 import subprocess
@@ -20,10 +21,10 @@ from ctrlrl.envs import worker
 from ctrlrl.envs.gymnasium_backend import GymnasiumVector, GymnasiumVectorAdapter
 from ctrlrl.envs.make import list_envs, make_env, render_headless
 from ctrlrl.envs.spaces import build_space
-from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds
+from ctrlrl.envs.vector import EnvState, RenderFailure, Step, VectorEnv, derive_seeds
 from ctrlrl.errors import EnvironmentFailure, UsageError
 from tests import standins
-from tests.conformance import actions_for, check_vector_env, copy_obs, rollout, same
+from tests.conformance import actions_for, assert_same_steps, check_vector_env, copy_obs, rollout, same
 
 STANDIN = standins.MODULE + "ctrlrl-test/"
 
@@ -164,6 +165,20 @@ def test_conformance_notices_a_state_that_forgets_the_generator(monkeypatch: pyt
         check_vector_env(in_process("CartPole-v1"), ends_within=60)
 
 
+def test_conformance_notices_an_unseeded_fresh_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        worker.Slot, "set_state", lambda slot, state, arrays, seed, alive: (slot.reset(None), "no state was saved")
+    )
+    with pytest.raises(AssertionError, match="with one seed"):
+        check_vector_env(in_process("CartPole-v1"), ends_within=60, restorable=False)
+
+
+def test_conformance_notices_a_wrong_batched_space(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(VectorEnv, "batched_observation_space", property(lambda env: env.observation_space))
+    with pytest.raises(AssertionError, match="the batch is not in"):
+        check_vector_env(in_process("CartPole-v1"), ends_within=60)
+
+
 # --- the adapter of vector environments -------------------------------------------------------------------------------
 
 
@@ -238,14 +253,41 @@ def test_adapter_gives_vector_environments_of_other_makes_one_seed() -> None:
 # --- saving and restoring ---------------------------------------------------------------------------------------------
 
 
+CARRIED = (
+    "replaying its {} actions gave other rewards or observations: the environment carries something over from earlier "
+    "episodes, or draws from a source of its own"
+)
+
+
 def test_replay_that_reaches_another_observation_starts_afresh_and_says_so() -> None:
     env, other = in_process(STANDIN + "Counting-v0")(2), in_process(STANDIN + "Counting-v0")(2)
     env.reset(0)
     rollout(env, 6)  # in the second episode, which a new environment counts as its first
     state = env.get_state()
-    obs, reasons = other.set_state(state)
-    assert reasons == ["replaying its 2 actions reached another observation"] * 2
+    obs, reasons = other.set_state(state, seed=1)
+    assert reasons == [CARRIED.format(2)] * 2
     assert counting_first(obs).all()
+
+
+def normalized_pendulum() -> gym.Env[Any, Any]:
+    return gym.wrappers.NormalizeReward(gym.make("Pendulum-v1", max_episode_steps=10))
+
+
+@pytest.mark.parametrize(
+    ("maker", "episode"), [(normalized_pendulum, 10), (standins.CurriculumEnv, 4)], ids=["statistics", "curriculum"]
+)
+def test_rewards_that_depend_on_earlier_episodes_are_noticed(
+    maker: Callable[[], gym.Env[Any, Any]], episode: int
+) -> None:
+    env, other = make_env(maker), make_env(maker)
+    env.reset(0)
+    rollout(env, 3)
+    assert other.set_state(env.get_state(), seed=1)[1] == [None]  # the first episode has none before it
+    assert_same_steps(rollout(other, 2), rollout(env, 2), "going on in the first episode")
+    rollout(env, episode - 2)
+    state, attempts = env.get_state(), [make_env(maker), make_env(maker)]
+    assert [attempt.set_state(state, seed=1)[1] for attempt in attempts] == [[CARRIED.format(3)]] * 2
+    assert_same_steps(*[rollout(attempt, 12) for attempt in attempts], "two attempts with one seed")
 
 
 def test_rows_without_state_start_afresh() -> None:
@@ -253,22 +295,11 @@ def test_rows_without_state_start_afresh() -> None:
     assert env.get_state().json == [None, None]  # before the first reset there is nothing to go on from
     env.reset(0)
     state = env.get_state()
-    _, reasons = env.set_state(EnvState([state.json[0], None], state.arrays))
+    obs, reasons = env.set_state(EnvState([state.json[0], None], state.arrays), seed=5)
     assert reasons == [None, "no state was saved"]
+    assert torch.equal(obs[1], env.reset(derive_seeds(5, 2))[1])
     with pytest.raises(UsageError, match="saved is of 1 environments, these are 2"):
-        env.set_state(EnvState(state.json[:1], state.arrays[:1]))
-
-
-def test_started_afresh_the_random_generator_goes_on() -> None:
-    env, other = in_process("Pendulum-v1")(1), in_process("Pendulum-v1")(1)
-    env.reset(0)
-    rollout(env, 3)
-    state = env.get_state()
-    assert state.json[0] is not None
-    state.arrays[0]["obs."] += 1
-    obs, reasons = other.set_state(state)
-    assert reasons[0] is not None
-    assert same(copy_obs(obs), copy_obs(env.reset()))
+        env.set_state(EnvState(state.json[:1], state.arrays[:1]), seed=5)
 
 
 def test_long_episodes_are_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,9 +307,9 @@ def test_long_episodes_are_not_replayed(monkeypatch: pytest.MonkeyPatch) -> None
     env = in_process("Pendulum-v1")(1)
     env.reset(0)
     rollout(env, 5)
-    assert env.set_state(env.get_state())[1] == [None]
+    assert env.set_state(env.get_state(), seed=1)[1] == [None]
     rollout(env, 1)
-    assert env.set_state(env.get_state())[1] == ["its episode is longer than 5 steps"]
+    assert env.set_state(env.get_state(), seed=1)[1] == ["its episode is longer than 5 steps"]
 
 
 def test_own_state_restores_the_time_limit() -> None:
@@ -286,7 +317,7 @@ def test_own_state_restores_the_time_limit() -> None:
     env, other = make(1), make(1)
     env.reset(0)
     rollout(env, 3)
-    _, reasons = other.set_state(env.get_state())
+    _, reasons = other.set_state(env.get_state(), seed=1)
     assert reasons == [None]
     assert [bool(step.truncated[0]) for step in rollout(other, 2)] == [False, True]
 
@@ -298,7 +329,7 @@ def test_own_state_is_not_trusted_below_other_wrappers() -> None:
     env, other = make_env(stacked), make_env(stacked)
     env.reset(0)
     rollout(env, 3)
-    obs, reasons = other.set_state(env.get_state())
+    obs, reasons = other.set_state(env.get_state(), seed=1)
     assert env.get_state().json[0]["method"] == "replay"
     assert reasons == [None]
     assert obs[0, :, 1].tolist() == [1, 2, 3]
@@ -458,6 +489,7 @@ def test_seeds_must_be_as_many_as_environments() -> None:
         ("HalfCheetah-v3", {}, "outdated: use 'HalfCheetah-v5'"),
         ("HalfCheetah-v1", {}, "has no environment 'HalfCheetah-v1': the version to use is 'HalfCheetah-v5'"),
         ("HalfCheetah", {}, "the version to use is 'HalfCheetah-v5'"),
+        (".x:Pendulum-v1", {}, r"module '\.x' is named relative to a package; give its full name"),
         ("no_such_module:Env-v0", {}, "no module 'no_such_module'.*start from the folder that contains it"),
         ("LunarLander-v3", {}, r'package that is not installed.*pip install swig "gymnasium\[box2d\]"'),
         ("Pendulum-v1", {"gravity": 3}, "no argument 'gravity'.*it takes g, max_episode_steps, render_mode"),
@@ -476,6 +508,13 @@ def test_what_cannot_be_made_is_explained(backend: str, env_id: str, kwargs: dic
     ("env", "options", "message"),
     [
         ("Pendulum-v1", {"num_envs": 0}, "num_envs must be at least 1, got 0"),
+        (
+            "Pendulum-v1",
+            {"worker_timeout": float("inf")},
+            r"finite number of seconds above 0 \(and below 1e\+09\), got inf",
+        ),
+        ("Pendulum-v1", {"worker_timeout": float("nan")}, "finite number of seconds above 0 .*got nan"),
+        ("Pendulum-v1", {"worker_timeout": 0.0, "backend": "workers"}, r"finite number of seconds above 0 .*got 0\.0"),
         ("Pendulum-v1", {"backend": "worker"}, "got 'worker'. Did you mean workers?"),
         ("Pendulum-v1", {"backend": "gymnasium", "env_python": "python"}, "cannot use env_python"),
         (standins.WalkEnv, {"backend": "workers"}, "register the environment in a module"),
@@ -502,6 +541,36 @@ def test_what_can_be_passed() -> None:
     assert isinstance(make_env(vector, num_envs=2), GymnasiumVectorAdapter)
 
 
+class ClosingEnv(standins.WalkEnv):
+    """Counts how often it is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_what_was_passed_is_left_open_and_what_was_made_is_closed() -> None:
+    users, made = ClosingEnv(), [ClosingEnv(), ClosingEnv()]
+    rest = iter(made)
+    for env in (make_env(users), make_env(lambda: next(rest), num_envs=2)):
+        env.close()
+        env.close()
+    assert users.closed == 0
+    assert [env.closed for env in made] == [1, 1]
+    vector = gym.vector.SyncVectorEnv([ClosingEnv, ClosingEnv])
+    make_env(vector, num_envs=2).close()
+    assert [env.closed for env in vector.envs] == [0, 0]
+    users.observation_space, made[0].observation_space = gym.spaces.Discrete(3), gym.spaces.Discrete(3)
+    for env_or_maker in (users, lambda: made[0]):
+        with pytest.raises(UsageError, match="observation space"):
+            make_env(env_or_maker)
+    assert users.closed == 0
+    assert made[0].closed == 2
+
+
 def test_constructor_that_raises_is_an_environment_failure() -> None:
     def maker() -> gym.Env[Any, Any]:
         raise OSError("no simulator on port 7")
@@ -519,8 +588,9 @@ def test_control_dt(env_id: str, dt: float) -> None:
 def test_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = make_env(STANDIN + "Drawn-v0", num_envs=2, render=True)
     assert drawn.control_dt == pytest.approx(0.1)
-    with pytest.raises(EnvironmentFailure, match=r"cannot be drawn(?s:.*)before calling `env\.reset"):
+    with pytest.raises(RenderFailure, match=r"cannot be drawn(?s:.*)before calling `env\.reset") as caught:
         drawn.render()
+    assert caught.value.cause.startswith("ResetNeeded: ")
     drawn.reset(0)  # a picture that fails does not spoil the environments
     assert drawn.render().shape == (4, 6, 3)
     with pytest.raises(UsageError, match="make it with render=True"):
@@ -530,6 +600,59 @@ def test_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(standins.DrawnEnv.metadata, "render_modes", ["human"])
     with pytest.raises(UsageError, match=r"needs the render mode 'rgb_array' and has \['human'\]"):
         make_env(STANDIN + "Drawn-v0", render=True)
+
+
+def test_pictures_of_vector_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    vector = gym.make_vec(STANDIN + "Drawn-v0", 2, vectorization_mode="sync", render_mode="rgb_array")
+    env = make_env(vector, num_envs=2)
+    env.reset(0)
+    assert env.render().tolist() == np.arange(72).reshape(4, 6, 3).tolist()
+
+    def fail(_: Any) -> None:
+        raise OSError("no ink")
+
+    monkeypatch.setattr(standins.DrawnEnv, "render", fail)
+    with pytest.raises(RenderFailure, match=r"cannot be drawn(?s:.*)in fail") as caught:
+        env.render()
+    assert caught.value.cause == "OSError: no ink"
+
+
+@pytest.mark.parametrize("renderer", ["glfw", "osmesa"])
+def test_drawing_without_opengl_says_what_was_missing(renderer: str) -> None:
+    code = """
+import json
+from ctrlrl.envs.make import make_env
+from ctrlrl.envs.vector import RenderFailure
+outcomes = []
+for backend in ("gymnasium", "workers"):
+    try:
+        env = make_env("InvertedPendulum-v5", render=True, backend=backend)
+        env.reset(0)
+        outcomes.append(["picture", list(env.render().shape)])
+    except RenderFailure as failure:
+        outcomes.append([failure.cause, str(failure)])
+print(json.dumps(outcomes))
+"""
+    hidden = {"DISPLAY", "WAYLAND_DISPLAY", "XDG_RUNTIME_DIR", "PYOPENGL_PLATFORM"}
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+        env={**{key: value for key, value in os.environ.items() if key not in hidden}, "MUJOCO_GL": renderer},
+    )
+    assert process.returncode == 0, process.stderr
+    for cause, said in json.loads(process.stdout):
+        if renderer == "osmesa" and ctypes.util.find_library("OSMesa"):
+            assert (cause, said) == ("picture", [480, 480, 3])
+        elif renderer == "osmesa":  # which is looked for when MuJoCo is imported
+            assert "glGetError" in cause or "OSMesa" in cause
+            assert "cannot be made: it looks for OpenGL" in said
+            assert "Traceback" in said
+        else:
+            assert cause.startswith("FatalError: an OpenGL platform library has not been loaded")
+            assert "environment 0 cannot be drawn" in said
+            assert "Traceback" in said
 
 
 def test_headless_rendering_leaves_the_users_choice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,12 +10,14 @@ import sys
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
+from ctrlrl.cli import report as command
 from ctrlrl.errors import UsageError
 from ctrlrl.runs import plots
 from ctrlrl.runs.plots import Series, downsample, panels, short_number
@@ -180,18 +182,88 @@ def test_refusals_name_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="file is a file; expected the folder"):
         load_run(tmp_path / "file")
     write_run(tmp_path / "runs" / "a")
-    with pytest.raises(UsageError, match=r"no config.json, no provenance.json, no metrics.jsonl.*run folders: a\."):
+    with pytest.raises(UsageError, match=r"no file config.json.*run folders: a\."):
         load_run(tmp_path / "runs")
     config = tmp_path / "runs" / "a" / "config.json"
     config.write_text('{"algo": "sac"')
     with pytest.raises(UsageError, match=r"config.json is not valid JSON \(.*line 1"):
         load_run(tmp_path / "runs" / "a")
     config.write_text('["sac"]')
-    with pytest.raises(UsageError, match="holds a list, expected a JSON object"):
+    with pytest.raises(UsageError, match=r"config.json is \[\"sac\"\], expected an object; restore it"):
         load_run(tmp_path / "runs" / "a")
     config.write_text('{"algo": "sac"}')
     with pytest.raises(UsageError, match="has no 'env'"):
         load_run(tmp_path / "runs" / "a")
+    config.write_text('{"algo": [1], "env": "x"}')
+    with pytest.raises(UsageError, match=r"algo of .*config.json is \[1\], expected text; restore it"):
+        load_run(tmp_path / "runs" / "a")
+    config.write_text('{"algo": "sac", "env": "x", "steps": "many"}')
+    with pytest.raises(UsageError, match=r'steps of .*config.json is "many", expected a whole number'):
+        load_run(tmp_path / "runs" / "a")
+    config.unlink()
+    config.mkdir()
+    with pytest.raises(UsageError, match=r"no file config\.json"):
+        load_run(tmp_path / "runs" / "a")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "remark"),
+    [
+        ("provenance.json", None, "provenance.json cannot be read (No such file or directory)"),
+        ("provenance.json", {}, "Nothing is known about where this run comes from."),
+        ("provenance.json", [], "provenance.json is [], expected an object"),
+        ("provenance.json", {"sessions": 3}, "sessions of provenance.json is 3, expected a list"),
+        ("provenance.json", {"sessions": [3]}, "item 0 of sessions of provenance.json is 3, expected an object"),
+        (
+            "provenance.json",
+            {"sessions": [{"from_step": "x", "notes": ["y"]}]},
+            'from_step of item 0 of sessions of provenance.json is "x", expected a whole number',
+        ),
+        ("provenance.json", {"hardware": {"memory_gib": [1]}}, "memory_gib of hardware of provenance.json is [1]"),
+        ("provenance.json", {"environment": {"control_dt": "x"}}, "control_dt of environment of provenance.json is"),
+        ("provenance.json", {"packages": "x", "git": 1, "changed": 2, "started": 3}, "started of provenance.json is 3"),
+        ("status.json", [], "status.json is [], expected an object"),
+        ("status.json", {"step": "x", "message": 1}, 'step of status.json is "x", expected a whole number'),
+        ("videos/best.json", {"step": "x", "return": "y"}, 'return of best.json is "y", expected a number'),
+        ("metrics.jsonl", None, "metrics.jsonl cannot be read (No such file or directory)"),
+    ],
+)
+def test_broken_parts_are_left_out_and_named(tmp_path: Path, name: str, content: Any, remark: str) -> None:
+    folder = write_run(tmp_path / "a", status={"state": "finished"})
+    (folder / "videos").mkdir()
+    (folder / "videos" / "best.mp4").write_bytes(b"video")
+    if content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_text(json.dumps(content))
+    assert remark in Page(write_report(folder).read_text()).text
+    assert f"a: {remark}" in Page(write_comparison([folder], tmp_path / "c.html").read_text()).text
+    assert f"a: {remark}" in console_summary([folder])
+
+
+@pytest.mark.parametrize("name", ["provenance.json", "status.json", "metrics.jsonl", "evaluations.jsonl"])
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path, name: str) -> None:
+    folder = write_run(tmp_path / "a")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).mkdir()
+    assert f"{name} cannot be read (Is a directory)" in Page(write_report(folder).read_text()).text
+
+
+def test_numbers_that_no_run_writes_are_unreadable_lines(tmp_path: Path) -> None:
+    huge = "1" + "0" * 400
+    values = [
+        '"step": Infinity, "time": 1, "return": 1',
+        f'"step": {huge}, "time": 1, "return": 1',
+        f'"step": 1, "time": {huge}, "return": 1',
+        '"step": 1, "time": Infinity, "return": 1',
+        f'"step": 1, "time": 1, "return": {huge}',
+        '"step": -1, "time": 1, "return": 1',
+    ]
+    tail = "".join(f'{{"kind": "episode", {value}}}\n' for value in values)
+    tail += json.dumps(evaluation(1100, 1.0) | {"lengths": 5}) + "\n"
+    folder = write_run(tmp_path / "a", tail=tail)
+    assert load_run(folder).unreadable == len(values) + 1
+    assert "7 lines of its records could not be read" in Page(write_report(folder).read_text()).text
 
 
 # ---- One run --------------------------------------------------------------------------------------------------------
@@ -207,7 +279,8 @@ def test_report_holds_what_it_promises_and_loads_nothing(tmp_path: Path) -> None
     )
     (folder / "videos").mkdir()
     (folder / "videos" / "best.mp4").write_bytes(b"not really a video")
-    (folder / "videos" / "best.json").write_text(json.dumps({"step": 1000, "checkpoint": "best", "return": 10.0}))
+    facts = {"step": 100_000, "checkpoint": "best", "seed": 10_000, "return": 5523.0, "length": 1000, "frames": 500}
+    (folder / "videos" / "best.json").write_text(json.dumps(facts))
     path = write_report(folder)
     assert path == folder / "report.html"
     text = path.read_text()
@@ -215,7 +288,7 @@ def test_report_holds_what_it_promises_and_loads_nothing(tmp_path: Path) -> None
     for words in (
         "sac on HalfCheetah-v5",
         "critic_loss became NaN",
-        "best checkpoint, step 1,000, return 10",
+        "first 500 of 1,000 steps, return 5,523, best checkpoint at step 100,000, seed 10000",
         "-2.706 to 22.71",
         "70%",
         "ctrlrl train sac --env HalfCheetah-v5 --steps 1000 --seed 0",
@@ -275,6 +348,76 @@ def test_a_video_too_large_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "too large to embed: videos/long.mp4" in page.text
 
 
+@pytest.mark.parametrize(
+    ("facts", "caption"),
+    [
+        ({}, "> best.mp4 <"),
+        (
+            {"checkpoint": "best", "step": 200, "return": None, "length": 300},
+            "> 300 steps, best checkpoint at step 200 <",
+        ),
+        (
+            {"checkpoint": "last", "return": 1.5, "length": 80, "frames": 80},
+            "> 80 steps, return 1.5, last checkpoint <",
+        ),
+    ],
+)
+def test_captions_say_what_is_known(tmp_path: Path, facts: dict[str, Any], caption: str) -> None:
+    folder = write_run(tmp_path / "a")
+    (folder / "videos").mkdir()
+    (folder / "videos" / "best.mp4").write_bytes(b"video")
+    (folder / "videos" / "best.json").write_text(json.dumps(facts))
+    found = re.search(r"<figcaption(>.*?<)/figcaption>", write_report(folder).read_text(), flags=re.DOTALL)
+    assert found is not None and re.sub(r"\s+", " ", found[1]) == caption
+
+
+def test_rates_of_steps_without_updates_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rates(step: int, speed: float, updates: float) -> dict[str, Any]:
+        record = {"kind": "train", "step": step, "time": 1.0, "steps_per_s": speed, "updates_per_s": updates}
+        return record | {"metrics": {"idle": 1.0}}
+
+    shown: dict[str, Series] = {}
+
+    def panels(metrics: dict[str, Series]) -> list[tuple[str, str, dict[str, Series]]]:
+        shown.update(metrics)
+        return plots.panels(metrics)
+
+    lines = [rates(10, 2500.0, 0.0), rates(20, 2500.0, 0.0), rates(30, 100.0, 100.0), rates(40, 110.0, 110.0)]
+    monkeypatch.setattr("ctrlrl.runs.report.plots", SimpleNamespace(**{**vars(plots), "panels": panels}))
+    text = Page(write_report(write_run(tmp_path / "a", stop=50, lines=lines)).read_text()).text
+    assert shown["steps_per_s"].values.tolist() == [100.0, 110.0]
+    assert shown["updates_per_s"].steps.tolist() == [30.0, 40.0]
+    assert shown["idle"].steps.tolist() == [10.0, 20.0, 30.0, 40.0]
+    assert text.count("Without 2 records of steps that made no update") == 1
+    text = Page(write_report(write_run(tmp_path / "b", stop=50, lines=lines[:2])).read_text()).text
+    assert shown["steps_per_s"].values.tolist() == [2500.0, 2500.0]  # nothing else to show
+    assert "made no update" not in text
+
+
+def test_pages_are_written_where_asked_or_refused(tmp_path: Path) -> None:
+    runs = [str(write_run(tmp_path / f"a{k}", seed=k)) for k in range(2)]
+    (tmp_path / "file").write_text("")
+    for folders in (runs[:1], runs):
+        target = tmp_path / f"new{len(folders)}" / "deeper" / "x.html"
+        assert command.run([*folders, "--out", str(target)]) == 0
+        assert target.read_text().startswith("<!DOCTYPE html>")
+        with pytest.raises(UsageError, match=rf"{tmp_path} is a folder, .*{tmp_path / 'report.html'}"):
+            command.run([*folders, "--out", str(tmp_path)])
+        for below in ("x.html", "deeper/x.html"):
+            with pytest.raises(UsageError, match=rf"cannot write .*x.html: {tmp_path}/file\S* is not a folder; choose"):
+                command.run([*folders, "--out", str(tmp_path / "file" / below)])
+
+
+def test_thresholds_that_mean_nothing_are_refused(tmp_path: Path) -> None:
+    runs = [str(write_run(tmp_path / f"a{k}", seed=k)) for k in range(2)]
+    with pytest.raises(UsageError, match="--threshold compares several runs, got one"):
+        command.run([runs[0], "--threshold", "5"])
+    for value in ("nan", "inf", "-inf"):
+        with pytest.raises(UsageError, match=f"must be a finite return, got {value}"):
+            command.run([*runs, "--out", str(tmp_path / "c.html"), f"--threshold={value}"])
+    assert not (tmp_path / "c.html").exists()
+
+
 def test_a_long_run_makes_a_small_report(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     lines = [
@@ -331,6 +474,16 @@ def test_svg_is_well_formed_and_takes_its_colours_from_the_page() -> None:
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"environment steps", "40k", "100k", "grad $norm$ <b>", "0.001", "1", "1k"} <= set(texts)  # a log axis
     assert "currentColor" in svg and "var(--series-0," in svg and "var(--grid," in svg
+
+
+def test_plots_keep_their_text_legible_on_a_phone() -> None:
+    line = Series(np.array([0.0, 1.0]), np.array([0.0, 1.0]))
+    svg = plots.small_panel("a", {"x": line, "y": line}, "unit")
+    view = re.search(r'viewBox="0 0 ([\d.]+) ', svg)
+    width = re.search(r'<svg [^>]*style="min-width: (\d+)px"', svg)
+    sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)]
+    assert view is not None and width is not None and len(sizes) > 5
+    assert min(sizes) * float(width[1]) / float(view[1]) >= 10
 
 
 # ---- Several runs ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torch import nn
 
 import ctrlrl
 from ctrlrl.errors import EnvironmentFailure, Interrupted, NonFiniteError, UsageError
-from ctrlrl.runs.checkpoint import load_checkpoint
+from ctrlrl.runs.checkpoint import load_checkpoint, save_checkpoint
 from ctrlrl.runs.folder import RunFolder
 from tests.runs import SMALL, assert_same, contents
 from tests.standins import MODULE, WalkEnv, native_vector
@@ -217,7 +218,9 @@ def test_tensorboard_shows_the_record_also_of_a_resumed_run(tmp_path):
 
 def test_nan_from_the_environment_stops_with_the_run_saved(tmp_path):
     settings = SMALL | {"env_kwargs": {"at_step": 100}, "eval_every": 0}
-    with pytest.raises(NonFiniteError, match=r"non-finite reward in environment 0.*Go on with: ctrlrl resume") as error:
+    with pytest.raises(
+        NonFiniteError, match=r"non-finite reward in environment 0[\s\S]*Go on with: ctrlrl resume"
+    ) as error:
         ctrlrl.train("sac", MODULE + "ctrlrl-test/Nan-v0", out=str(tmp_path / "r"), **settings)
     assert error.value.exit_code == 3
     rows = contents(tmp_path / "r")["rows"]
@@ -238,7 +241,166 @@ def test_non_finite_training_keeps_the_last_good_checkpoint(tmp_path):
     post_mortem = load_checkpoint(next(folder.path.glob("non-finite-*")))
     assert len(post_mortem["batches"]) == 16
     assert post_mortem["batches"][-1]["index"].shape == (1, 16)
+    with pytest.raises(NonFiniteError, match=r"became non-finite.*critic_loss"):
+        ctrlrl.resume(tmp_path / "r", callbacks=[Poison()], quiet=True)  # the same again, and no other error
     ctrlrl.resume(tmp_path / "r", callbacks=[ctrlrl.Callback()], quiet=True)
+    assert not list(folder.path.glob("non-finite-*"))
+
+
+class EvaluationFails(gym.Wrapper):
+    """Raises in its `broken`-th evaluation, and in no other."""
+
+    count, broken = 0, 0
+
+    def reset(self, **kwargs):
+        EvaluationFails.count += 1
+        if EvaluationFails.count == EvaluationFails.broken:
+            raise RuntimeError("no evaluation today")
+        return super().reset(**kwargs)
+
+
+@pytest.mark.parametrize("which", ["periodic", "final"])
+def test_a_failed_evaluation_costs_nothing(tmp_path, which):
+    settings = SMALL | {"steps": 240, "eval_every": 100, "eval_episodes": 1, "checkpoint_every": 120}
+    make = lambda: EvaluationFails(gym.make("Pendulum-v1"))  # noqa: E731
+    EvaluationFails.count, EvaluationFails.broken = 0, 0
+    ctrlrl.train("sac", "Pendulum-v1", eval_env=make, out=str(tmp_path / "whole"), **settings)
+    # One reset to try the seeds, then one for each episode and one more where it ends: the 2nd begins the evaluation
+    # at step 100, the 6th the one at the end.
+    EvaluationFails.count, EvaluationFails.broken = 0, {"periodic": 2, "final": 6}[which]
+    with pytest.raises(EnvironmentFailure, match=r"no evaluation today[\s\S]*Go on with: ctrlrl resume"):
+        ctrlrl.train("sac", "Pendulum-v1", eval_env=make, out=str(tmp_path / "parts"), **settings)
+    at = {"periodic": 100, "final": 240}[which]
+    assert load_checkpoint(RunFolder(tmp_path / "parts").find_checkpoint("last"))["loop"]["env_steps"] == at
+    ctrlrl.resume(tmp_path / "parts", eval_env=make, quiet=True)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("steps", [240, 250])
+def test_resuming_a_finished_run_changes_nothing(tmp_path, steps):
+    settings = SMALL | {"steps": steps, "eval_every": 100, "checkpoint_every": 10}  # a checkpoint is due at the end too
+    run = ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), **settings)
+    before = contents(run.path)
+    assert before["records"][-1]["kind"] == "eval"
+    ctrlrl.resume(run.path, quiet=True)
+    after = contents(run.path)
+    assert before["records"] == after["records"]
+    assert before["tree"] == after["tree"]
+
+
+def test_a_failure_right_after_a_checkpoint_is_left_behind(tmp_path):
+    """The episodes start afresh from there, so that the same failure does not come back with every resume."""
+    settings = SMALL | {"env_kwargs": {"at_step": 141}, "eval_every": 0}
+    env = MODULE + "ctrlrl-test/Nan-v0"
+    with pytest.raises(NonFiniteError):
+        ctrlrl.train("sac", env, out=str(tmp_path / "r"), **settings)
+    names = [p.name for p in RunFolder(tmp_path / "r").step_checkpoints()]
+    assert names == ["step-000000000140", "step-000000000140-02"]
+    rows = []
+    for copy in ("a", "b"):
+        shutil.copytree(tmp_path / "r", tmp_path / copy)
+        with pytest.raises(NonFiniteError):
+            ctrlrl.resume(tmp_path / copy, quiet=True)
+        assert load_checkpoint(RunFolder(tmp_path / copy).find_checkpoint("last"))["loop"]["env_steps"] == 280
+        rows.append(contents(tmp_path / copy)["rows"])
+    assert all(torch.equal(rows[0][k], rows[1][k]) for k in rows[0])  # starting afresh is seeded
+
+
+def test_a_run_that_fails_at_once_can_be_resumed(tmp_path):
+    with pytest.raises(EnvironmentFailure):
+        settings = SMALL | {"env_kwargs": {"at_step": 1}, "eval_every": 0}
+        ctrlrl.train("sac", MODULE + "ctrlrl-test/Crashing-v0", out=str(tmp_path / "r"), **settings)
+    with pytest.raises(EnvironmentFailure):
+        ctrlrl.resume(tmp_path / "r", quiet=True)
+
+
+def snapshot(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+def test_a_resume_that_cannot_start_changes_nothing(tmp_path):
+    narrow, wide = (lambda i, o, w=w: nn.Sequential(nn.Linear(i, w), nn.ReLU(), nn.Linear(w, o)) for w in (8, 9))
+    run = ctrlrl.train("sac", "Pendulum-v1", network=narrow, out=str(tmp_path / "r"), **SMALL)
+    before = snapshot(run.path)
+    older = RunFolder(run.path).step_checkpoints()[0].name
+    with pytest.raises(UsageError, match="the checkpoint does not fit the agent"):
+        ctrlrl.resume(run.path, checkpoint=older, network=wide)
+    with pytest.raises(UsageError, match="the network is not the one of"):
+        ctrlrl.load(run, network=wide)
+    segment = next(RunFolder(run.path).replay.iterdir())
+    good = segment.read_bytes()
+    segment.write_bytes(good[:-1])
+    with pytest.raises(UsageError, match="is altered or truncated"):
+        ctrlrl.resume(run.path, network=narrow, steps=500)
+    segment.write_bytes(good)
+    assert snapshot(run.path) == before
+
+
+def test_two_processes_cannot_train_one_run(tmp_path):
+    run = ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), **SMALL)
+    with RunFolder(run.path).locked(), pytest.raises(UsageError, match=r"is being trained by process \d+"):
+        ctrlrl.resume(run.path, steps=500)
+
+
+def test_a_half_deleted_checkpoint_does_not_stop_a_resume(tmp_path):
+    run = ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), **SMALL)
+    older = RunFolder(run.path).step_checkpoints()[0]
+    (older / "state.json").unlink()
+    ctrlrl.resume(run.path, steps=600, quiet=True)
+    assert RunFolder(run.path).find_checkpoint("last").name == "step-000000000600"
+
+
+def test_acting_is_deterministic_with_dropout(tmp_path):
+    def network(i, o):
+        return nn.Sequential(nn.Linear(i, 16), nn.Dropout(0.5), nn.ReLU(), nn.Linear(16, o))
+
+    run = ctrlrl.train("sac", "Pendulum-v1", network=network, out=str(tmp_path / "r"), **SMALL)
+    policy = ctrlrl.load(run, network=network).policy
+    assert torch.equal(policy.act(torch.ones(1, 3))[0], policy.act(torch.ones(1, 3))[0])
+    twice = [ctrlrl.evaluate(run, network=network, episodes=2).returns for _ in range(2)]
+    assert twice[0] == twice[1]
+    assert run.policy.training  # evaluation gives the policy back as it was
+
+
+def test_evaluating_needs_the_environment_the_run_was_trained_on(tmp_path):
+    settings = SMALL | {"eval_every": 0}
+    run = ctrlrl.train("sac", gym.make("Pendulum-v1", g=1.0), out=str(tmp_path / "r"), **settings)
+    with pytest.raises(UsageError, match="pass the same one: env="):
+        ctrlrl.evaluate(run, checkpoint="last")
+    ctrlrl.evaluate(run, checkpoint="last", env=lambda: gym.make("Pendulum-v1", g=1.0))
+
+
+def test_another_device_type_starts_new_random_numbers_and_says_so(tmp_path):
+    """A checkpoint of a GPU's generators cannot be loaded on a CPU; here one is made to look like that."""
+    run = ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), **SMALL)
+    folder = RunFolder(run.path)
+    path = folder.find_checkpoint("last")
+    state = load_checkpoint(path)
+    state["device"] = "cuda"
+    state["agent"]["generator"] = state["replay"]["generator"] = torch.zeros(16, dtype=torch.uint8)
+    state["global_generators"]["cuda"] = torch.zeros(16, dtype=torch.uint8)
+    shutil.rmtree(path)
+    save_checkpoint(folder.checkpoints, path.name, state)
+    ctrlrl.resume(run.path, steps=450, device="cpu", quiet=True)
+    assert "device cuda -> cpu: random numbers start from a new seed" in records(run.path, "note")[-1]["text"]
+
+
+def test_a_callback_whose_state_cannot_be_saved_is_refused_at_the_start(tmp_path):
+    class Bad(ctrlrl.Callback):
+        def state_dict(self):
+            return {"seen": {1, 2}}
+
+    with pytest.raises(UsageError, match="a callback's state_dict cannot be saved"):
+        ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), callbacks=[Bad()], **SMALL)
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_own_encoder_and_normalization_are_not_mixed(tmp_path):
+    with pytest.raises(UsageError, match=r"agent\.normalize_obs goes with the built-in networks"):
+        agent = SMALL["agent"] | {"normalize_obs": True}
+        ctrlrl.train(
+            "sac", "Pendulum-v1", encoder=lambda s: nn.Flatten(), out=str(tmp_path), **SMALL | {"agent": agent}
+        )
 
 
 def test_a_callback_can_stop_and_writers_see_every_record(tmp_path):

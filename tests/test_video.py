@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ctrlrl.errors import UsageError
+from ctrlrl.runs.files import remove_leftovers
 from ctrlrl.runs.video import Frame, rendering_error, write_video
 
 
@@ -70,6 +71,22 @@ def test_bad_frames_leave_no_file(tmp_path: Path, frames: list[Any], message: st
     with pytest.raises(UsageError, match=message):
         write_video(frames, tmp_path / "a.mp4", 10)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_cut_off_write_leaves_is_recognised(tmp_path: Path) -> None:
+    kept = tmp_path / "left"
+
+    def watched() -> Iterator[Frame]:
+        for _ in range(6):  # enough for the encoder to have written something
+            yield from grey(20)
+        for path in tmp_path.glob("*.mp4*"):  # as a kill at this moment would leave it
+            kept.mkdir(exist_ok=True)
+            (kept / path.name).write_bytes(path.read_bytes())
+
+    write_video(watched(), tmp_path / "a.mp4", 10)
+    assert len(list(kept.iterdir())) == 1
+    remove_leftovers(kept)
+    assert list(kept.iterdir()) == []
 
 
 def test_a_failure_on_the_way_keeps_the_earlier_video(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.episodes is not None and options.episodes < 1:
         raise UsageError(f"--episodes must be at least 1, got {options.episodes}")
     from ctrlrl.runs.statistics import mean_interval
-    from ctrlrl.training.session import evaluate_run  # imports torch: only now
+    from ctrlrl.training.loading import evaluate_run  # imports torch: only now
 
     result = evaluate_run(
         options.run,

@@ -39,12 +39,15 @@ def run(arguments: Sequence[str]) -> int:
     except CtrlrlError as error:
         print(f"ctrlrl: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("ctrlrl: aborted", file=sys.stderr)
-        return 130
     except BrokenPipeError:  # `ctrlrl envs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print(f"ctrlrl: {error.filename or 'the operating system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("ctrlrl: aborted", file=sys.stderr)
+        return 130
 
 
 def _help() -> str:

@@ -19,9 +19,9 @@ class Report:
     runs: Positional[tuple[str, ...]]
     """Run folders."""
     out: str | None = None
-    """Where to write the page; by default report.html in the run folder, or comparison.html for several."""
+    """The page; by default report.html in the run folder, or comparison.html for several. Makes its folders."""
     threshold: float | None = None
-    """Return for "time to threshold"; by default 80 % of the best final one."""
+    """For several runs: return for "steps to threshold"; by default 80 % of the best final one."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -33,9 +33,12 @@ def run(arguments: Sequence[str]) -> int:
     if not folders:
         raise UsageError("which runs? ctrlrl report RUN, or ctrlrl report RUN RUN ...")
     if len(folders) == 1:
-        page = write_report(folders[0], Path(options.out) if options.out else None)
+        if options.threshold is not None:
+            raise UsageError("--threshold compares several runs, got one: give more run folders, or leave it out")
+        page = write_report(folders[0], options.out)
     else:
-        page = write_comparison(folders, Path(options.out or "comparison.html"), threshold=options.threshold)
+        out = "comparison.html" if options.out is None else options.out
+        page = write_comparison(folders, out, threshold=options.threshold)
     print(console_summary(folders))
     print(f"report: {page}")
     return 0

@@ -20,6 +20,8 @@ class Resume:
     """Environment steps in all, instead of what the run was started with."""
     checkpoint: str = "last"
     """Where to go on from: last, or a folder's name under checkpoints/. What came after it is deleted."""
+    device: str | None = None
+    """Where to learn from now on, if not where the run was: cpu, cuda, cuda:1, auto."""
     quiet: bool = False
     """Print nothing but errors."""
 
@@ -29,5 +31,5 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(Resume, arguments, "resume")
     from ctrlrl.training.session import resume  # imports torch: only now
 
-    resume(options.run, steps=options.steps, checkpoint=options.checkpoint, quiet=options.quiet)
+    resume(options.run, steps=options.steps, checkpoint=options.checkpoint, device=options.device, quiet=options.quiet)
     return 0

@@ -64,7 +64,7 @@ def resolve(algorithm: Algorithm, arguments: Sequence[str]) -> tuple[Options, Of
         preset = None
     else:
         env = option(arguments, "env") or from_file.get("env")
-        wanted = "--no-preset" not in arguments and isinstance(env, str)
+        wanted = not {"--no-preset", "--no_preset"} & set(arguments) and isinstance(env, str)
         preset = algorithm.preset_for(env) if wanted and isinstance(env, str) else None
     placeholder = {"env": option(arguments, "env") or from_file.get("env") or "?"}
     base = cls.from_dict((preset.values if preset else {}) | placeholder)

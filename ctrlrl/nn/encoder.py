@@ -126,4 +126,6 @@ def make_encoder(
     space: gym.Space[Any], make: EncoderFactory | None, normalizer: ObservationNormalizer | None
 ) -> FlatEncoder | CustomEncoder:
     """The encoder of one network, for the part of the observation (`space`) that it reads."""
+    if make is not None and normalizer is not None:
+        raise UsageError("agent.normalize_obs goes with the built-in networks; normalize inside your encoder instead")
     return FlatEncoder(space, normalizer) if make is None else CustomEncoder(space, make)

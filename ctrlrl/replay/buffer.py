@@ -94,12 +94,6 @@ class ReplayBuffer:
         return self._order_head - self._order_tail
 
     @property
-    def nbytes(self) -> int:
-        """Memory that is held, in bytes."""
-        held = [*self._obs.values(), *self._columns.values(), *self._finals.values(), self._order]
-        return sum(t.numel() * t.element_size() for t in held)
-
-    @property
     def oldest_row(self) -> int:
         """The first row that the ring still holds."""
         return max(0, self.total_rows - self.rows)

@@ -21,7 +21,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ctrlrl.errors import UsageError
-from ctrlrl.runs.files import fsync_folder, full_disk_explained, sha256, write_durably
+from ctrlrl.runs.files import fsync_folder, sha256, write_durably, write_errors_explained
 
 FORMAT = 1
 _FILES = ("tensors.safetensors", "state.json")
@@ -33,7 +33,7 @@ def pack(state: Any) -> tuple[dict[str, Tensor], Any]:
 
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, Tensor | np.ndarray):
-            array = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+            array = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value, order="C"))
             tensors[path] = array.clone(memory_format=torch.contiguous_format)  # safetensors refuses shared memory
             return {"$tensor" if isinstance(value, Tensor) else "$array": path}
         if isinstance(value, dict):
@@ -80,7 +80,7 @@ def save_checkpoint(folder: Path, name: str, state: dict[str, Any]) -> Path:
         raise FileExistsError(folder / name)
     temporary, final = folder / f".tmp-{os.getpid()}-{name}", folder / name
     try:
-        with full_disk_explained(final):
+        with write_errors_explained(final):
             temporary.mkdir(parents=True)
         for file, data in content.items():
             write_durably(temporary / file, data)

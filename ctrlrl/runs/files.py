@@ -16,8 +16,8 @@ from ctrlrl.errors import UsageError
 
 
 @contextlib.contextmanager
-def full_disk_explained(path: Path) -> Iterator[None]:
-    """Turn "no space left" and "not permitted" into a message that says what to do."""
+def write_errors_explained(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into a message that names the file and says what to do."""
     try:
         yield
     except OSError as error:
@@ -28,7 +28,7 @@ def full_disk_explained(path: Path) -> Iterator[None]:
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UsageError(f"not permitted to write {path}: {error.strerror}") from error
-        raise
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def fsync_folder(path: Path) -> None:
@@ -42,7 +42,7 @@ def fsync_folder(path: Path) -> None:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a new file and wait until it is on the disk; not atomic, for use inside a folder that is then renamed."""
-    with full_disk_explained(path), open(path, "wb") as file:
+    with write_errors_explained(path), open(path, "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
@@ -53,7 +53,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         write_durably(temporary, content)
-        with full_disk_explained(path):
+        with write_errors_explained(path):
             os.replace(temporary, path)
         fsync_folder(path.parent)
     finally:
@@ -72,6 +72,13 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder; cut off at any moment, it is there in full or not at all under its name."""
+    doomed = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
 
 
 def sha256(path: Path) -> str:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import re
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,14 @@ from safetensors.torch import save as to_safetensors
 from ctrlrl.errors import UsageError
 from ctrlrl.replay.buffer import ReplayBuffer
 from ctrlrl.runs.checkpoint import save_checkpoint
-from ctrlrl.runs.files import full_disk_explained, remove_leftovers, sha256, write_atomically, write_json
+from ctrlrl.runs.files import (
+    remove_folder,
+    remove_leftovers,
+    sha256,
+    write_atomically,
+    write_errors_explained,
+    write_json,
+)
 
 
 class RunFolder:
@@ -47,7 +58,7 @@ class RunFolder:
         """
         require_vacant(path)
         folder = cls(path)
-        with full_disk_explained(path):
+        with write_errors_explained(path):
             for part in (folder.checkpoints, folder.replay, folder.videos):
                 part.mkdir(parents=True, exist_ok=True)
         return folder
@@ -65,6 +76,31 @@ class RunFolder:
             raise UsageError(f"{path} is no run folder: it has no config.json")
         return cls(path)
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the run for this process while it trains; the lock goes with the process, however it ends.
+
+        Raises:
+            UsageError: if another process holds it.
+        """
+        if sys.platform == "win32":  # has no flock: two processes on one run are the user's to avoid
+            yield
+            return
+        import fcntl
+
+        with open(self.path / ".lock", "a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UsageError(
+                    f"{self.path} is being trained by process {file.read().strip() or '?'}; wait for it, or stop it"
+                ) from None
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            yield
+
     def read_json(self, name: str) -> dict[str, Any]:
         """`config`, `provenance` or `status`, as written.
 
@@ -73,11 +109,15 @@ class RunFolder:
         """
         path = self.path / f"{name}.json"
         try:
-            value: dict[str, Any] = json.loads(path.read_text())
+            value = json.loads(path.read_text())
         except FileNotFoundError:
             raise UsageError(f"{path} is missing") from None
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read: {error.strerror}") from None
         except ValueError as error:
             raise UsageError(f"{path} is no valid JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise UsageError(f"{path} must hold a JSON object; it holds {str(value)[:40]}")
         return value
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
@@ -94,18 +134,26 @@ class RunFolder:
         Raises:
             UsageError: if there is none; lists what there is.
         """
-        prefix = {"last": "step-*", "best": "best-*"}.get(name, name)
-        found = sorted(p for p in self.checkpoints.glob(prefix) if p.is_dir())
+        there = sorted(p for p in self.checkpoints.glob("[bs]*-*") if p.is_dir())
+        prefix = {"last": "step-", "best": "best-"}.get(name)
+        found = [p for p in there if (p.name.startswith(prefix) if prefix else p.name == name)]
         if not found:
-            there = ", ".join(sorted(p.name for p in self.checkpoints.glob("[!.]*"))) or "none"
-            raise UsageError(f"{self.path} has no checkpoint {name!r}; there: {there}")
+            names = ", ".join(p.name for p in there) or "none"
+            raise UsageError(f"{self.path} has no checkpoint {name!r}; there: {names}")
         return found[-1]
 
     def save_step(self, step: int, state: dict[str, Any], *, keep: int) -> Path:
-        """Write a resumable checkpoint and delete all but the newest `keep`."""
-        path = save_checkpoint(self.checkpoints, f"step-{step:012d}", state)
+        """Write a resumable checkpoint and delete all but the newest `keep`.
+
+        A second one of the same step (the episodes start afresh after a failure, say) gets a number behind.
+        """
+        name, count = f"step-{step:012d}", 1
+        while (self.checkpoints / name).exists():
+            count += 1
+            name = f"step-{step:012d}-{count:02d}"
+        path = save_checkpoint(self.checkpoints, name, state)
         for old in self.step_checkpoints()[:-keep]:
-            shutil.rmtree(old)
+            remove_folder(old)
         self._drop_segments()
         return path
 
@@ -115,23 +163,39 @@ class RunFolder:
         Older ones go, save those that a resumable checkpoint counts as its best: a resumed run may need them again.
         """
         path = save_checkpoint(self.checkpoints, f"best-{step:012d}", state)
-        kept = {path.name} | {state["best"]["checkpoint"] for state in self._states() if state["best"]}
-        for old in self.checkpoints.glob("best-*"):
-            if old.name not in kept:
-                shutil.rmtree(old)
+        self._drop_best(keep={path.name})
         return path
 
-    def forget_after(self, step: int) -> None:
-        """Delete what lies beyond `step`, and what cut-off writes left: a resumed run will write it anew."""
+    def forget_after(self, checkpoint: Path) -> None:
+        """Delete what was written after `checkpoint`, and what cut-off writes left: a resumed run writes it anew."""
         for folder in (self.path, self.checkpoints, self.replay, self.videos):
             remove_leftovers(folder)
-        for path in self.checkpoints.iterdir():
-            if (match := re.fullmatch(r"(?:step|best)-(\d+)", path.name)) and int(match[1]) > step:
-                shutil.rmtree(path)
+        for path in self.path.glob("non-finite-*"):
+            remove_folder(path)
+        for path in self.step_checkpoints():
+            if path.name > checkpoint.name:
+                remove_folder(path)
+        self._drop_best(keep=set())
 
-    def _states(self) -> list[dict[str, Any]]:
-        """`state.json` of each resumable checkpoint, without its tensors."""
-        return [json.loads((path / "state.json").read_text()) for path in self.step_checkpoints()]
+    def _drop_best(self, *, keep: set[str]) -> None:
+        """Delete the best checkpoints that are neither in `keep` nor the best one of a resumable checkpoint."""
+        states = self._states()
+        if states is None:
+            return
+        used = keep | {state["best"]["checkpoint"] for state in states if state["best"]}
+        for path in self.checkpoints.glob("best-*"):
+            if path.name not in used:
+                remove_folder(path)
+
+    def _states(self) -> list[dict[str, Any]] | None:
+        """`state.json` of each resumable checkpoint, without its tensors; None if one cannot be read.
+
+        What a damaged checkpoint refers to is not known, so nothing is deleted while there is one.
+        """
+        try:
+            return [json.loads((path / "state.json").read_text()) for path in self.step_checkpoints()]
+        except (OSError, ValueError):
+            return None
 
     # Replay segments.
 
@@ -169,7 +233,10 @@ class RunFolder:
 
     def _drop_segments(self) -> None:
         """Delete segments that no checkpoint refers to any more."""
-        used = {segment["file"] for state in self._states() for segment in state["replay"]["segments"]}
+        states = self._states()
+        if states is None:
+            return
+        used = {segment["file"] for state in states for segment in state["replay"]["segments"]}
         for path in self.replay.glob("rows-*"):
             if path.name not in used:
                 path.unlink()
@@ -177,7 +244,11 @@ class RunFolder:
 
 def require_vacant(path: Path) -> None:
     """Raise `UsageError` unless a new run can be made at `path`."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    with write_errors_explained(path):
+        taken = path.exists()
+    if taken and not path.is_dir():
+        raise UsageError(f"{path} is a file; --out must name a folder that is empty or does not exist")
+    if taken and any(path.iterdir()):
         what = "already holds a run" if (path / "config.json").exists() else "is not empty"
         remedy = f"go on with it (ctrlrl resume {path}) or " if what == "already holds a run" else ""
         raise UsageError(f"{path} {what}: {remedy}choose another --out; nothing was overwritten")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from ctrlrl.runs.files import full_disk_explained
+from ctrlrl.runs.files import write_errors_explained
 
 Record = dict[str, Any]
 """One line of `metrics.jsonl`: `kind` (train, episode, eval, note), `step`, `time` and what belongs to the kind."""
@@ -26,19 +28,25 @@ class JsonLines:
     """Appends records to a file; `offset` is what a checkpoint remembers, so that a resumed run continues there."""
 
     def __init__(self, path: Path, *, offset: int = 0) -> None:
-        with full_disk_explained(path):
+        with write_errors_explained(path):
             self._path = path
-            self._file = open(path, "ab")  # noqa: SIM115  (closed by close)
-            self._file.truncate(offset)
-            self._file.seek(offset)
+            # Unbuffered: a line that finds no space fails where it is written, and not once more when closing.
+            self._file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
+            self.missing = max(0, offset - self._file.tell())
+            """Bytes that a checkpoint counted and the file no longer has."""
+            self._file.truncate(min(offset, self._file.tell()))
+            self._file.seek(0, os.SEEK_END)
 
     def write(self, record: Record) -> None:
-        with full_disk_explained(self._path):
-            self._file.write(json.dumps(record).encode() + b"\n")
-            self._file.flush()
+        with write_errors_explained(self._path):
+            line = json.dumps(record).encode() + b"\n"
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, "No space left on device")
 
     def offset(self) -> int:
-        """Bytes written so far."""
+        """Bytes written so far, all of them on the disk."""
+        with write_errors_explained(self._path):
+            os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
@@ -51,8 +59,10 @@ class TensorBoard:
     def __init__(self, folder: Path, *, step: int = 0) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._folder = folder
         # What an earlier session wrote after the checkpoint it is resumed from is hidden by purge_step.
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        with write_errors_explained(folder):
+            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
     def write(self, record: Record) -> None:
         step, kind = record["step"], record["kind"]
@@ -67,13 +77,15 @@ class TensorBoard:
                 scalars["evaluation/success"] = _mean(record["success"])
         else:
             return
-        for name, value in scalars.items():
-            self._writer.add_scalar(name, value, step)
-        if kind == "eval":
-            self._writer.flush()
+        with write_errors_explained(self._folder):
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
+            if kind == "eval":
+                self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        with write_errors_explained(self._folder):
+            self._writer.close()
 
 
 def _mean(values: list[float]) -> float:

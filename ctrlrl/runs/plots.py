@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import io
 import itertools
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -32,6 +33,7 @@ _XLINK = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999
 _MAX_POINTS = 2000
 _MAX_DOTS = 800
 _TICKS = [1, 2, 2.5, 5, 10]
+_SMALLEST_TEXT = 8.5  # points, of ticks and legends
 
 _STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -52,7 +54,7 @@ _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "grid.color": _GRID,
     "grid.linewidth": 0.7,
-    "legend.fontsize": 8.5,
+    "legend.fontsize": _SMALLEST_TEXT,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
@@ -63,8 +65,8 @@ _STYLE: dict[Any, Any] = {
     "text.parse_math": False,  # a dollar in a metric's name is a dollar
     "xtick.color": _INK,
     "ytick.color": _INK,
-    "xtick.labelsize": 8.5,
-    "ytick.labelsize": 8.5,
+    "xtick.labelsize": _SMALLEST_TEXT,
+    "ytick.labelsize": _SMALLEST_TEXT,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
 }
@@ -202,7 +204,7 @@ def comparison_curves(name: str, groups: Sequence[GroupCurve], threshold: float 
 def small_panel(name: str, series: Mapping[str, Series], unit: str = "") -> str:
     """SVG of one small plot with all of `series`; a logarithmic axis where they are positive over three decades."""
     with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(4.2, 2.3, _STEPS, unit)
+        figure, axes = _figure(3.9, 2.3, _STEPS, unit)
         for index, (label, full) in enumerate(series.items()):
             thin = downsample(full)
             axes.plot(
@@ -296,10 +298,12 @@ def _svg(figure: Figure, axes: Axes, name: str, description: str, *, title: bool
         # The browser draws the text with its own fonts; that matplotlib's lacks a glyph matters to nobody.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return _inline(buffer.getvalue(), name, description)
+    # Narrower than this, text would be smaller than 10 px; the page scrolls the plot instead.
+    min_width = math.ceil(figure.get_figwidth() * 72 * 10 / _SMALLEST_TEXT)
+    return _inline(buffer.getvalue(), name, description, min_width)
 
 
-def _inline(document: str, name: str, description: str) -> str:
+def _inline(document: str, name: str, description: str, min_width: int) -> str:
     """matplotlib's SVG document as an element of a page: no size or font of its own, page colours, short numbers."""
     svg = document[document.index("<svg") :].strip().replace("font-family: 'DejaVu Sans'; ", "")
     svg = re.sub(r"<metadata>.*?</metadata>\s*|<defs>\s*<style.*?</style>\s*</defs>\s*", "", svg, flags=re.DOTALL)
@@ -312,4 +316,5 @@ def _inline(document: str, name: str, description: str) -> str:
     for index, color in enumerate(SERIES):
         svg = svg.replace(color, f"var(--series-{index}, {color})")
     head = f'<svg role="img" aria-label="{html.escape(description)}" stroke-linejoin="round"'
+    head += f' style="min-width: {min_width}px"'
     return re.sub(r'<svg .*?(viewBox="[^"]*")[^>]*', lambda match: f"{head} {match[1]} {_XLINK}", svg, count=1)

@@ -100,7 +100,7 @@ class Progress:
 
     def _table(self) -> Table:
         table = Table.grid(padding=(0, 1))
-        table.add_row(ProgressBar(total=self.total, completed=self._step, width=24), self.line())
+        table.add_row(ProgressBar(total=self.total, completed=self._step, width=12), self.line())
         return table
 
     def _print(self, text: str) -> None:

@@ -82,6 +82,8 @@ def differences(then: dict[str, Any], machine: dict[str, Any]) -> list[str]:
     for key in ("ctrlrl", "python", "threads"):
         if then.get(key) != machine[key]:
             out.append(f"{key} {then.get(key)} -> {machine[key]}")
+    if then.get("git") != machine["git"]:
+        out.append("the source code (git)")
     for group in ("packages", "hardware"):
         before = then.get(group, {})
         out += [

@@ -21,7 +21,7 @@ from markupsafe import Markup
 
 from ctrlrl.errors import UsageError
 from ctrlrl.runs import plots
-from ctrlrl.runs.files import write_atomically
+from ctrlrl.runs.files import write_atomically, write_errors_explained
 from ctrlrl.runs.plots import EvaluationCurve, GroupCurve, Series, plain_number
 from ctrlrl.runs.statistics import Floats, align_curves, iqm, mean_interval, stratified_bootstrap, time_to_threshold
 
@@ -32,6 +32,28 @@ _NOT_LEARNING = frozenset(
 """Settings in which runs of one group may differ: which run it is, how long, where, how closely watched."""
 _EMBEDDED_BYTES = 32 * 2**20
 """Videos are embedded up to this many bytes in all; further ones are named, so that the page still opens on a phone."""
+_RATES = ("steps_per_s", "updates_per_s")
+
+# The parts of a run's JSON files that a page uses, with their types: {...} for an object, [...] for a list of such.
+_CONFIG: dict[str, Any] = {"algo": str, "env": str, "seed": int, "steps": int, "num_envs": int}
+_CONFIG |= {"device": str, "preset": str, "eval_every": int}
+_STATUS: dict[str, Any] = {"state": str, "step": int, "message": str}
+_SIDECAR: dict[str, Any] = {"checkpoint": str, "step": int, "return": float, "seed": int, "length": int, "frames": int}
+_PROVENANCE: dict[str, Any] = {
+    "command": str,
+    "started": str,
+    "ctrlrl": str,
+    "python": str,
+    "packages": dict,
+    "hardware": {"cpu": str, "cores": int, "memory_gib": float, "gpu": str},
+    "threads": int,
+    "git": {"commit": str, "dirty": bool},
+    "environment": {"observation_space": str, "action_space": str, "control_dt": float},
+    "changed": [str],
+    "sessions": [{"started": str, "from_step": int, "command": str, "notes": [str]}],
+}
+_TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+_TYPE_NAMES |= {dict: "an object", list: "a list"}
 
 
 # ---- Reading a run folder -------------------------------------------------------------------------------------------
@@ -76,13 +98,14 @@ class Video:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """A run folder, read. Everything but `path` is as the run wrote it."""
+    """A run folder, read. `config` is as the run wrote it."""
 
     path: Path
     config: dict[str, Any]
     provenance: dict[str, Any]
+    """What a page shows of it; unknown parts (null) are absent."""
     status: dict[str, Any]
-    """Empty where the run wrote none."""
+    """Likewise; empty where the run wrote none."""
     evaluations: list[Evaluation]
     """Made while training, one per step, ascending."""
     checks: list[Evaluation]
@@ -103,6 +126,8 @@ class RunRecord:
     """Lines of the two files that are no record: a write was cut off."""
     superseded: int
     """Records of steps that were lost with a killed session and done again."""
+    remarks: list[str]
+    """What is missing or broken in the folder, and so not in the page."""
 
     @property
     def algo(self) -> str:
@@ -152,32 +177,31 @@ class RunRecord:
 def load_run(path: str | Path) -> RunRecord:
     """Read a run folder. A run that is still being written, or was killed, reads up to its last whole line.
 
+    Only the configuration must be whole. What else is missing or broken is left out and named in `remarks`.
+
     Raises:
-        UsageError: the folder does not exist, is no run folder (the message names what is missing), or one of its JSON
-            files is broken.
+        UsageError: the folder does not exist, is no run folder (it has no config.json), or its config.json is broken.
     """
     folder = Path(path)
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise UsageError(f"{folder} {what}; expected the folder of a run, which `ctrlrl train` prints when it starts")
-    missing = [name for name in ("config.json", "provenance.json", "metrics.jsonl") if not (folder / name).is_file()]
-    if missing:
+    if not (folder / "config.json").is_file():
         inside = sorted(child.parent.name for child in folder.glob("*/config.json"))
         hint = f" It holds run folders: {', '.join(inside[:4])}. Give those: {folder}/*" if inside else ""
-        raise UsageError(f"{folder} is not a run folder: it has no {', no '.join(missing)}.{hint}")
-    config, provenance = _read_json(folder / "config.json"), _without_nulls(_read_json(folder / "provenance.json"))
-    absent = [key for key in ("algo", "env") if key not in config]
-    if absent:
-        raise UsageError(f"{folder / 'config.json'} has no {' and no '.join(map(repr, absent))}: no run wrote this")
-    status = _without_nulls(_read_json(folder / "status.json")) if (folder / "status.json").is_file() else {}
+        raise UsageError(f"{folder} is not a run folder: it has no file config.json.{hint}")
+    config = _read_config(folder / "config.json")
+    remarks: list[str] = []
+    provenance = _read_object(folder / "provenance.json", _PROVENANCE, remarks)
+    if not provenance:
+        remarks.append("Nothing is known about where this run comes from.")
+    status = _read_object(folder / "status.json", _STATUS, remarks) if (folder / "status.json").exists() else {}
     # From step 0 on every step was new; only a later session can have done steps again.
-    starts = [int(one.get("from_step", 0)) for one in provenance.get("sessions", [])]
+    starts = [one.get("from_step", 0) for one in provenance.get("sessions", [])]
     lines = _Lines([start for start in starts if start > 0])
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
-        if (folder / name).is_file():
-            with (folder / name).open(encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    lines.add(line)
+    lines.read(folder / "metrics.jsonl", remarks)
+    if (folder / "evaluations.jsonl").exists():
+        lines.read(folder / "evaluations.jsonl", remarks)
     return RunRecord(
         path=folder,
         config=config,
@@ -188,11 +212,12 @@ def load_run(path: str | Path) -> RunRecord:
         episodes=_series(lines.episodes),
         metrics=_metrics(lines.train),
         notes=lines.notes,
-        videos=_videos(folder / "videos"),
-        step=max(lines.step, int(status.get("step", 0))),
+        videos=_videos(folder / "videos", remarks),
+        step=max(lines.step, status.get("step", 0)),
         seconds=lines.seconds,
         unreadable=lines.unreadable,
         superseded=lines.superseded,
+        remarks=remarks,
     )
 
 
@@ -211,12 +236,22 @@ class _Lines:
         self.superseded = 0
         self._starts = session_starts
 
-    def add(self, line: str) -> None:
+    def read(self, path: Path, remarks: list[str]) -> None:
+        try:
+            with path.open(encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    self._add_line(line)
+        except OSError as error:
+            remarks.append(f"{path.name} cannot be read ({error.strerror}); its records are left out.")
+
+    def _add_line(self, line: str) -> None:
         try:
             record = json.loads(line)
             step, seconds = int(record["step"]), float(record.get("time", 0))
+            if not (0 <= step < 2**53 and math.isfinite(seconds)):
+                raise ValueError("no run gets there")
             self._add(record["kind"], step, seconds, record)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             self.unreadable += 1
             return
         if record.get("checkpoint", "current") == "current":
@@ -224,7 +259,7 @@ class _Lines:
 
     def _add(self, kind: str, step: int, seconds: float, record: dict[str, Any]) -> None:
         if kind == "train":
-            rates: dict[str, Any] = {key: record[key] for key in ("steps_per_s", "updates_per_s") if key in record}
+            rates: dict[str, Any] = {key: record[key] for key in _RATES if key in record}
             self._rewind(self.train, step)
             self.train.append((step, {**record["metrics"], **rates}))
         elif kind == "episode":
@@ -258,13 +293,16 @@ def _evaluation(step: int, seconds: float, record: Mapping[str, Any]) -> Evaluat
     returns = np.asarray(record["returns"], dtype=np.float64)
     if returns.ndim != 1 or len(returns) == 0:
         raise ValueError("an evaluation without episodes")
+    lengths = np.asarray(record.get("lengths") or [], dtype=np.float64)
+    if lengths.ndim != 1:
+        raise ValueError("lengths that are no list")
     success = record.get("success")
     return Evaluation(
         step=step,
         time=seconds,
         checkpoint=str(record.get("checkpoint", "current")),
         returns=returns,
-        lengths=np.asarray(record.get("lengths") or [], dtype=np.float64),
+        lengths=lengths,
         success=None if not success else float(np.mean(success)),
         best=bool(record.get("best", False)),
     )
@@ -284,29 +322,64 @@ def _metrics(records: Iterable[tuple[int, Mapping[str, Any]]]) -> dict[str, Seri
     return {key: _series(pairs) for key, pairs in columns.items()}
 
 
-def _videos(folder: Path) -> list[Video]:
+def _videos(folder: Path, remarks: list[str]) -> list[Video]:
     videos = []
-    for path in sorted(folder.glob("*.mp4")):
+    for path in sorted(path for path in folder.glob("*.mp4") if path.is_file()):
         sidecar = path.with_suffix(".json")
-        videos.append(Video(path=path, facts=_without_nulls(_read_json(sidecar)) if sidecar.is_file() else {}))
-    return sorted(videos, key=lambda one: (one.facts.get("checkpoint") != "best", -int(one.facts.get("step", 0))))
+        facts = _read_object(sidecar, _SIDECAR, remarks) if sidecar.exists() else {}
+        videos.append(Video(path=path, facts=facts))
+    return sorted(videos, key=lambda one: (one.facts.get("checkpoint") != "best", -one.facts.get("step", 0)))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not valid JSON ({error}); restore it from a copy of the run") from error
+    misfits: list[str] = []
+    known = _fitting(config, _CONFIG, str(path), misfits) or {}
+    absent = [key for key in ("algo", "env") if key not in known]
+    if misfits:
+        raise UsageError(f"{misfits[0]}; restore it from a copy of the run")
+    if absent:
+        raise UsageError(f"{path} has no {' and no '.join(map(repr, absent))}: no run wrote this")
+    return dict(config)
+
+
+def _read_object(path: Path, shape: dict[str, Any], remarks: list[str]) -> dict[str, Any]:
+    """The parts of a JSON file that `shape` names; what is wrong with it goes to `remarks`."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{path} is not valid JSON ({error}); restore it from a copy of the run") from error
-    if not isinstance(value, dict):
-        raise UsageError(f"{path} holds a {type(value).__name__}, expected a JSON object")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        remarks.append(f"{path.name} cannot be read ({reason}); what it says is left out.")
+        return {}
+    misfits: list[str] = []
+    fitting = _fitting(value, shape, path.name, misfits) or {}
+    remarks += [f"{misfit}; it is left out." for misfit in misfits]
+    return dict(fitting)
+
+
+def _fitting(value: Any, shape: Any, name: str, misfits: list[str]) -> Any:
+    """The parts of `value` that `shape` names and that are of its types; None for null and for what does not fit."""
+    if value is None:
+        return None
+    expected = shape if isinstance(shape, type) else type(shape)
+    fits = isinstance(value, (int, float) if expected is float else expected)
+    if not fits:
+        misfits.append(f"{name} is {_clipped(json.dumps(value))}, expected {_TYPE_NAMES[expected]}")
+        return None
+    if isinstance(shape, dict):
+        parts = {key: _fitting(value.get(key), part, f"{key} of {name}", misfits) for key, part in shape.items()}
+        return {key: part for key, part in parts.items() if part is not None}
+    if isinstance(shape, list):
+        items = [_fitting(item, shape[0], f"item {index} of {name}", misfits) for index, item in enumerate(value)]
+        return [item for item in items if item is not None]
     return value
 
 
-def _without_nulls(value: Any) -> Any:
-    """`value` less the entries that are null: in what describes a run, unknown and absent are the same."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+def _clipped(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 # ---- One run --------------------------------------------------------------------------------------------------------
@@ -315,13 +388,17 @@ def _without_nulls(value: Any) -> Any:
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """Write `report.html` into the run folder (or to `out`) and return its path; replaces an earlier one in one step.
 
+    Folders above `out` are created.
+
     Raises:
-        UsageError: as `load_run`.
+        UsageError: as `load_run`, or `out` is a folder or lies under a file.
     """
     run = load_run(run_dir)
+    path = _writable_page(run.path / "report.html" if out is None else Path(out))
+    metrics, idle = _while_updating(run.metrics)
     panels = [
-        (family, Markup(plots.small_panel(f"panel{index}", curves, unit)))
-        for index, (family, unit, curves) in enumerate(plots.panels(run.metrics))
+        (family, Markup(plots.small_panel(f"panel{index}", curves, unit)), idle if curves.keys() & {*_RATES} else 0)
+        for index, (family, unit, curves) in enumerate(plots.panels(metrics))
     ]
     page = _template().render(
         kind="run",
@@ -337,9 +414,34 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         commands=_commands(run),
         provenance=_provenance_rows(run.provenance),
     )
-    path = run.path / "report.html" if out is None else Path(out)
     write_atomically(path, page.encode())
     return path
+
+
+def _writable_page(path: Path) -> Path:
+    """`path`, where a page can be written now: its folder exists."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder, expected the name of the page; write it to {path / 'report.html'}, say")
+    with write_errors_explained(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UsageError(f"cannot write {path}: {error.filename} is not a folder; choose another place") from error
+    return path
+
+
+def _while_updating(metrics: Mapping[str, Series]) -> tuple[dict[str, Series], int]:
+    """`metrics` with rates only of records in which the agent learnt, and the number of records that lost theirs.
+
+    Steps without updates are so much faster that the rest would be a flat line. Where there is nothing else, they stay.
+    """
+    updates = metrics.get("updates_per_s")
+    idle = np.empty(0) if updates is None else updates.steps[updates.values == 0]
+    if updates is None or len(idle) == len(updates.steps):
+        return dict(metrics), 0
+    kept = {key: ~np.isin(metrics[key].steps, idle) for key in _RATES if key in metrics}
+    rates = {key: Series(metrics[key].steps[rows], metrics[key].values[rows]) for key, rows in kept.items()}
+    return {**metrics, **rates}, len(idle)
 
 
 def _evaluation_curve(run: RunRecord) -> EvaluationCurve:
@@ -363,8 +465,8 @@ def _embed(videos: Iterable[Video]) -> list[dict[str, Any]]:
 
 def _why_no_video(run: RunRecord) -> str | None:
     """What the run itself says about the video that is not there."""
-    sessions = [str(note) for session in run.provenance.get("sessions", []) for note in session.get("notes", [])]
-    said = [str(run.status.get("message", "")), *(text for _, text in reversed(run.notes)), *reversed(sessions)]
+    sessions = [note for session in run.provenance.get("sessions", []) for note in session.get("notes", [])]
+    said = [run.status.get("message", ""), *(text for _, text in reversed(run.notes)), *reversed(sessions)]
     return next((text for text in said if "video" in text.lower() or "render" in text.lower()), None)
 
 
@@ -393,7 +495,7 @@ def _text(value: Any) -> str:
 
 def _commands(run: RunRecord) -> list[tuple[str, str]]:
     folder = shlex.quote(_shown(run.path))
-    rows = [("Train it again", str(run.provenance["command"]))] if "command" in run.provenance else []
+    rows = [("Train it again", run.provenance["command"])] if "command" in run.provenance else []
     return [
         *rows,
         ("Go on where it stopped", f"ctrlrl resume {folder}"),
@@ -413,21 +515,19 @@ def _shown(path: Path) -> str:
 
 
 def _provenance_rows(provenance: Mapping[str, Any]) -> list[tuple[str, str]]:
-    hardware = provenance.get("hardware") or {}
+    hardware = provenance.get("hardware", {})
     machine = [hardware.get("cpu"), f"{hardware['cores']} cores" if hardware.get("cores") else None]
     machine += [f"{hardware['memory_gib']:g} GiB memory" if hardware.get("memory_gib") else None, hardware.get("gpu")]
-    git = provenance.get("git")
-    source = "not a git checkout"
-    if git:
-        source = f"{git.get('commit')}{' with uncommitted changes' if git.get('dirty') else ''}"
-    environment = provenance.get("environment") or {}
+    git = provenance.get("git", {})
+    source = f"{git['commit']}{' with uncommitted changes' if git.get('dirty') else ''}" if "commit" in git else None
+    environment = provenance.get("environment", {})
     control = environment.get("control_dt")
     rows = [
         ("Started", provenance.get("started")),
         ("Machine", ", ".join(str(part) for part in machine if part)),
         ("Threads", provenance.get("threads")),
         ("ctrlrl", provenance.get("ctrlrl")),
-        ("Source", source),
+        ("Source", source or "no commit recorded"),
         ("Python", provenance.get("python")),
         ("Packages", ", ".join(f"{name} {version}" for name, version in provenance.get("packages", {}).items())),
         ("Observation space", environment.get("observation_space")),
@@ -507,13 +607,16 @@ def write_comparison(run_dirs: Sequence[str | Path], out: str | Path, *, thresho
 
     Args:
         run_dirs: run folders, at least one.
-        out: the HTML file; its folder is created.
+        out: the HTML file; folders above it are created.
         threshold: return for "steps to threshold"; by default 80 % of the best final return of each environment.
 
     Raises:
-        UsageError: no runs, or as `load_run`.
+        UsageError: no runs, a threshold that is no finite number, as `load_run`, or `out` is a folder or lies under a
+            file.
     """
-    target = Path(out)
+    if threshold is not None and not math.isfinite(threshold):
+        raise UsageError(f"the threshold must be a finite return, got {threshold}")
+    target = _writable_page(Path(out))
     runs, notes = _load_all(run_dirs)
     comparisons = _compare(runs, threshold)
     labels = list(dict.fromkeys(group.label for one in comparisons for group in one.groups))
@@ -539,7 +642,6 @@ def write_comparison(run_dirs: Sequence[str | Path], out: str | Path, *, thresho
         link=lambda run: _link(run.path / "report.html", target.parent),
         shown=_shown,
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, page.encode())
     return target
 
@@ -593,7 +695,8 @@ def _load_all(run_dirs: Sequence[str | Path]) -> tuple[list[RunRecord], list[str
         unique.setdefault(path.resolve(), path)
     repeated = len(run_dirs) - len(unique)
     notes = [f"{repeated} of the folders given are repetitions of another and count once."] if repeated else []
-    return [load_run(path) for path in unique.values()], notes
+    runs = [load_run(path) for path in unique.values()]
+    return runs, notes + [f"{run.path.name}: {remark}" for run in runs for remark in run.remarks]
 
 
 def _compare(runs: Sequence[RunRecord], threshold: float | None) -> list[EnvComparison]:
@@ -767,8 +870,8 @@ def _differences(groups: Sequence[tuple[str, list[RunRecord]]]) -> list[tuple[st
 
 def _comparable(run: RunRecord) -> dict[str, Any]:
     flat = {key: value for key, value in _flatten(run.config).items() if key not in ("seed", "env", "out")}
-    hardware, git = run.provenance.get("hardware") or {}, run.provenance.get("git") or {}
-    packages = run.provenance.get("packages") or {}
+    hardware, git = run.provenance.get("hardware", {}), run.provenance.get("git", {})
+    packages = run.provenance.get("packages", {})
     flat |= {"ctrlrl version": run.provenance.get("ctrlrl"), "commit": git.get("commit")}
     flat |= {f"{name} version": packages.get(name) for name in ("torch", "mujoco", "gymnasium")}
     return flat | {"CPU": hardware.get("cpu"), "GPU": hardware.get("gpu")}

@@ -44,7 +44,7 @@ def write_video(frames: Iterable[Frame], path: Path, fps: float) -> None:
             "The wheels on PyPI have it: pip install --force-reinstall --only-binary av av"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")  # a name that files.remove_leftovers knows
     try:
         _encode(frames, partial, rate)
         os.replace(partial, path)
@@ -108,13 +108,13 @@ _REMEDIES = (
 )
 
 
-def rendering_error(exc: BaseException) -> UsageError:
+def rendering_error(exc: BaseException | str) -> UsageError:
     """One message with the remedy for what off-screen rendering raised; `raise rendering_error(exc) from exc`.
 
     Knows what MuJoCo, PyOpenGL, GLFW and pygame raise without a display, an OpenGL library, a driver or the package. Of
     anything else it repeats the exception and says how to tell rendering from the environment.
     """
-    what = f"{type(exc).__name__}: {exc}"
+    what = exc if isinstance(exc, str) else f"{type(exc).__name__}: {exc}"
     for part, remedy in _REMEDIES:
         if part in what:
             return UsageError(f"cannot render: {remedy}\n({what})")

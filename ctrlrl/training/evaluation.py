@@ -50,7 +50,8 @@ def evaluate(
     The environment starts each episode from its seed, so the result depends on nothing but policy and seeds.
     `before_step` is called before every step of the first episode of environment 0, to take pictures, say.
     """
-    n = env.num_envs
+    n, was_training = env.num_envs, policy.training
+    policy.eval()
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), np.int64)
     success: list[float] = [float("nan")] * len(seeds)
     for first in range(0, len(seeds), n):
@@ -80,5 +81,6 @@ def evaluate(
         rows = slice(first, first + len(chunk))
         returns[rows], lengths[rows] = total[: len(chunk)].cpu(), count[: len(chunk)].cpu()
         success[rows] = outcome[: len(chunk)].tolist()
+    policy.train(was_training)
     known = not any(np.isnan(success))
     return Evaluation(list(seeds), returns.tolist(), lengths.tolist(), [bool(s) for s in success] if known else None)

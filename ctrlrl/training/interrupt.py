@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -30,7 +30,7 @@ class Interrupt:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()
-        print("\nstopping after this step and writing a checkpoint; once more aborts at once", file=sys.stderr)
+        os.write(2, b"\nstopping after this step and writing a checkpoint; once more aborts at once\n")
 
     def _restore(self) -> None:
         for number, former in self._former.items():

@@ -6,10 +6,11 @@ between two iterations is consistent and can be saved; a run that goes on from t
 
 from __future__ import annotations
 
+import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch import Tensor
 from ctrlrl.algorithms.agent import OffPolicyAgent
 from ctrlrl.config import OffPolicyConfig
 from ctrlrl.envs.vector import EnvState, VectorEnv
-from ctrlrl.errors import EnvironmentFailure, Interrupted, NonFiniteError
+from ctrlrl.errors import CtrlrlError, Interrupted, NonFiniteError
 from ctrlrl.replay.buffer import ReplayBuffer
 from ctrlrl.runs.checkpoint import pack, save_checkpoint
 from ctrlrl.runs.folder import RunFolder
@@ -68,15 +69,18 @@ class OffPolicyLoop:
         self.updates: int = counters.get("updates", 0)
         self.seconds: float = counters.get("seconds", 0.0)
         self.best: dict[str, Any] | None = (state or {}).get("best")
-        self._evaluated_at: int = counters.get("evaluated_at", -1)
+        self._evaluated_at: int = counters.get("evaluated_at", 0)
+        self._evaluation_due: bool = counters.get("evaluation_due", False)
         # Sums of metrics since the last training record.
         self._sums: dict[str, Tensor] = {k: v.to(buffer.device) for k, v in counters.get("sums", {}).items()}
         self._summed: int = counters.get("summed", 0)
         self._segments: list[dict[str, Any]] = (state or {}).get("replay", {}).get("segments", [])
-        self._saved_at = self.env_steps if state else -1
+        self._saved: tuple[Any, ...] = tuple(counters.get("moment", ()))
         self._recent: deque[tuple[int, Tensor]] = deque(maxlen=KEPT_BATCHES)
         self._stop: str | None = None
         self._log = JsonLines(folder.metrics, offset=(state or {}).get("metrics_offset", 0))
+        if self._log.missing:
+            self.progress.message(f"{folder.metrics} lacks {self._log.missing} bytes of what was recorded before")
         self._writers: list[Writer] = [self._log, *writers]
         self._seeds = evaluation_seeds(config.eval_episodes)
         self._window = _Window(self.env_steps, self.updates)
@@ -94,21 +98,21 @@ class OffPolicyLoop:
             callback.on_start(self)
         self._window = _Window(self.env_steps, self.updates)
         self._clock = time.perf_counter()
+        self.checkpoint()  # of step 0, so that a run can be resumed from its first moment on
         with Interrupt() as interrupt, self.progress:
-            while self.env_steps < self.config.steps and self._stop is None:
-                try:
-                    self._iterate()
-                except EnvironmentFailure as error:
-                    self.checkpoint(continue_episodes=False)
-                    raise type(error)(f"{error}\n{self._saved_message()}") from None
+            if self._evaluation_due:  # the one that failed before this resume
+                self._evaluate()
+            while not self._finished():
+                self._iterate()
                 if interrupt.requested:
                     self.checkpoint()
-                    raise Interrupted(f"interrupted at step {self.env_steps:,}. {self._saved_message()}")
+                    raise Interrupted(f"interrupted at step {self.env_steps:,}. {self._go_on()}")
             if self.config.eval_every and self._evaluated_at != self.env_steps:
+                self._evaluation_due = True
                 self._evaluate()
-            self.checkpoint()
             for callback in self.callbacks:
                 callback.on_end(self)
+            self.checkpoint()
 
     def stop(self, reason: str) -> None:
         """End the run after this step, as finished."""
@@ -134,11 +138,8 @@ class OffPolicyLoop:
 
     def _iterate(self) -> None:
         before = self.env_steps
-        try:
+        with self._saved_on_failure(continue_episodes=False):  # what the environments did in this step is lost
             step, extras, next_extras = self.collector.step(random=before < self.config.learning_starts)
-        except NonFiniteError as error:
-            self.checkpoint(continue_episodes=False)
-            raise NonFiniteError(f"{error}. {self._saved_message()}") from None
         self.buffer.add(step, extras, next_extras)
         self.agent.observe(obs_to(step.obs, self.buffer.device), step.valid.to(self.buffer.device))
         self.env_steps += int(step.valid.sum()) if self.env.may_be_invalid else self.env.num_envs
@@ -152,10 +153,11 @@ class OffPolicyLoop:
         if _passed(before, self.env_steps, self.config.log_every):
             self._log_training()
         if self.config.eval_every and _passed(before, self.env_steps, self.config.eval_every):
+            self._evaluation_due = True
             self._evaluate()
         for callback in self.callbacks:
             callback.on_step(self)
-        if _passed(before, self.env_steps, self.config.checkpoint_every):
+        if _passed(before, self.env_steps, self.config.checkpoint_every) and not self._finished():
             self.checkpoint()
         self.progress.update(self.env_steps, episodes)
 
@@ -208,9 +210,10 @@ class OffPolicyLoop:
 
     def _evaluate(self) -> None:
         assert self.eval_env is not None
-        self._evaluated_at = self.env_steps
         with self._window.paused():
-            result = evaluate(self.eval_env, self.agent.policy, self._seeds)
+            with self._saved_on_failure(continue_episodes=True):
+                result = evaluate(self.eval_env, self.agent.policy, self._seeds)
+            self._evaluated_at, self._evaluation_due = self.env_steps, False
             best = self.best is None or result.mean > self.best["mean"]
             if best:
                 path = self.folder.save_best(self.env_steps, {"agent": self.agent.state_dict(), "step": self.env_steps})
@@ -221,8 +224,12 @@ class OffPolicyLoop:
         self.progress.evaluated(self.env_steps, result.mean, best)
 
     def checkpoint(self, *, continue_episodes: bool = True) -> None:
-        """Write a resumable checkpoint of this moment, if there is none yet."""
-        if self._saved_at == self.env_steps:
+        """Write a resumable checkpoint of this moment, if there is none yet.
+
+        Without `continue_episodes` the environments start afresh from there.
+        """
+        moment = (self.env_steps, self._evaluated_at, self._evaluation_due, continue_episodes)
+        if moment == self._saved:
             return
         with self._window.paused():
             agent = self.agent.state_dict()
@@ -235,6 +242,8 @@ class OffPolicyLoop:
                     "env_steps": self.env_steps,
                     "updates": self.updates,
                     "evaluated_at": self._evaluated_at,
+                    "evaluation_due": self._evaluation_due,
+                    "moment": list(moment),
                     "seconds": self._time(),
                     "sums": self._sums,
                     "summed": self._summed,
@@ -249,11 +258,24 @@ class OffPolicyLoop:
                 },
                 "best": self.best,
                 "metrics_offset": self._log.offset(),
-                "global_generators": global_generators(),
+                "device": self.buffer.device.type,
+                "global_generators": global_generators(self.buffer.device),
                 "callbacks": [callback.state_dict() for callback in self.callbacks],
             }
             self.folder.save_step(self.env_steps, state, keep=self.config.keep_checkpoints)
-            self._saved_at = self.env_steps
+            self._saved = moment
+
+    @contextlib.contextmanager
+    def _saved_on_failure(self, *, continue_episodes: bool) -> Iterator[None]:
+        """Write a checkpoint before an environment's failure goes on its way, and say how to go on."""
+        try:
+            yield
+        except CtrlrlError as error:
+            self.checkpoint(continue_episodes=continue_episodes)
+            raise type(error)(f"{error}\n{self._go_on()}") from error
+
+    def _finished(self) -> bool:
+        return self.env_steps >= self.config.steps or self._stop is not None
 
     def _time(self) -> float:
         """Seconds of training so far, over all sessions."""
@@ -261,7 +283,7 @@ class OffPolicyLoop:
         self.seconds, self._clock = self.seconds + now - self._clock, now
         return round(self.seconds, 3)
 
-    def _saved_message(self) -> str:
+    def _go_on(self) -> str:
         return f"Go on with: ctrlrl resume {self.folder.path}"
 
 
@@ -299,20 +321,23 @@ class _Pause:
         self._window.shift(time.perf_counter() - self._entered)
 
 
-def global_generators() -> dict[str, Any]:
+def global_generators(device: torch.device) -> dict[str, Any]:
     """States of torch's, NumPy's and Python's global generators, for what users' own code draws from them."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         "numpy": {"kind": kind, "keys": keys, "rest": [position, has_gauss, cached]},
         "python": {"version": version, "internal": list(internal), "gauss": gauss},
     }
 
 
-def restore_global_generators(state: dict[str, Any]) -> None:
+def restore_global_generators(state: dict[str, Any], device: torch.device) -> None:
     """Go back to what `global_generators` returned."""
     torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
     numpy = state["numpy"]
     np.random.set_state((numpy["kind"], numpy["keys"], *numpy["rest"]))
     python = state["python"]

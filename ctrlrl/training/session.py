@@ -1,12 +1,12 @@
-"""From a configuration to a run: `train` starts one, `resume` goes on with one, `load` and `evaluate_run` use one."""
+"""From a configuration to a run: `train` starts one, `resume` goes on with one."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,14 @@ import numpy as np
 import torch
 
 from ctrlrl.algorithms.agent import OffPolicyAgent
-from ctrlrl.algorithms.registry import ALGORITHMS, find_algorithm, train_config_class
+from ctrlrl.algorithms.registry import find_algorithm, train_config_class
 from ctrlrl.config import OffPolicyConfig, changed_fields
-from ctrlrl.envs.make import make_env
-from ctrlrl.envs.spaces import build_space
-from ctrlrl.envs.vector import EnvState, VectorEnv
+from ctrlrl.envs.vector import EnvState, VectorEnv, derive_seeds
 from ctrlrl.errors import CtrlrlError, Interrupted, UsageError
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
-from ctrlrl.nn.policy import Policy
 from ctrlrl.replay.buffer import ReplayBuffer
-from ctrlrl.runs.checkpoint import load_checkpoint
-from ctrlrl.runs.files import write_json
+from ctrlrl.runs.checkpoint import load_checkpoint, pack
 from ctrlrl.runs.folder import RunFolder, default_path, require_space, require_vacant
 from ctrlrl.runs.metrics import TensorBoard, Writer
 from ctrlrl.runs.progress import Progress
@@ -39,37 +35,24 @@ from ctrlrl.runs.provenance import (
     now,
 )
 from ctrlrl.runs.report import write_report
-from ctrlrl.runs.video import rendering_error, write_video
 from ctrlrl.training.callbacks import Callback
 from ctrlrl.training.collector import Collector
-from ctrlrl.training.evaluation import Evaluation, evaluate, evaluation_seeds
+from ctrlrl.training.evaluation import evaluation_seeds
+from ctrlrl.training.loading import Run, load_policy, record_video
 from ctrlrl.training.off_policy import OffPolicyLoop, restore_global_generators
-from ctrlrl.tree import obs_to
-
-EnvLike = str | gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any] | VectorEnv | Callable[[], gym.Env[Any, Any]]
-MAX_EVAL_ENVS = 16
-VIDEO_STEPS = 500
-"""Steps of an episode that a video shows at most; rendering without a GPU takes tens of milliseconds each."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A run on disk, with its policy in memory.
-
-    Attributes:
-        path: the run folder.
-        config: the resolved configuration.
-        policy: the policy of the checkpoint that was asked for.
-    """
-
-    path: Path
-    config: OffPolicyConfig
-    policy: Policy
-
-    @property
-    def report(self) -> Path:
-        """The report of this run."""
-        return self.path / "report.html"
+from ctrlrl.training.setup import (
+    MAX_EVAL_ENVS,
+    EnvLike,
+    given,
+    make,
+    name_of,
+    pick_device,
+    read_config,
+    read_provenance,
+    require_objects,
+    step_of,
+)
+from ctrlrl.tree import Obs, obs_to
 
 
 def train(
@@ -107,7 +90,7 @@ def train(
         EnvironmentFailure, NonFiniteError, Interrupted: as they happen; the run is saved and can be resumed.
     """
     algorithm = find_algorithm(algo)
-    name = env if isinstance(env, str) else _name_of(env)
+    name = name_of(env)
     cls = train_config_class(algo)
     if config is None:
         used = algorithm.preset_for(name) if preset else None
@@ -121,23 +104,22 @@ def train(
 
     session = _Session(algo, config, env, eval_env, network, encoder, quiet=quiet)
     try:
+        session.begin(callbacks)
         require_space(out, session.disk_needed())
         folder = RunFolder.create(out)
-        custom = {
-            key: _name_of(value)
-            for key, value in {"env": env, "network": network, "encoder": encoder}.items()
-            if value is not None and not isinstance(value, str)
-        }
-        machine = describe_machine(session.device, session.threads)
-        folder.write_json(
-            "provenance",
-            {"command": command_line(), "started": now(), **machine}
-            | {"git": describe_source(), "environment": describe_environment(session.env)}
-            | {"changed": changed_fields(config, cls(env=config.env, out=config.out)), "custom": custom}
-            | {"sessions": [{"started": now(), "from_step": 0, "command": command_line(), "notes": []}]},
-        )
-        folder.write_json("config", {"algo": algo, "preset": preset or None, **config.to_dict()})
-        return session.run(folder, callbacks, writers, state=None)
+        with folder.locked():
+            custom = {"env": env, "network": network, "encoder": encoder}
+            folder.write_json(
+                "provenance",
+                {"command": command_line(), "started": now()}
+                | describe_machine(session.device, session.threads)
+                | {"git": describe_source(), "environment": describe_environment(session.env)}
+                | {"changed": changed_fields(config, cls(env=config.env, out=config.out))}
+                | {"custom": {k: name_of(v) for k, v in custom.items() if v is not None and not isinstance(v, str)}}
+                | {"sessions": [{"started": now(), "from_step": 0, "command": command_line(), "notes": []}]},
+            )
+            folder.write_json("config", {"algo": algo, "preset": preset or None, **config.to_dict()})
+            return session.run(folder, callbacks, writers)
     finally:
         session.close()
 
@@ -147,6 +129,7 @@ def resume(
     *,
     steps: int | None = None,
     checkpoint: str = "last",
+    device: str | None = None,
     env: EnvLike | None = None,
     eval_env: EnvLike | None = None,
     network: NetworkFactory | None = None,
@@ -157,155 +140,51 @@ def resume(
 ) -> Run:
     """Go on with a run exactly where its checkpoint left it; a larger `steps` extends it.
 
-    `env`, `network`, `encoder` and `callbacks` must be given again where `train` got objects; they are not saved.
+    `env`, `network`, `encoder` and `callbacks` must be given again where `train` got objects; they are not saved. What
+    was written after the checkpoint is deleted, once everything has been read back. A run that is extended keeps the
+    evaluation at its former end.
 
     Raises:
-        UsageError: if there is no such run or checkpoint, or it is damaged.
+        UsageError: if there is no such run or checkpoint, it is damaged, or another process trains it; nothing was
+            changed then.
     """
     folder = RunFolder.open(Path(run))
-    algo, config = _read_config(folder)
-    state_path = folder.find_checkpoint(checkpoint)
-    if not state_path.name.startswith("step-"):
-        raise UsageError(f"{state_path.name} holds weights only; resume from one of the step-... checkpoints")
-    state = load_checkpoint(state_path)
-    done = state["loop"]["env_steps"]
-    if steps is not None:
-        if steps < done:
+    with folder.locked():
+        algo, config = read_config(folder)
+        path = folder.find_checkpoint(checkpoint)
+        if not path.name.startswith("step-"):
+            raise UsageError(f"{path.name} holds weights only; resume from one of the step-... checkpoints")
+        state = load_checkpoint(path)
+        done = state["loop"]["env_steps"]
+        if steps is not None and steps < done:
             raise UsageError(
                 f"{folder.path} has done {done:,} steps already; --steps must be at least that, got {steps}"
             )
-        config = replace(config, steps=steps)
-    provenance = folder.read_json("provenance")
-    _require_objects(provenance, env=env, network=network, encoder=encoder)
-    if len(state["callbacks"]) != len(callbacks):
-        raise UsageError(
-            f"the run was trained with {len(state['callbacks'])} callbacks, now there are {len(callbacks)}; "
-            "pass the same ones, in the same order"
-        )
+        config = replace(config, **given(steps=steps, device=device))
+        provenance = read_provenance(folder)
+        require_objects(provenance, env=env, network=network, encoder=encoder)
+        if len(state["callbacks"]) != len(callbacks):
+            raise UsageError(
+                f"the run was trained with {len(state['callbacks'])} callbacks, now there are {len(callbacks)}; "
+                "pass the same ones, in the same order"
+            )
 
-    session = _Session(algo, config, env if env is not None else config.env, eval_env, network, encoder, quiet=quiet)
-    try:
-        folder.forget_after(done)
-        notes = differences(provenance, describe_machine(session.device, session.threads))
-        notes = [f"the last bits may differ from an uninterrupted run: {', '.join(notes)}"] if notes else []
-        entry = {"started": now(), "from_step": done, "command": command_line(), "notes": notes}
-        provenance["sessions"].append(entry)
-        folder.write_json("provenance", provenance)
-        folder.write_json("config", {**folder.read_json("config"), **config.to_dict()})
-        return session.run(folder, callbacks, writers, state=state, notes=notes, provenance=provenance)
-    finally:
-        session.close()
-
-
-def load(
-    run: str | Path | Run,
-    *,
-    checkpoint: str = "best",
-    device: str = "cpu",
-    network: NetworkFactory | None = None,
-    encoder: EncoderFactory | None = None,
-) -> Run:
-    """Read a run and its policy back: `ctrlrl.load("runs/x").policy.act(obs)`.
-
-    Args:
-        run: the run folder.
-        checkpoint: `best`, `last`, or a checkpoint folder's name; a run without evaluations has no `best`.
-        device: where the policy's weights lie.
-        network: as given to `train`.
-        encoder: as given to `train`.
-
-    Raises:
-        UsageError: if there is no such run or checkpoint, it is damaged, or `network`/`encoder` are missing.
-    """
-    folder = RunFolder.open(run.path if isinstance(run, Run) else Path(run))
-    algo, config = _read_config(folder)
-    provenance = folder.read_json("provenance")
-    _require_objects(provenance, network=network, encoder=encoder)
-    state = load_checkpoint(folder.find_checkpoint(checkpoint))
-    spaces = provenance["environment"]["spaces"]
-    agent = find_algorithm(algo).load_agent_class()(
-        build_space(spaces["observation"]),
-        build_space(spaces["action"]),
-        config.agent,  # type: ignore[attr-defined]
-        device=device,
-        **_given(network=network, encoder=encoder),
-    )
-    agent.policy.load_state_dict(state["agent"]["policy"])
-    return Run(folder.path, config, agent.policy)
-
-
-def evaluate_run(
-    run: str | Path | Run,
-    *,
-    checkpoint: str = "best",
-    episodes: int | None = None,
-    video: bool = False,
-    env: EnvLike | None = None,
-    device: str = "cpu",
-    network: NetworkFactory | None = None,
-    encoder: EncoderFactory | None = None,
-) -> Evaluation:
-    """Deterministic returns of a checkpoint on the fixed list of seeds; the record goes into `evaluations.jsonl`.
-
-    With `video`, the first of the episodes is recorded under `videos/`.
-
-    Raises:
-        UsageError: as `load`; or if a video was asked for and the environment cannot be rendered here.
-    """
-    loaded = load(run, checkpoint=checkpoint, device=device, network=network, encoder=encoder)
-    config, folder = loaded.config, RunFolder(loaded.path)
-    seeds = evaluation_seeds(episodes or config.eval_episodes)
-    source = env if env is not None else config.env
-    step = int(folder.find_checkpoint(checkpoint).name.rpartition("-")[2])
-    vector = _make(source, config, min(len(seeds), MAX_EVAL_ENVS), "cpu")
-    try:
-        result = evaluate(vector, loaded.policy, seeds)
-    finally:
-        vector.close()
-    record = {"kind": "eval", "step": step, "checkpoint": checkpoint, "seeds": result.seeds, "returns": result.returns}
-    record |= {"lengths": result.lengths, "success": result.success, "mean": result.mean}
-    with open(folder.path / "evaluations.jsonl", "a") as file:
-        file.write(json.dumps({"date": now(), **record}) + "\n")
-    if video:
-        record_video(folder, loaded.policy, source, config, step=step, checkpoint=checkpoint)
-        write_report(folder.path)
-    return result
-
-
-def record_video(
-    folder: RunFolder, policy: Policy, source: EnvLike, config: OffPolicyConfig, *, step: int, checkpoint: str
-) -> Path:
-    """Record the episode of the first evaluation seed, at most `VIDEO_STEPS` of it.
-
-    Raises:
-        UsageError: if the environment cannot be rendered here; names the packages that are missing.
-    """
-    try:
-        env = _make(source, config, 1, "cpu", render=True)
-    except CtrlrlError:
-        raise
-    except Exception as error:
-        raise rendering_error(error) from error
-    frames: list[np.ndarray[Any, Any]] = []
-
-    def film() -> None:
-        if len(frames) < VIDEO_STEPS:
-            frames.append(env.render())
-
-    seed, fps = evaluation_seeds(1)[0], 1 / (env.control_dt or 1 / 30)
-    try:
-        result = evaluate(env, policy, [seed], before_step=film)
-    except CtrlrlError:
-        raise
-    except Exception as error:
-        raise rendering_error(error) from error
-    finally:
-        env.close()
-    path = folder.videos / f"{checkpoint}-{step:012d}.mp4"
-    write_video(frames, path, fps)
-    about = {"step": step, "checkpoint": checkpoint, "seed": seed, "return": result.mean, "fps": fps}
-    write_json(path.with_suffix(".json"), {**about, "length": result.lengths[0], "frames": len(frames)})
-    return path
+        source = env if env is not None else config.env
+        session = _Session(algo, config, source, eval_env, network, encoder, quiet=quiet)
+        try:
+            machine = describe_machine(session.device, session.threads) | {"git": describe_source()}
+            changed = differences(provenance, machine)
+            notes = [f"the last bits may differ from an uninterrupted run: {', '.join(changed)}"] if changed else []
+            notes += session.restore(folder, state, callbacks)
+            # Everything has been read back: only now is anything changed.
+            folder.forget_after(path)
+            entry = {"started": now(), "from_step": done, "command": command_line(), "notes": notes}
+            provenance["sessions"].append(entry)
+            folder.write_json("provenance", provenance)
+            folder.write_json("config", {**folder.read_json("config"), **config.to_dict()})
+            return session.run(folder, callbacks, writers, state=state, notes=notes)
+        finally:
+            session.close()
 
 
 class _Session:
@@ -323,16 +202,17 @@ class _Session:
         quiet: bool,
     ) -> None:
         self.algo, self.config, self.quiet = algo, config, quiet
-        self.device = _pick_device(config.device)
+        self.device = pick_device(config.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = config.threads or min(cores, 8)
         torch.set_num_threads(self.threads)
         random.seed(config.seed)
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
+        self.source = env
         self.eval_source: EnvLike = eval_env if eval_env is not None else env
         self.eval_env: VectorEnv | None = None
-        self.env = _make(env, config, config.num_envs, str(self.device))
+        self.env = make(env, config, config.num_envs, str(self.device))
         try:
             self.agent: OffPolicyAgent = find_algorithm(algo).load_agent_class()(
                 self.env.observation_space,
@@ -340,7 +220,7 @@ class _Session:
                 config.agent,  # type: ignore[attr-defined]
                 seed=config.seed,
                 device=self.device,
-                **_given(network=network, encoder=encoder),
+                **given(network=network, encoder=encoder),
             )
             if config.eval_every:
                 if eval_env is None and isinstance(env, gym.Env | gym.vector.VectorEnv | VectorEnv):
@@ -348,15 +228,17 @@ class _Session:
                         "evaluation needs an environment of its own, and an environment object cannot be made twice: "
                         "pass a function that makes one (env=lambda: MyEnv()), or eval_env=..., or eval_every=0"
                     )
-                self.eval_env = _make(self.eval_source, config, min(config.eval_episodes, MAX_EVAL_ENVS), "cpu")
+                self.eval_env = make(self.eval_source, config, min(config.eval_episodes, MAX_EVAL_ENVS), "cpu")
+                self.eval_env.reset(evaluation_seeds(self.eval_env.num_envs))  # what cannot be seeded fails now
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        self.env.close()
-        if self.eval_env is not None:
-            self.eval_env.close()
+        """Close the environments, but not a vector environment that the caller made."""
+        for env, source in ((self.env, self.source), (self.eval_env, self.eval_source)):
+            if env is not None and env is not source:
+                env.close()
 
     def disk_needed(self) -> int:
         """Bytes the run may write: the replay once, and some room for checkpoints and records."""
@@ -368,165 +250,139 @@ class _Session:
                 per_row += int(np.prod(entry.shape or ())) * (4 if kind.kind == "f" else kind.itemsize)
         return per_row * min(self.config.steps, self.config.buffer.capacity) + 64 * 2**20
 
+    def begin(self, callbacks: Sequence[Callback]) -> None:
+        """Reset the environments and make an empty replay."""
+        try:
+            pack([callback.state_dict() for callback in callbacks])
+        except TypeError as error:
+            raise UsageError(f"a callback's state_dict cannot be saved: {error}") from None
+        obs = self.env.reset(self.config.seed)
+        self._make_buffer(obs)
+        self.buffer.begin(obs)
+
+    def restore(self, folder: RunFolder, state: dict[str, Any], callbacks: Sequence[Callback]) -> list[str]:
+        """Go back to the checkpoint `state`; returns what is to be said about it. Changes nothing on disk."""
+        config, step = self.config, state["loop"]["env_steps"]
+        notes = []
+        fresh_seed = derive_seeds(config.seed, 2)[1] + step  # for what cannot go on where it was
+        saved = EnvState(state["env"]["json"], state["env"]["arrays"])
+        obs, reasons = self.env.set_state(saved, seed=fresh_seed)
+        self._make_buffer(obs)
+        if state["device"] != self.device.type:
+            generator = torch.Generator(self.device).manual_seed(fresh_seed)
+            state["agent"]["generator"] = state["replay"]["generator"] = generator.get_state()
+            notes.append(f"device {state['device']} -> {self.device.type}: random numbers start from a new seed")
+        try:
+            self.agent.load_state_dict(state["agent"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            text = " ".join(str(error).split())
+            raise UsageError(f"the checkpoint does not fit the agent (another network or encoder?): {text}") from None
+        self.collector.load_state_dict(state["collector"])
+        folder.load_replay(self.buffer, state["replay"]["segments"], state["replay"]["total_rows"])
+        self.buffer.generator.set_state(state["replay"]["generator"])
+        for callback, saved_state in zip(callbacks, state["callbacks"], strict=True):
+            callback.load_state_dict(saved_state)
+        if any(reasons):
+            self.collector.restart(obs, [reason is not None for reason in reasons])
+            self.buffer.begin(obs)
+        restore_global_generators(state["global_generators"], self.device)
+        return [*notes, _continuation(reasons)]
+
     def run(
         self,
         folder: RunFolder,
         callbacks: Sequence[Callback],
         writers: Sequence[Writer],
         *,
-        state: dict[str, Any] | None,
+        state: dict[str, Any] | None = None,
         notes: Sequence[str] = (),
-        provenance: dict[str, Any] | None = None,
     ) -> Run:
         """Train from `state` (or from the start) to the end, and write video and report."""
-        config, env = self.config, self.env
-        reasons: list[str | None] = []
-        if state is None:
-            obs = env.reset(config.seed)
-        else:
-            saved = EnvState(state["env"]["json"], state["env"]["arrays"])
-            obs, reasons = env.set_state(saved)
-        collector = Collector(env, self.agent.policy, obs, seed=config.seed)
-        action, policy_state, extras = self.agent.policy.act(
-            obs_to(obs, self.device), self.agent.policy.initial_state(env.num_envs), explore=False
-        )
-        del action, policy_state
-        buffer = ReplayBuffer(
-            env.observation_space,
-            env.action_space,
-            capacity=config.buffer.capacity,
-            num_envs=config.num_envs,
-            device=self.device,
-            seed=config.seed,
-            extras=extras,
-            next_extras=self.agent.policy.extras_at_next,
-        )
-        notes = list(notes)
-        if state is None:
-            buffer.begin(obs)
-        else:
-            self.agent.load_state_dict(state["agent"])
-            collector.load_state_dict(state["collector"])
-            folder.load_replay(buffer, state["replay"]["segments"], state["replay"]["total_rows"])
-            buffer.generator.set_state(state["replay"]["generator"])
-            restore_global_generators(state["global_generators"])
-            for callback, saved_state in zip(callbacks, state["callbacks"], strict=True):
-                callback.load_state_dict(saved_state)
-            if any(reasons):
-                collector.restart(obs, [reason is not None for reason in reasons])
-                buffer.begin(obs)
-            notes.append(_continuation(reasons))
-            if provenance is not None:
-                provenance["sessions"][-1]["notes"] = notes
-                folder.write_json("provenance", provenance)
-
+        config = self.config
         step = state["loop"]["env_steps"] if state else 0
         loop = OffPolicyLoop(
             config=config,
             folder=folder,
-            env=env,
+            env=self.env,
             eval_env=self.eval_env,
             agent=self.agent,
-            buffer=buffer,
-            collector=collector,
+            buffer=self.buffer,
+            collector=self.collector,
             writers=[TensorBoard(folder.tensorboard, step=step), *writers],
             callbacks=callbacks,
             progress=Progress(config.steps, start=step, quiet=self.quiet),
             state=state,
         )
-        if state is not None:
-            loop.note(f"resumed at step {step:,}; {'; '.join(notes)}")
-        elif config.steps <= config.learning_starts:
-            loop.note(f"no update will run: learning starts at step {config.learning_starts:,}, after the last one")
-        self._status(folder, "running", loop, f"at least step {step:,}")
+
+        def status(word: str, message: str = "") -> None:
+            folder.write_json("status", {"state": word, "step": loop.env_steps, "message": message})
+
         try:
+            if state is not None:
+                loop.note(f"resumed at step {step:,}; {'; '.join(notes)}")
+            elif config.steps <= config.learning_starts:
+                loop.note(f"no update will run: learning starts at step {config.learning_starts:,}, after the last one")
+            status("running")
             loop.run()
             self._video(folder, loop)
-            self._status(folder, "finished", loop, "")
-        except Interrupted as error:
-            self._status(folder, "interrupted", loop, str(error))
-            raise
+            status("finished")
         except BaseException as error:
-            self._status(folder, "failed", loop, str(error) if isinstance(error, CtrlrlError) else repr(error))
+            word = "interrupted" if isinstance(error, Interrupted) else "failed"
+            message = str(error) if isinstance(error, CtrlrlError) else repr(error)
+            _regardless(lambda: status(word, message))
+            _regardless(loop.close)
+            _regardless(lambda: write_report(folder.path))
             raise
-        finally:
-            loop.close()
-            write_report(folder.path)
+        loop.close()
+        report = write_report(folder.path)
         if not self.quiet:
-            print(f"report: {folder.path / 'report.html'}")
+            print(f"report: {report}")
         return Run(folder.path, config, self.agent.policy)
 
-    def _status(self, folder: RunFolder, state: str, loop: OffPolicyLoop, message: str) -> None:
-        folder.write_json("status", {"state": state, "step": loop.env_steps, "message": message})
+    def _make_buffer(self, obs: Obs) -> None:
+        """Make collector and replay for environments that are at `obs`."""
+        config, policy = self.config, self.agent.policy
+        self.collector = Collector(self.env, policy, obs, seed=config.seed)
+        extras = policy.act(obs_to(obs, self.device), policy.initial_state(config.num_envs), explore=False)[2]
+        try:
+            self.buffer = ReplayBuffer(
+                self.env.observation_space,
+                self.env.action_space,
+                capacity=config.buffer.capacity,
+                num_envs=config.num_envs,
+                device=self.device,
+                seed=config.seed,
+                extras=extras,
+                next_extras=policy.extras_at_next,
+            )
+        except (RuntimeError, MemoryError) as error:
+            raise UsageError(
+                f"no memory on {self.device} for a replay of {config.buffer.capacity:,} transitions: lower "
+                f"--buffer.capacity ({str(error).splitlines()[0]})"
+            ) from None
 
     def _video(self, folder: RunFolder, loop: OffPolicyLoop) -> None:
-        """Record the best policy; that a machine cannot render is worth a note, not the loss of a training."""
+        """Record the best policy; that this fails is worth a note, not the loss of a training."""
         if not self.config.video:
             return
-        name = "best" if loop.best else "last"
+        name, policy = "best" if loop.best else "last", self.agent.policy
+        weights = {key: value.clone() for key, value in policy.state_dict().items()}
         try:
-            policy = self.agent.policy
-            weights = {key: value.clone() for key, value in policy.state_dict().items()}
             checkpoint = folder.find_checkpoint(name)
-            policy.load_state_dict(load_checkpoint(checkpoint)["agent"]["policy"])
-            source = self.eval_source
-            record_video(folder, policy, source, self.config, step=int(checkpoint.name.split("-")[1]), checkpoint=name)
-            policy.load_state_dict(weights)
-        except UsageError as error:
+            load_policy(policy, checkpoint)
+            record_video(folder, policy, self.eval_source, self.config, step=step_of(checkpoint), checkpoint=name)
+        except CtrlrlError as error:
             loop.note(f"no video: {error}")
+        finally:
+            policy.load_state_dict(weights)
 
 
-def _make(env: EnvLike, config: OffPolicyConfig, num_envs: int, device: str, *, render: bool = False) -> VectorEnv:
-    return make_env(
-        env,
-        num_envs=num_envs,
-        backend="gymnasium" if render and not config.env_python else config.backend,
-        env_kwargs=config.env_kwargs,
-        env_python=config.env_python,
-        device=device,
-        render=render,
-        worker_timeout=config.worker_timeout,
-    )
-
-
-def _pick_device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _regardless(work: Callable[[], object]) -> None:
+    """Do what is left to do after a failure; should that fail as well, say so and keep to the first failure."""
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {name!r} was asked for, but torch {torch.__version__} sees no GPU; use --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    return device
-
-
-def _read_config(folder: RunFolder) -> tuple[str, OffPolicyConfig]:
-    data = folder.read_json("config")
-    algo = data.pop("algo", None)
-    data.pop("preset", None)
-    if algo not in ALGORITHMS:
-        raise UsageError(
-            f"{folder.path / 'config.json'} names the algorithm {algo!r}, which this version does not have"
-        )
-    return algo, train_config_class(algo).from_dict(data, source=str(folder.path / "config.json"))
-
-
-def _require_objects(provenance: dict[str, Any], **given: object) -> None:
-    for key, name in provenance.get("custom", {}).items():
-        if key in given and given[key] is None:
-            raise UsageError(
-                f"the run was trained from Python with an own {key} ({name}), which is not saved with it; "
-                f"pass the same one: {key}=..."
-            )
-
-
-def _given(**values: Any) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
+        work()
+    except (CtrlrlError, OSError) as error:
+        print(f"ctrlrl: besides: {error}", file=sys.stderr)
 
 
 def _continuation(reasons: Sequence[str | None]) -> str:
@@ -536,13 +392,3 @@ def _continuation(reasons: Sequence[str | None]) -> str:
         return "continues exactly"
     more = f" and {len(afresh) - 4} more" if len(afresh) > 4 else ""
     return "; ".join(afresh[:4]) + more + (f"; the other {exact} continue exactly" if exact else "")
-
-
-def _name_of(value: object) -> str:
-    if isinstance(value, VectorEnv):
-        return value.name
-    spec = getattr(value, "spec", None)
-    if spec is not None:
-        return str(spec.id)
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return str(named.__qualname__).replace("<", "").replace(">", "")

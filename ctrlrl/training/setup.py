@@ -1,0 +1,120 @@
+"""What training, resuming and evaluating share: environments, devices and the files of a run, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+
+from ctrlrl.algorithms.registry import ALGORITHMS, train_config_class
+from ctrlrl.config import OffPolicyConfig
+from ctrlrl.envs.make import make_env
+from ctrlrl.envs.vector import VectorEnv
+from ctrlrl.errors import UsageError
+from ctrlrl.runs.folder import RunFolder
+
+EnvLike = str | gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any] | VectorEnv | Callable[[], gym.Env[Any, Any]]
+"""An ID, an environment, a vector environment, or a function that makes one environment."""
+
+MAX_EVAL_ENVS = 16
+"""Environments that evaluation steps together at most."""
+
+
+def make(env: EnvLike, config: OffPolicyConfig, num_envs: int, device: str, *, render: bool = False) -> VectorEnv:
+    """`num_envs` environments as `config` wants them; to render, in this process where that is possible."""
+    return make_env(
+        env,
+        num_envs=num_envs,
+        backend="gymnasium" if render and not config.env_python else config.backend,
+        env_kwargs=config.env_kwargs,
+        env_python=config.env_python,
+        device=device,
+        render=render,
+        worker_timeout=config.worker_timeout,
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`.
+
+    Raises:
+        UsageError: if there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {name!r} was asked for, but torch {torch.__version__} sees no GPU; use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def read_config(folder: RunFolder) -> tuple[str, OffPolicyConfig]:
+    """The algorithm's name and the configuration of a run.
+
+    Raises:
+        UsageError: if config.json is not what a run writes.
+    """
+    source = str(folder.path / "config.json")
+    data = folder.read_json("config")
+    algo = data.pop("algo", None)
+    data.pop("preset", None)
+    if not isinstance(algo, str) or algo not in ALGORITHMS:
+        raise UsageError(f"{source} names the algorithm {algo!r}, which this version does not have")
+    return algo, train_config_class(algo).from_dict(data, source=source)
+
+
+def read_provenance(folder: RunFolder) -> dict[str, Any]:
+    """The provenance of a run, with the entries that are relied on.
+
+    Raises:
+        UsageError: if provenance.json is not what a run writes.
+    """
+    value = folder.read_json("provenance")
+    spaces = value["environment"].get("spaces") if isinstance(value.get("environment"), dict) else None
+    whole = isinstance(value.get("sessions"), list) and isinstance(value.get("custom"), dict)
+    if not whole or not isinstance(spaces, dict) or spaces.keys() != {"observation", "action"}:
+        raise UsageError(f"{folder.path / 'provenance.json'} is not as a run writes it; restore it from a copy")
+    return value
+
+
+def require_objects(provenance: dict[str, Any], **given: object) -> None:
+    """Raise unless what was an object in training, and is not saved with the run, is given again."""
+    for key, name in provenance["custom"].items():
+        if key in given and given[key] is None:
+            raise UsageError(
+                f"the run was trained from Python with an own {key} ({name}), which is not saved with it; "
+                f"pass the same one: {key}=..."
+            )
+
+
+def step_of(checkpoint: Path) -> int:
+    """Environment steps at which a checkpoint was written, from its folder's name."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def name_of(value: object) -> str:
+    """What to call an environment, network or encoder that was passed as an object."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, VectorEnv):
+        return value.name
+    spec = getattr(value, "spec", None)
+    if spec is not None:
+        return str(spec.id)
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return str(named.__qualname__).replace("<", "").replace(">", "")
+
+
+def given(**values: Any) -> dict[str, Any]:
+    """The arguments that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
