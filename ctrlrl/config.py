@@ -262,12 +262,21 @@ def _coerce(value: Any, hint: Any, path: str) -> Any:
     elif (
         (origin is dict and isinstance(value, dict) and _is_json(value))
         or (hint is float and isinstance(value, float) and math.isfinite(value))
-        or (isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)))
+        or (
+            isinstance(hint, type)
+            and hint is not float
+            and isinstance(value, hint)
+            and not _is_bool_for_int(value, hint)
+        )
     ):
         return value
     elif hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     raise UsageError(f"{path} must be {_type_name(hint)}, got {value!r}")
+
+
+def _is_bool_for_int(value: Any, hint: type) -> bool:
+    return hint is int and isinstance(value, bool)
 
 
 def _is_json(value: Any) -> bool:

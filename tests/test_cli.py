@@ -64,6 +64,19 @@ CASES = {
     "resume-unknown-checkpoint": ("resume {run} --checkpoint step-5", 2),
     "eval-without-best": ("eval {run}", 2),
     "eval-no-episodes": ("eval {run} --checkpoint last --episodes 0", 2),
+    "flag-not-finite": ("train sac --env Pendulum-v1 --agent.target-entropy nan", 2),
+    "batch-too-large": ("train sac --env Pendulum-v1 --agent.batch-size 1000000000000", 2),
+    "replay-too-large": ("train sac --env HalfCheetah-v5 --buffer.capacity 100000000000 --out {tmp}/new", 2),
+    "worker-timeout-infinite": ("train sac --env Pendulum-v1 --backend workers --worker-timeout inf", 2),
+    "config-not-json": ("train sac --env Pendulum-v1 --config {tmp}/date.yaml", 2),
+    "relative-module": ("train sac --env .x:Pendulum-v1", 2),
+    "out-is-a-file": ("train sac --env Pendulum-v1 --out {tmp}/type.yaml", 2),
+    "out-inside-a-file": ("train sac --env Pendulum-v1 --out {tmp}/type.yaml/run", 2),
+    "out-too-long": ("train sac --env Pendulum-v1 --out {tmp}/" + "x" * 300, 2),
+    "eval-unknown-device": ("eval {run} --checkpoint last --device foo", 2),
+    "eval-checkpoint-pattern": ("eval {run} --checkpoint step-*", 2),
+    "report-out-is-a-folder": ("report {run} --out {tmp}", 2),
+    "report-threshold-for-one": ("report {run} --threshold 5", 2),
     "report-no-run": ("report {tmp}", 2),
     "report-nothing": ("report", 2),
 }
@@ -97,7 +110,8 @@ def check(name: str, text: str) -> None:
 def normalized(text: str, *folders: tuple[Path, str]) -> str:
     for folder, name in folders:
         text = text.replace(str(folder), name)
-    text = text.replace(sys.executable, "PYTHON")
+    text = re.sub(r"\d+ bytes instead of \d+", "N bytes instead of M", text.replace(sys.executable, "PYTHON"))
+    text = re.sub(r"has [\d.,]+ GiB of memory", "has X GiB of memory", text)
     return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
 
 
@@ -107,6 +121,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "unknown.yaml").write_text("agent: {gama: 0.9}\n")
     (tmp_path / "type.yaml").write_text("steps: soon\n")
+    (tmp_path / "date.yaml").write_text("env_kwargs: {day: 2026-11-21}\n")
     (tmp_path / "other.json").write_text('{"algo": "td3"}\n')
     return tmp_path
 
@@ -173,6 +188,75 @@ def test_damaged_replay_is_refused(how, folder, finished_run, capsys):
     code, _, err = invoke(["resume", str(copy), "--steps", "200", "--quiet"], capsys)
     assert code == 2
     check(f"replay-{how}", normalized(err, (folder, "FOLDER")))
+
+
+BROKEN = {
+    "config-json-list": ("config.json", "[]"),
+    "config-json-algo": ("config.json", '{"algo": [1]}'),
+    "config-json-cut": ("config.json", '{"algo": "sac", "env"'),
+    "provenance-empty": ("provenance.json", "{}"),
+    "provenance-list": ("provenance.json", "[]"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("command", ["resume {run} --steps 200", "eval {run} --checkpoint last", "report {run}"])
+def test_broken_run_folders_are_explained(name, command, folder, finished_run, capsys):
+    copy = folder / "copy"
+    shutil.copytree(finished_run, copy)
+    file, content = BROKEN[name]
+    (copy / file).write_text(content)
+    code, out, err = invoke(command.format(run=copy).split(), capsys)
+    if command.startswith("report") and name.startswith("provenance"):
+        assert code == 0  # a page can do without, and says so
+        assert "provenance.json" in out or "Nothing is known about where this run comes from" in out
+        return
+    assert code == 2
+    assert "Traceback" not in err
+    check(f"{name}-{command.split()[0]}", normalized(err, (folder, "FOLDER")))
+
+
+def in_a_process(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY")} | environment
+    words = [sys.executable, "-m", "ctrlrl", *command.split()]
+    root = Path(__file__).parents[1]
+    return subprocess.run(words, capture_output=True, text=True, env=variables, cwd=root, timeout=120)
+
+
+def test_a_machine_that_cannot_draw_still_finishes_its_training(folder):
+    """glfw wants a display: what MuJoCo raises then is what a machine without EGL gives, too."""
+    quick = TINY.replace("--no-video --quiet", "")
+    done = in_a_process(f"train sac --env HalfCheetah-v5 --out {folder}/run {quick}", MUJOCO_GL="glfw")
+    assert done.returncode == 0, done.stderr
+    assert "no video: cannot render:" in done.stdout
+    assert "libegl1 libegl-mesa0 libgl1-mesa-dri libgles2" in done.stdout
+    assert json.loads((folder / "run" / "status.json").read_text())["state"] == "finished"
+    done = in_a_process(f"eval {folder}/run --checkpoint last --episodes 1 --video", MUJOCO_GL="glfw")
+    assert done.returncode == 2
+    assert "libegl1 libegl-mesa0 libgl1-mesa-dri libgles2" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_real_limit_on_file_sizes_is_a_full_disk(folder):
+    """The kernel refuses files beyond 300 kB: wherever that strikes, one message, exit 2, and the run goes on later."""
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "from ctrlrl.cli.main import run\n"
+        "import ctrlrl.training.session\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))\n"
+        "sys.exit(run(sys.argv[1:]))"
+    )
+    words = f"train sac --env HalfCheetah-v5 --out {folder}/run --steps 5000 --learning-starts 4900 --eval-every 0"
+    words += " --checkpoint-every 500 --log-every 1 --threads 1 --no-video --quiet --agent.hidden 8"
+    command = [sys.executable, "-c", code, *words.split()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "no space left to write" in done.stderr
+    assert "Traceback" not in done.stderr
+    run = RunFolder(folder / "run")
+    assert json.loads((run.path / "status.json").read_text())["state"] == "failed"
+    assert in_a_process(f"resume {run.path} --quiet").returncode == 0
+    assert run.find_checkpoint("last").name == "step-000000005000"
 
 
 def test_a_disk_that_is_too_small_is_noticed_before_the_start(folder, capsys, monkeypatch):

@@ -17,13 +17,13 @@ TrainSAC = train_config_class("sac")
     ("make", "message"),
     [
         (lambda: SACConfig(gamma=1.5), "agent.gamma must be in (0, 1], got 1.5"),
-        (lambda: SACConfig(gamma=float("nan")), "agent.gamma must be in (0, 1], got nan"),
-        (lambda: SACConfig(gamma="0.9"), "agent.gamma must be a number, got '0.9'"),
+        (lambda: SACConfig(gamma=float("nan")), "agent.gamma must be a finite number, got nan"),
+        (lambda: SACConfig(gamma="0.9"), "agent.gamma must be a finite number, got '0.9'"),
         (lambda: SACConfig(batch_size=True), "agent.batch_size must be an integer, got True"),
         (lambda: SACConfig(batch_size=1.5), "agent.batch_size must be an integer, got 1.5"),
         (lambda: SACConfig(hidden=[64, "x"]), "agent.hidden must be an integer, got 'x'"),
-        (lambda: SACConfig(hidden=(0,)), "agent.hidden must be widths of at least 1, got (0,)"),
-        (lambda: SACConfig(target_entropy="auto"), "agent.target_entropy must be a number or null, got 'auto'"),
+        (lambda: SACConfig(hidden=(0,)), "agent.hidden must be widths between 1 and 100,000, got (0,)"),
+        (lambda: SACConfig(target_entropy="auto"), "agent.target_entropy must be a finite number or null, got 'auto'"),
         (lambda: SACConfig(log_std_bounds=(2, -5)), "agent.log_std_bounds must be two numbers, the lower one first"),
         (lambda: ReplayConfig(n_step=0), "buffer.n_step must be between 1 and 1000, got 0"),
         (lambda: TrainSAC(env="X", steps=0), "steps must be at least 1, got 0"),
@@ -41,7 +41,10 @@ TrainSAC = train_config_class("sac")
             lambda: TrainSAC.from_dict({"env": "X", "agent": {"gama": 0.9}}, source="c.yaml"),
             "unknown field 'agent.gama' in c.yaml. Did you mean gamma?",
         ),
-        (lambda: TrainSAC.from_dict({"env": "X", "agent": {"gamma": [1]}}), "agent.gamma must be a number, got [1]"),
+        (
+            lambda: TrainSAC.from_dict({"env": "X", "agent": {"gamma": [1]}}),
+            "agent.gamma must be a finite number, got [1]",
+        ),
         (lambda: TrainSAC.from_dict({}), "missing field 'env'"),
     ],
 )
@@ -77,6 +80,8 @@ def test_config_files(tmp_path):
     bad.write_text("agent: {gamma: 0.9\n")
     text.write_text("hello\n")
     assert read_config_file(good) == {"agent": {"gamma": 0.9}}
+    (tmp_path / "e.yaml").write_text("agent: {actor_lr: 3e-4, gamma: 1}\n")
+    assert read_config_file(tmp_path / "e.yaml") == {"agent": {"actor_lr": 3e-4, "gamma": 1}}
     with pytest.raises(UsageError, match="no valid YAML or JSON"):
         read_config_file(bad)
     with pytest.raises(UsageError, match="must hold fields and their values"):

@@ -242,13 +242,16 @@ class _Session:
 
     def disk_needed(self) -> int:
         """Bytes the run may write: the replay once, and some room for checkpoints and records."""
-        env, per_row = self.env, 16
-        for space in [env.observation_space, env.action_space]:
-            entries = space.spaces.values() if isinstance(space, gym.spaces.Dict) else [space]
-            for entry in entries:
+        return self._transition_bytes() * min(self.config.steps, self.config.buffer.capacity) + 64 * 2**20
+
+    def _transition_bytes(self) -> int:
+        """Bytes of one transition in the replay: observation, action, and reward, flags and indices."""
+        out = 24
+        for space in (self.env.observation_space, self.env.action_space):
+            for entry in space.spaces.values() if isinstance(space, gym.spaces.Dict) else [space]:
                 kind = np.dtype(entry.dtype)
-                per_row += int(np.prod(entry.shape or ())) * (4 if kind.kind == "f" else kind.itemsize)
-        return per_row * min(self.config.steps, self.config.buffer.capacity) + 64 * 2**20
+                out += int(np.prod(entry.shape or ())) * (4 if kind.kind == "f" else kind.itemsize)
+        return out
 
     def begin(self, callbacks: Sequence[Callback]) -> None:
         """Reset the environments and make an empty replay."""
@@ -342,24 +345,25 @@ class _Session:
     def _make_buffer(self, obs: Obs) -> None:
         """Make collector and replay for environments that are at `obs`."""
         config, policy = self.config, self.agent.policy
+        needed = self._transition_bytes() * config.buffer.capacity
+        there = _memory(self.device)
+        if needed > there:  # allocating may succeed all the same, and the process be killed once it is filled
+            raise UsageError(
+                f"a replay of {config.buffer.capacity:,} transitions takes {needed / 2**30:,.1f} GiB, and {self.device} "
+                f"has {there / 2**30:,.1f} GiB of memory: lower --buffer.capacity"
+            )
         self.collector = Collector(self.env, policy, obs, seed=config.seed)
         extras = policy.act(obs_to(obs, self.device), policy.initial_state(config.num_envs), explore=False)[2]
-        try:
-            self.buffer = ReplayBuffer(
-                self.env.observation_space,
-                self.env.action_space,
-                capacity=config.buffer.capacity,
-                num_envs=config.num_envs,
-                device=self.device,
-                seed=config.seed,
-                extras=extras,
-                next_extras=policy.extras_at_next,
-            )
-        except (RuntimeError, MemoryError) as error:
-            raise UsageError(
-                f"no memory on {self.device} for a replay of {config.buffer.capacity:,} transitions: lower "
-                f"--buffer.capacity ({str(error).splitlines()[0]})"
-            ) from None
+        self.buffer = ReplayBuffer(
+            self.env.observation_space,
+            self.env.action_space,
+            capacity=config.buffer.capacity,
+            num_envs=config.num_envs,
+            device=self.device,
+            seed=config.seed,
+            extras=extras,
+            next_extras=policy.extras_at_next,
+        )
 
     def _video(self, folder: RunFolder, loop: OffPolicyLoop) -> None:
         """Record the best policy; that this fails is worth a note, not the loss of a training."""
@@ -375,6 +379,13 @@ class _Session:
             loop.note(f"no video: {error}")
         finally:
             policy.load_state_dict(weights)
+
+
+def _memory(device: torch.device) -> int:
+    """Bytes of memory that `device` has in all."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _regardless(work: Callable[[], object]) -> None:
