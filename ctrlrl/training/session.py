@@ -349,8 +349,8 @@ class _Session:
         there = _memory(self.device)
         if needed > there:  # allocating may succeed all the same, and the process be killed once it is filled
             raise UsageError(
-                f"a replay of {config.buffer.capacity:,} transitions takes {needed / 2**30:,.1f} GiB, and {self.device} "
-                f"has {there / 2**30:,.1f} GiB of memory: lower --buffer.capacity"
+                f"a replay of {config.buffer.capacity:,} transitions takes {needed / 2**30:,.1f} GiB, "
+                f"and {self.device} has {there / 2**30:,.1f} GiB of memory: lower --buffer.capacity"
             )
         self.collector = Collector(self.env, policy, obs, seed=config.seed)
         extras = policy.act(obs_to(obs, self.device), policy.initial_state(config.num_envs), explore=False)[2]
