@@ -276,6 +276,18 @@ def test_a_failed_evaluation_costs_nothing(tmp_path, which):
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_every_checkpoint_leads_to_the_same_end(tmp_path):
+    settings = SMALL | {"keep_checkpoints": 10, "num_envs": 2, "buffer": {"capacity": 120, "n_step": 2}}
+    run = ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "whole"), **settings)
+    names = [p.name for p in RunFolder(run.path).step_checkpoints()]
+    assert names[0] == "step-000000000000"
+    assert len(names) == 7
+    shutil.copytree(run.path, tmp_path / "again")
+    for name in reversed(names[:-1]):  # resuming from one deletes those after it
+        ctrlrl.resume(tmp_path / "again", checkpoint=name, quiet=True)
+        assert_same(tmp_path / "whole", tmp_path / "again")
+
+
 @pytest.mark.parametrize("steps", [240, 250])
 def test_resuming_a_finished_run_changes_nothing(tmp_path, steps):
     settings = SMALL | {"steps": steps, "eval_every": 100, "checkpoint_every": 10}  # a checkpoint is due at the end too
@@ -425,7 +437,7 @@ def test_a_callback_can_stop_and_writers_see_every_record(tmp_path):
 
 def test_load_gives_the_best_policy_without_making_the_environment(tmp_path, monkeypatch):
     run = ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), **SMALL)
-    monkeypatch.setattr("ctrlrl.training.session.make_env", None)
+    monkeypatch.setattr("ctrlrl.training.setup.make_env", None)
     policy = ctrlrl.load(run).policy
     action, state, extras = policy.act(torch.zeros(2, 3))
     assert action.shape == (2, 1)

@@ -287,6 +287,7 @@ class _Session:
             callback.load_state_dict(saved_state)
         if any(reasons):
             self.collector.restart(obs, [reason is not None for reason in reasons])
+        if any(reasons) or not self.buffer.total_rows:  # of a checkpoint of step 0 no observation has been stored yet
             self.buffer.begin(obs)
         restore_global_generators(state["global_generators"], self.device)
         return [*notes, _continuation(reasons)]
