@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shlex
@@ -58,6 +59,8 @@ def test_links_lead_somewhere():
 def test_every_algorithm_has_a_page_with_its_fields(name):
     page = (ROOT / "docs" / f"{name}.md").read_text()
     assert f"ctrlrl train {name} --env" in page
+    for field in dataclasses.fields(ALGORITHMS[name].load_config_class()):
+        assert f"`agent.{field.name.replace('_', '-')}`" in page, field.name
 
 
 def test_every_command_is_in_the_readme():

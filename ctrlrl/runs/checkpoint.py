@@ -34,10 +34,14 @@ def pack(state: Any) -> tuple[dict[str, Tensor], Any]:
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, Tensor | np.ndarray):
             array = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value, order="C"))
+            while path in tensors:  # {"a": {"b": x}, "a/b": y}: the JSON says which is which
+                path += "'"
             tensors[path] = array.clone(memory_format=torch.contiguous_format)  # safetensors refuses shared memory
             return {"$tensor" if isinstance(value, Tensor) else "$array": path}
         if isinstance(value, dict):
-            return {str(key): walk(item, f"{path}/{key}") for key, item in value.items()}
+            if odd := [key for key in value if not isinstance(key, str)]:
+                raise TypeError(f"{path}: keys must be text, got {odd[0]!r}")
+            return {key: walk(item, f"{path}/{key}") for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [walk(item, f"{path}/{i}") for i, item in enumerate(value)]
         if value is None or isinstance(value, bool | int | float | str):
