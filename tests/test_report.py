@@ -1,4 +1,4 @@
-"""Reports of synthetic run folders: what is read, what is computed, what the page says and what it must never hold."""
+"""Reports of synthetic run folders: what is read, what the page says and what it must never hold."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,96 +18,13 @@ import pytest
 from ctrlrl.cli import report as command
 from ctrlrl.errors import UsageError
 from ctrlrl.runs import plots
+from ctrlrl.runs.comparison import console_summary, write_comparison
 from ctrlrl.runs.plots import Series, downsample, panels, short_number
-from ctrlrl.runs.report import console_summary, load_run, write_comparison, write_report
+from ctrlrl.runs.record import load_run
+from ctrlrl.runs.report import write_report
+from tests.pages import Page, evaluation, write_run
 
 ROOT = Path(__file__).parent.parent
-
-
-def rising(step: int) -> float:
-    return step / 100
-
-
-def write_run(
-    folder: Path,
-    *,
-    algo: str = "sac",
-    env: str = "HalfCheetah-v5",
-    seed: int = 0,
-    steps: int = 1000,
-    stop: int | None = None,
-    every: int = 100,
-    curve: Callable[[int], float] = rising,
-    agent: dict[str, Any] | None = None,
-    success: float | None = None,
-    status: dict[str, Any] | None = None,
-    lines: Sequence[dict[str, Any]] = (),
-    tail: str = "",
-    **provenance: Any,
-) -> Path:
-    """A run evaluated each `every` steps with two episodes, curve(step) -+ 1; then come `lines` and the raw `tail`."""
-    folder.mkdir(parents=True)
-    config = {"algo": algo, "env": env, "steps": steps, "seed": seed, "num_envs": 1, "device": "cpu"}
-    config |= {"out": str(folder), "eval_every": every, "agent": {"gamma": 0.99, "hidden": [256, 256], **(agent or {})}}
-    (folder / "config.json").write_text(json.dumps(config))
-    origin: dict[str, Any] = {
-        "command": f"ctrlrl train {algo} --env {env} --steps {steps} --seed {seed}",
-        "ctrlrl": "0.1.0",
-    }
-    origin |= {"packages": {"torch": "2.13.0"}, "hardware": {"cpu": "CPU", "cores": 2, "gpu": None}, "git": None}
-    (folder / "provenance.json").write_text(json.dumps(origin | provenance))
-    records: list[dict[str, Any]] = []
-    for step in range(every, (stop or steps) + 1, every):
-        metrics = {"critic_loss": 1.0, "actor_loss": -40.0, "alpha": 0.2, "odd_one": 3.0}
-        records.append({"kind": "train", "step": step, "time": step / 10, "steps_per_s": 10.0, "metrics": metrics})
-        records.append({"kind": "episode", "step": step, "time": step / 10, "env": 0, "return": 0.5, "length": 100})
-        records.append(evaluation(step, curve(step), success))
-    text = "".join(json.dumps(record) + "\n" for record in [*records, *lines])
-    (folder / "metrics.jsonl").write_text(text + tail)
-    if status is not None:
-        (folder / "status.json").write_text(json.dumps(status))
-    return folder
-
-
-def evaluation(step: int, mean: float, success: float | None = None, checkpoint: str = "current") -> dict[str, Any]:
-    share = None if success is None else [True] * round(success * 10) + [False] * round((1 - success) * 10)
-    return {
-        "kind": "eval",
-        "step": step,
-        "time": step / 10,
-        "checkpoint": checkpoint,
-        "returns": [mean - 1, mean + 1],
-        "lengths": [100, 300],
-        "success": share,
-        "mean": mean,
-    }
-
-
-class Page(HTMLParser):
-    """Collects ids, tags and every address of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.ids: list[str] = []
-        self.tags: set[str] = set()
-        self.addresses: list[str] = []
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        for name, value in attributes:
-            if name == "id":
-                self.ids.append(str(value))
-            if name in ("src", "href", "xlink:href"):
-                self.addresses.append(str(value))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------------
@@ -339,7 +254,7 @@ def test_a_run_without_evaluation_or_video_says_so(tmp_path: Path) -> None:
 
 
 def test_a_video_too_large_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ctrlrl.runs.report._EMBEDDED_BYTES", 10)
+    monkeypatch.setattr("ctrlrl.runs.page._EMBEDDED_BYTES", 10)
     folder = write_run(tmp_path / "a")
     (folder / "videos").mkdir()
     (folder / "videos" / "long.mp4").write_bytes(b"x" * 11)
@@ -408,16 +323,6 @@ def test_pages_are_written_where_asked_or_refused(tmp_path: Path) -> None:
                 command.run([*folders, "--out", str(tmp_path / "file" / below)])
 
 
-def test_thresholds_that_mean_nothing_are_refused(tmp_path: Path) -> None:
-    runs = [str(write_run(tmp_path / f"a{k}", seed=k)) for k in range(2)]
-    with pytest.raises(UsageError, match="--threshold compares several runs, got one"):
-        command.run([runs[0], "--threshold", "5"])
-    for value in ("nan", "inf", "-inf"):
-        with pytest.raises(UsageError, match=f"must be a finite return, got {value}"):
-            command.run([*runs, "--out", str(tmp_path / "c.html"), f"--threshold={value}"])
-    assert not (tmp_path / "c.html").exists()
-
-
 def test_a_long_run_makes_a_small_report(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     lines = [
@@ -426,6 +331,11 @@ def test_a_long_run_makes_a_small_report(tmp_path: Path) -> None:
     ]
     size = write_report(write_run(tmp_path / "a", lines=lines)).stat().st_size
     assert size < 400_000
+
+
+def test_reports_do_without_torch() -> None:
+    code = "import sys, ctrlrl.runs.comparison, ctrlrl.runs.report, ctrlrl.runs.video; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0
 
 
 # ---- Plots ----------------------------------------------------------------------------------------------------------
@@ -484,113 +394,3 @@ def test_plots_keep_their_text_legible_on_a_phone() -> None:
     sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)]
     assert view is not None and width is not None and len(sizes) > 5
     assert min(sizes) * float(width[1]) / float(view[1]) >= 10
-
-
-# ---- Several runs ---------------------------------------------------------------------------------------------------
-
-
-def scaled(factor: float) -> Callable[[int], float]:
-    return lambda step: factor * step / 100
-
-
-def test_comparison_computes_over_seeds(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / f"sac-{k}", seed=k, curve=scaled(k + 1)) for k in range(5)]
-    runs += [write_run(tmp_path / f"td3-{k}", algo="td3", seed=k, curve=scaled(0.5)) for k in range(2)]
-    page = Page(write_comparison(runs, tmp_path / "out" / "c.html").read_text())
-    # sac ends at 10, 20, 30, 40, 50: IQM 30. Its areas are 5.5 times 1..5: IQM 16.5.
-    assert re.search(r"sac 5 30 [\d.]+ to [\d.]+ 16.5 ", page.text)
-    assert "td3 2 5 5 to 5 2.75 2.75 to 2.75 0 of 2 –" in page.text
-    assert "Threshold: 40 (80 % of the best final return, 50)" in page.text
-    assert "sac 3 sac-3 1,000 40 27.29 to 52.71 40 22 1,000" in page.text  # reaches 40 at its end
-    assert "sac 4 sac-4 1,000 50 37.29 to 62.71 50 27.5 800" in page.text
-    assert "fewer than five seeds" in page.text
-    summary = console_summary(runs)
-    assert "HalfCheetah-v5: IQM of the evaluation return at step 1,000" in summary
-    assert re.search(r"sac  5 seeds  30 \[[\d.]+, [\d.]+\]", summary)
-
-
-def test_a_given_threshold_and_a_negative_best(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / "a", env="Pendulum-v1", curve=lambda step: -1100 + step)]
-    given = Page(write_comparison(runs, tmp_path / "c.html", threshold=-600.0).read_text()).text
-    assert "Threshold: -600 (as given)" in given and " 500 " in given
-    # From -1000 at step 100 to -100 at step 1000: four fifths of the way is -280, first reached at 900.
-    default = Page(write_comparison(runs, tmp_path / "c.html").read_text()).text
-    assert "Threshold: -280 (80 % of the way from the lowest first evaluation, -1,000, to the best" in default
-    assert "1 of 1 900" in default
-
-
-def test_settings_make_groups_and_are_told_apart(tmp_path: Path) -> None:
-    runs = [
-        write_run(tmp_path / "a", agent={"gamma": 0.9}),
-        write_run(tmp_path / "b"),
-        write_run(tmp_path / "c", seed=1),
-    ]
-    page = Page(write_comparison(runs, tmp_path / "c.html").read_text())
-    assert "sac (gamma=0.9) 1 10 – " in page.text
-    assert "sac (gamma=0.99) 2 10 10 to 10" in page.text
-    assert "agent.gamma 0.9 0.99" in page.text
-
-
-def test_equal_seeds_and_unequal_lengths_are_said(tmp_path: Path) -> None:
-    runs = [
-        write_run(tmp_path / "a", seed=0),
-        write_run(tmp_path / "twin", seed=0, stop=500),
-        write_run(tmp_path / "b", seed=1, stop=700, status={"state": "interrupted", "step": 700}),
-    ]
-    summary = console_summary([*runs, runs[0]])
-    assert "a and twin are the same seed (0)" in summary and "only a counts" in summary
-    assert "at step 700" in summary and "b (interrupted) sets it" in summary
-    assert "2 seeds  7 [7, 7]" in summary
-    assert "1 of the folders given are repetitions" in summary
-
-
-def test_runs_without_common_steps_or_evaluations(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / "a", stop=200), write_run(tmp_path / "new", seed=2, stop=50)]
-    late = [evaluation(step, 3.0) for step in (500, 600)]
-    runs.append(write_run(tmp_path / "late", seed=1, stop=50, lines=late))
-    page = Page(write_comparison(runs, tmp_path / "c.html").read_text())
-    assert "new has no evaluation yet" in page.text
-    assert "share no range of evaluated steps" in page.text
-    assert "no step in common" in console_summary(runs)
-
-
-def test_scales_are_not_mixed_but_success_rates_are(tmp_path: Path) -> None:
-    cheetah = [write_run(tmp_path / f"h{k}", seed=k, success=0.4) for k in range(2)]
-    reach = [write_run(tmp_path / f"r{k}", env="FetchReach-v4", seed=k, success=0.8) for k in range(2)]
-    page = Page(write_comparison([*cheetah, *reach], tmp_path / "c.html").read_text())
-    assert "sac 0.6 0.6 to 0.6" in page.text  # the same share in each environment: nothing for the bootstrap to vary
-    other = write_run(tmp_path / "p", env="Pendulum-v1")
-    page = Page(write_comparison([*cheetah, *reach, other], tmp_path / "c.html").read_text())
-    assert "Returns of different environments have different scales" in page.text
-    assert "success rate" not in page.text
-
-
-def test_comparison_links_to_reports_that_exist_and_embeds_a_video_per_group(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / "runs" / f"a{k}", seed=k) for k in range(2)]
-    for run in runs:
-        (run / "videos").mkdir()
-        (run / "videos" / "best.mp4").write_bytes(run.name.encode())
-    write_report(runs[1])
-    page = Page(write_comparison(runs, tmp_path / "out" / "c.html").read_text())
-    outside = [address for address in page.addresses if not address.startswith("#")]
-    assert outside == ["../runs/a1/report.html", "data:video/mp4;base64," + base64.b64encode(b"a0").decode()]
-
-
-def test_nothing_to_report_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="at least one run folder"):
-        write_comparison([], tmp_path / "c.html")
-
-
-def test_summary_of_one_run(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "a", status={"state": "interrupted", "step": 1000, "message": "Ctrl-C"})
-    assert console_summary([run]).splitlines() == [
-        "sac on HalfCheetah-v5, seed 0: 1,000 steps in 2 min (interrupted)",
-        "  Ctrl-C",
-        "  final return 10 [-2.706, 22.71], 95 % interval over 2 episodes",
-        "  best return 10 at step 1,000",
-    ]
-
-
-def test_reports_do_without_torch() -> None:
-    code = "import sys, ctrlrl.runs.report, ctrlrl.runs.video; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 0

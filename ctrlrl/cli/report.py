@@ -27,7 +27,8 @@ class Report:
 def run(arguments: Sequence[str]) -> int:
     """Write the page; returns the exit code."""
     options = parse(Report, arguments, "report")
-    from ctrlrl.runs.report import console_summary, write_comparison, write_report
+    from ctrlrl.runs.comparison import console_summary, write_comparison
+    from ctrlrl.runs.report import write_report
 
     folders = [Path(path) for path in options.runs]
     if not folders:
