@@ -307,7 +307,7 @@ def test_a_failure_right_after_a_checkpoint_is_left_behind(tmp_path):
     with pytest.raises(NonFiniteError):
         ctrlrl.train("sac", env, out=str(tmp_path / "r"), **settings)
     names = [p.name for p in RunFolder(tmp_path / "r").step_checkpoints()]
-    assert names == ["step-000000000140", "step-000000000140-02"]
+    assert names == ["step-000000000140", "step-000000000140-0002"]
     rows = []
     for copy in ("a", "b"):
         shutil.copytree(tmp_path / "r", tmp_path / copy)
@@ -316,6 +316,64 @@ def test_a_failure_right_after_a_checkpoint_is_left_behind(tmp_path):
         assert load_checkpoint(RunFolder(tmp_path / copy).find_checkpoint("last"))["loop"]["env_steps"] == 280
         rows.append(contents(tmp_path / copy)["rows"])
     assert all(torch.equal(rows[0][k], rows[1][k]) for k in rows[0])  # starting afresh is seeded
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_failing_at_once_again_and_again_loses_nothing(tmp_path, keep):
+    """Each resume fails in its first step, and may write one more checkpoint of that step; then all is well again."""
+    env = MODULE + "ctrlrl-test/Crashing-v0"
+    run, settings = tmp_path / "r", SMALL | {"eval_every": 0, "keep_checkpoints": keep}
+    with pytest.raises(EnvironmentFailure):
+        ctrlrl.train("sac", env, env_kwargs={"at_step": 101}, out=str(run), **settings)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"env_kwargs": {"at_step": 1}}))
+    for _ in range(3):
+        with pytest.raises(EnvironmentFailure):
+            ctrlrl.resume(run, quiet=True)
+        last = load_checkpoint(RunFolder(run).find_checkpoint("last"))
+        assert last["loop"]["env_steps"] == 100
+        assert last["env"]["json"] == [None]  # the failing episode is not gone on with
+    (run / "config.json").write_text(json.dumps(config | {"env_kwargs": {"at_step": 10**6}}))
+    ctrlrl.resume(run, steps=230, quiet=True)
+    ctrlrl.resume(run, steps=400, quiet=True)
+    assert RunFolder(run).find_checkpoint("last").name == "step-000000000400"
+
+
+def test_an_orphaned_best_beside_a_damaged_checkpoint_does_not_stop_a_resume(tmp_path):
+    run = ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), **SMALL)
+    folder = RunFolder(run.path)
+    (folder.step_checkpoints()[0] / "state.json").unlink()
+    shutil.copytree(folder.find_checkpoint("best"), folder.checkpoints / "best-000000000450")
+    ctrlrl.resume(run.path, steps=600, quiet=True)
+    assert RunFolder(run.path).find_checkpoint("last").name == "step-000000000600"
+
+
+def test_nan_in_an_evaluation_stops_the_training_too(tmp_path):
+    nan = MODULE + "ctrlrl-test/Nan-v0"
+    walk = MODULE + "ctrlrl-test/Walk-v0"
+    with pytest.raises(NonFiniteError, match=r"Nan-v0 gave a non-finite reward[\s\S]*Go on with"):
+        ctrlrl.train("sac", walk, eval_env=nan, out=str(tmp_path / "r"), **SMALL)
+    with pytest.raises(UsageError, match="pass the same one: eval_env="):
+        ctrlrl.resume(tmp_path / "r", quiet=True)
+
+
+def test_a_users_own_vector_environment_that_raises_keeps_its_traceback_and_the_run(tmp_path):
+    env = native_vector(2)
+    step, count = env.step, 0
+
+    def fails(action):
+        nonlocal count
+        count += 1
+        if count == 90:
+            raise RuntimeError("out of coffee")
+        return step(action)
+
+    env.step = fails
+    with pytest.raises(RuntimeError, match="out of coffee") as error:
+        ctrlrl.train("sac", env, out=str(tmp_path / "r"), **SMALL | {"num_envs": 2, "eval_every": 0})
+    assert "Go on with: ctrlrl resume" in error.value.__notes__[0]
+    state = load_checkpoint(RunFolder(tmp_path / "r").find_checkpoint("last"))
+    assert state["replay"]["total_rows"] == 89
 
 
 def test_a_run_that_fails_at_once_can_be_resumed(tmp_path):
@@ -377,7 +435,7 @@ def test_acting_is_deterministic_with_dropout(tmp_path):
 def test_evaluating_needs_the_environment_the_run_was_trained_on(tmp_path):
     settings = SMALL | {"eval_every": 0}
     run = ctrlrl.train("sac", gym.make("Pendulum-v1", g=1.0), out=str(tmp_path / "r"), **settings)
-    with pytest.raises(UsageError, match="pass the same one: env="):
+    with pytest.raises(UsageError, match="with an own env; pass it: env="):
         ctrlrl.evaluate(run, checkpoint="last")
     ctrlrl.evaluate(run, checkpoint="last", env=lambda: gym.make("Pendulum-v1", g=1.0))
 

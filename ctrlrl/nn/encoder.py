@@ -100,17 +100,18 @@ class CustomEncoder(nn.Module):
         super().__init__()
         self.names = list(space.spaces) if isinstance(space, gym.spaces.Dict) else None
         self.module = make(space)
-        sample = space.sample()
-        blank = (
-            {k: torch.as_tensor(np.asarray(v))[None] for k, v in sample.items()}
-            if isinstance(sample, dict)
-            else torch.as_tensor(np.asarray(sample))[None]
-        )
+
+        def zeros(entry: gym.Space[Any]) -> Tensor:
+            return torch.from_numpy(np.zeros((2, *(entry.shape or ())), entry.dtype))
+
+        blank = {k: zeros(s) for k, s in space.spaces.items()} if isinstance(space, gym.spaces.Dict) else zeros(space)
+        was_training = self.module.training
         with torch.no_grad():
-            features = self.module(blank)
-        if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != 1:
+            features = self.module.eval()(blank)
+        self.module.train(was_training)
+        if not isinstance(features, Tensor) or features.dim() != 2 or len(features) != 2:
             raise UsageError(
-                f"the encoder must map a batch of observations (B, ...) to features (B, F); for B = 1 it gave "
+                f"the encoder must map a batch of observations (B, ...) to features (B, F); for B = 2 it gave "
                 f"{tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__}"
             )
         self.out_features = features.shape[1]

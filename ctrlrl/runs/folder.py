@@ -88,7 +88,9 @@ class RunFolder:
             return
         import fcntl
 
-        with open(self.path / ".lock", "a+") as file:
+        with write_errors_explained(self.path / ".lock"):
+            file = open(self.path / ".lock", "a+")  # noqa: SIM115  (closed below)
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -96,6 +98,8 @@ class RunFolder:
                 raise UsageError(
                     f"{self.path} is being trained by process {file.read().strip() or '?'}; wait for it, or stop it"
                 ) from None
+            except OSError as error:  # some network file systems have no locks
+                print(f"ctrlrl: {self.path} cannot be locked ({error.strerror}); train it once only", file=sys.stderr)
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
@@ -137,8 +141,10 @@ class RunFolder:
         there = sorted(p for p in self.checkpoints.glob("[bs]*-*") if p.is_dir())
         prefix = {"last": "step-", "best": "best-"}.get(name)
         found = [p for p in there if (p.name.startswith(prefix) if prefix else p.name == name)]
+        if not there:
+            raise UsageError(f"{self.path} has no checkpoint: nothing was trained yet. Delete it, and train anew")
         if not found:
-            names = ", ".join(p.name for p in there) or "none"
+            names = ", ".join(p.name for p in there)
             raise UsageError(f"{self.path} has no checkpoint {name!r}; there: {names}")
         return found[-1]
 
@@ -147,10 +153,10 @@ class RunFolder:
 
         A second one of the same step (the episodes start afresh after a failure, say) gets a number behind.
         """
-        name, count = f"step-{step:012d}", 1
-        while (self.checkpoints / name).exists():
-            count += 1
-            name = f"step-{step:012d}-{count:02d}"
+        name = f"step-{step:012d}"
+        if same := [p.name for p in self.step_checkpoints() if p.name.startswith(name)]:
+            count = int(same[-1].removeprefix(name).lstrip("-") or 1) + 1  # behind the newest: earlier ones may be gone
+            name = f"{name}-{count:04d}"
         path = save_checkpoint(self.checkpoints, name, state)
         for old in self.step_checkpoints()[:-keep]:
             remove_folder(old)
@@ -166,8 +172,12 @@ class RunFolder:
         self._drop_best(keep={path.name})
         return path
 
-    def forget_after(self, checkpoint: Path) -> None:
-        """Delete what was written after `checkpoint`, and what cut-off writes left: a resumed run writes it anew."""
+    def forget_after(self, checkpoint: Path, best: str | None) -> None:
+        """Delete what was written after `checkpoint`, and what cut-off writes left: a resumed run writes it anew.
+
+        `best` names the best checkpoint up to there.
+        """
+        step = _step_of(checkpoint)
         for folder in (self.path, self.checkpoints, self.replay, self.videos):
             remove_leftovers(folder)
         for path in self.path.glob("non-finite-*"):
@@ -175,7 +185,12 @@ class RunFolder:
         for path in self.step_checkpoints():
             if path.name > checkpoint.name:
                 remove_folder(path)
-        self._drop_best(keep=set())
+        for path in self.checkpoints.glob("best-*"):
+            if _step_of(path) >= step and path.name != best:
+                remove_folder(path)
+        for path in self.videos.iterdir():
+            if _step_of(path) > step:
+                path.unlink()
 
     def _drop_best(self, *, keep: set[str]) -> None:
         """Delete the best checkpoints that are neither in `keep` nor the best one of a resumable checkpoint."""
@@ -240,6 +255,12 @@ class RunFolder:
         for path in self.replay.glob("rows-*"):
             if path.name not in used:
                 path.unlink()
+
+
+def _step_of(path: Path) -> int:
+    """The number in `step-000000020000-0002`, `best-000000020000`, `best-000000020000.mp4`; -1 where there is none."""
+    match = re.match(r"[a-z]+-(\d+)", path.name)
+    return int(match[1]) if match else -1
 
 
 def require_vacant(path: Path) -> None:

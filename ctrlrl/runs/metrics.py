@@ -56,13 +56,13 @@ class JsonLines:
 class TensorBoard:
     """Scalars under `tensorboard/`: train/..., episode/..., evaluation/..., against environment steps."""
 
-    def __init__(self, folder: Path, *, step: int = 0) -> None:
+    def __init__(self, folder: Path, *, resumed_at: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder = folder
         # What an earlier session wrote after the checkpoint it is resumed from is hidden by purge_step.
         with write_errors_explained(folder):
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+            self._writer = SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
 
     def write(self, record: Record) -> None:
         step, kind = record["step"], record["kind"]

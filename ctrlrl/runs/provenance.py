@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -71,7 +72,10 @@ def describe_source() -> dict[str, Any] | None:
         return done.stdout
 
     try:
-        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": bool(git("status", "--porcelain").strip())}
+        changes = git("diff", "HEAD")
+        digest = hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else None
+        dirty = bool(git("status", "--porcelain").strip())
+        return {"commit": git("rev-parse", "HEAD").strip(), "dirty": dirty, "changes": digest}
     except (OSError, subprocess.SubprocessError):
         return None
 

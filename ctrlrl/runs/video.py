@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ctrlrl.errors import UsageError
+from ctrlrl.runs.files import write_errors_explained
 
 Frame = npt.NDArray[np.uint8]
 
@@ -43,11 +44,14 @@ def write_video(frames: Iterable[Frame], path: Path, fps: float) -> None:
             "the installed PyAV has no H.264 encoder (libx264), so no video can be written. "
             "The wheels on PyPI have it: pip install --force-reinstall --only-binary av av"
         ) from error
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".tmp-{os.getpid()}-{path.name}")  # a name that files.remove_leftovers knows
     try:
-        _encode(frames, partial, rate)
-        os.replace(partial, path)
+        with write_errors_explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _encode(frames, partial, rate)
+            os.replace(partial, path)
+    except av.FFmpegError as error:
+        raise UsageError(f"cannot write the video {path}: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 

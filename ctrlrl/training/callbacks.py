@@ -23,7 +23,7 @@ class Callback:
         """After each line of `metrics.jsonl`: training metrics, an episode, an evaluation."""
 
     def on_end(self, loop: OffPolicyLoop) -> None:
-        """After the last step, before the report is written."""
+        """After the last step, before the last checkpoint; not after a failure, and again whenever a run is resumed."""
 
     def state_dict(self) -> dict[str, Any]:
         """What must survive a resume: numbers, text, tensors."""

@@ -55,7 +55,7 @@ class Collector:
         if random:
             action = random_actions(self.env.action_space, self.env.num_envs, self.generator)
         step = self.env.step(action.to(self.env.device))
-        self._require_finite(step)
+        require_finite(self.env, step, step.valid, self.lengths)
         next_extras: dict[str, Tensor] = {}
         if self.policy.extras_at_next:
             next_extras = self.policy.act(obs_to(step.final_obs, device), state, explore=False)[2]
@@ -109,19 +109,21 @@ class Collector:
         self.returns.copy_(state["returns"])
         self.lengths.copy_(state["lengths"])
 
-    def _require_finite(self, step: Step) -> None:
-        for name, value in [("reward", step.reward), *obs_items(step.final_obs)]:
-            if not value.is_floating_point():
-                continue
-            good = torch.isfinite(value).flatten(1).all(1) if value.dim() > 1 else torch.isfinite(value)
-            if bool((good | ~step.valid).all()):
-                continue
-            row = int((~good & step.valid).nonzero()[0])
-            what = "reward" if name == "reward" else "observation" + ("" if name == "obs" else f" {name!r}")
-            raise NonFiniteError(
-                f"{self.env.name} gave a non-finite {what} in environment {row}, step {int(self.lengths[row]) + 1} of "
-                f"its episode: {_excerpt(value[row])}. Fix the environment, or end the episode where this happens"
-            )
+
+def require_finite(env: VectorEnv, step: Step, rows: Tensor, lengths: Tensor) -> None:
+    """Raise `NonFiniteError` if one of `rows` (N,) got NaN or infinity; `lengths` (N,) counts its steps before."""
+    for name, value in [("reward", step.reward), *obs_items(step.final_obs)]:
+        if not value.is_floating_point():
+            continue
+        bad = rows & ~torch.isfinite(value).flatten(1).all(1) if value.dim() > 1 else rows & ~torch.isfinite(value)
+        if not bool(bad.any()):
+            continue
+        row = int(bad.nonzero()[0])
+        what = "reward" if name == "reward" else "observation" + ("" if name == "obs" else f" {name!r}")
+        raise NonFiniteError(
+            f"{env.name} gave a non-finite {what} in environment {row}, step {int(lengths[row]) + 1} of its episode: "
+            f"{_excerpt(value[row])}. Fix the environment, or end the episode where this happens"
+        )
 
 
 def random_actions(space: gym.Space[Any], n: int, generator: torch.Generator) -> Tensor:

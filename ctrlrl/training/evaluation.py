@@ -10,6 +10,7 @@ import torch
 
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.nn.policy import Policy
+from ctrlrl.training.collector import require_finite
 from ctrlrl.tree import obs_to
 
 FIRST_SEED = 10_000
@@ -49,9 +50,22 @@ def evaluate(
 
     The environment starts each episode from its seed, so the result depends on nothing but policy and seeds.
     `before_step` is called before every step of the first episode of environment 0, to take pictures, say.
+
+    Raises:
+        NonFiniteError: if the environment gave NaN or infinity.
     """
-    n, was_training = env.num_envs, policy.training
+    was_training = policy.training
     policy.eval()
+    try:
+        return _evaluate(env, policy, seeds, before_step)
+    finally:
+        policy.train(was_training)
+
+
+def _evaluate(
+    env: VectorEnv, policy: Policy, seeds: Sequence[int], before_step: Callable[[], None] | None
+) -> Evaluation:
+    n = env.num_envs
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), np.int64)
     success: list[float] = [float("nan")] * len(seeds)
     for first in range(0, len(seeds), n):
@@ -68,6 +82,7 @@ def evaluate(
             action, state, _ = policy.act(obs_to(obs, policy.device), state, explore=False)
             step = env.step(action.to(env.device))
             counted = running & step.valid
+            require_finite(env, step, counted, count)
             total += torch.where(counted, step.reward, 0.0)
             count += counted
             ended = counted & (step.terminated | step.truncated)
@@ -81,6 +96,5 @@ def evaluate(
         rows = slice(first, first + len(chunk))
         returns[rows], lengths[rows] = total[: len(chunk)].cpu(), count[: len(chunk)].cpu()
         success[rows] = outcome[: len(chunk)].tolist()
-    policy.train(was_training)
     known = not any(np.isnan(success))
     return Evaluation(list(seeds), returns.tolist(), lengths.tolist(), [bool(s) for s in success] if known else None)

@@ -25,8 +25,8 @@ from ctrlrl.runs.report import write_report
 from ctrlrl.runs.video import rendering_error, write_video
 from ctrlrl.training.evaluation import Evaluation, evaluate, evaluation_seeds
 from ctrlrl.training.setup import (
-    MAX_EVAL_ENVS,
     EnvLike,
+    eval_rows,
     given,
     make,
     pick_device,
@@ -131,11 +131,12 @@ def evaluate_run(
     """
     loaded = load(run, checkpoint=checkpoint, device=device, network=network, encoder=encoder)
     config, folder = loaded.config, RunFolder(loaded.path)
-    require_objects(read_provenance(folder), env=env)
+    if env is None and (own := read_provenance(folder)["custom"].keys() & {"env", "eval_env"}):
+        raise UsageError(f"the run was trained from Python with an own {' and '.join(sorted(own))}; pass it: env=...")
     seeds = evaluation_seeds(episodes or config.eval_episodes)
     source = env if env is not None else config.env
     path = folder.find_checkpoint(checkpoint)
-    vector = make(source, config, min(len(seeds), MAX_EVAL_ENVS), "cpu")
+    vector = make(source, config, eval_rows(source, len(seeds)), "cpu")
     try:
         result = evaluate(vector, loaded.policy, seeds)
     finally:
@@ -179,6 +180,9 @@ def record_video(
         raise rendering_error(error.cause) from error
     path = folder.videos / f"{checkpoint}-{step:012d}.mp4"
     write_video(frames, path, fps)
+    for old in folder.videos.glob(f"{checkpoint}-*"):
+        if old.stem != path.stem:
+            old.unlink()
     about = {"step": step, "checkpoint": checkpoint, "seed": seed, "return": result.mean, "fps": fps}
     write_json(path.with_suffix(".json"), {**about, "length": result.lengths[0], "frames": len(frames)})
     return path

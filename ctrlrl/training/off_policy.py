@@ -10,7 +10,7 @@ import contextlib
 import random
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -79,12 +79,12 @@ class OffPolicyLoop:
         self._recent: deque[tuple[int, Tensor]] = deque(maxlen=KEPT_BATCHES)
         self._stop: str | None = None
         self._log = JsonLines(folder.metrics, offset=(state or {}).get("metrics_offset", 0))
-        if self._log.missing:
-            self.progress.message(f"{folder.metrics} lacks {self._log.missing} bytes of what was recorded before")
         self._writers: list[Writer] = [self._log, *writers]
         self._seeds = evaluation_seeds(config.eval_episodes)
-        self._window = _Window(self.env_steps, self.updates)
+        self._window = _Window(self.env_steps, self.updates)  # started anew by `run`
         self._clock = time.perf_counter()
+        # What is infinite from the start (a mask in a user's network) is no sign of a training gone wrong.
+        self._infinite = set(_non_finite(pack(agent.state_dict())[0]))
 
     def run(self) -> None:
         """Train until `config.steps`, or until a callback stops it.
@@ -94,19 +94,21 @@ class OffPolicyLoop:
             NonFiniteError: if an environment or a loss became NaN or infinite.
             EnvironmentFailure: if an environment failed; the run is saved.
         """
-        for callback in self.callbacks:
-            callback.on_start(self)
         self._window = _Window(self.env_steps, self.updates)
         self._clock = time.perf_counter()
-        self.checkpoint()  # of step 0, so that a run can be resumed from its first moment on
         with Interrupt() as interrupt, self.progress:
+            for callback in self.callbacks:
+                callback.on_start(self)
+            self.checkpoint()  # of step 0, so that a run can be resumed from its first moment on
+            if self._log.missing:
+                self.note(f"{self.folder.metrics.name} lacks {self._log.missing} bytes of what was recorded before")
             if self._evaluation_due:  # the one that failed before this resume
                 self._evaluate()
             while not self._finished():
-                self._iterate()
                 if interrupt.requested:
                     self.checkpoint()
                     raise Interrupted(f"interrupted at step {self.env_steps:,}. {self._go_on()}")
+                self._iterate()
             if self.config.eval_every and self._evaluated_at != self.env_steps:
                 self._evaluation_due = True
                 self._evaluate()
@@ -115,7 +117,9 @@ class OffPolicyLoop:
             self.checkpoint()
 
     def stop(self, reason: str) -> None:
-        """End the run after this step, as finished."""
+        """End the run after this step, as finished; resuming it goes on to `config.steps`. Later calls do nothing."""
+        if self._stop is not None:
+            return
         self._stop = reason
         self.note(f"stopped: {reason}")
 
@@ -182,7 +186,7 @@ class OffPolicyLoop:
     def _require_finite(self, agent: dict[str, Any] | None = None) -> None:
         """Raise unless all losses since the last record (and the weights of `agent`) are finite."""
         suspects = self._sums if agent is None else self._sums | pack(agent)[0]
-        bad = [name.strip("/") for name, value in suspects.items() if not bool(torch.isfinite(value).all())]
+        bad = [name.strip("/") for name in _non_finite(suspects) if name not in self._infinite]
         if not bad:
             return
         post_mortem = save_checkpoint(
@@ -267,12 +271,20 @@ class OffPolicyLoop:
 
     @contextlib.contextmanager
     def _saved_on_failure(self, *, continue_episodes: bool) -> Iterator[None]:
-        """Write a checkpoint before an environment's failure goes on its way, and say how to go on."""
+        """Write a checkpoint before a failure goes on its way, and say how to go on."""
         try:
             yield
-        except CtrlrlError as error:
-            self.checkpoint(continue_episodes=continue_episodes)
-            raise type(error)(f"{error}\n{self._go_on()}") from error
+        except Exception as error:
+            try:
+                self.checkpoint(continue_episodes=continue_episodes)
+                ending = self._go_on()
+            except CtrlrlError as another:
+                ending = f"Besides, no checkpoint could be written: {another}"
+            if isinstance(error, CtrlrlError):
+                error.args = (f"{error}\n{ending}",)
+            else:  # a user's own environment or network: its traceback says what the matter is
+                error.add_note(ending)
+            raise
 
     def _finished(self) -> bool:
         return self.env_steps >= self.config.steps or self._stop is not None
@@ -285,6 +297,10 @@ class OffPolicyLoop:
 
     def _go_on(self) -> str:
         return f"Go on with: ctrlrl resume {self.folder.path}"
+
+
+def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [name for name, value in tensors.items() if not bool(torch.isfinite(value).all())]
 
 
 class _Window:

@@ -41,8 +41,8 @@ from ctrlrl.training.evaluation import evaluation_seeds
 from ctrlrl.training.loading import Run, load_policy, record_video
 from ctrlrl.training.off_policy import OffPolicyLoop, restore_global_generators
 from ctrlrl.training.setup import (
-    MAX_EVAL_ENVS,
     EnvLike,
+    eval_rows,
     given,
     make,
     name_of,
@@ -108,14 +108,20 @@ def train(
         require_space(out, session.disk_needed())
         folder = RunFolder.create(out)
         with folder.locked():
-            custom = {"env": env, "network": network, "encoder": encoder}
+            custom = {"env": env, "eval_env": eval_env, "network": network, "encoder": encoder}
             folder.write_json(
                 "provenance",
                 {"command": command_line(), "started": now()}
                 | describe_machine(session.device, session.threads)
                 | {"git": describe_source(), "environment": describe_environment(session.env)}
                 | {"changed": changed_fields(config, cls(env=config.env, out=config.out))}
-                | {"custom": {k: name_of(v) for k, v in custom.items() if v is not None and not isinstance(v, str)}}
+                | {
+                    "custom": {
+                        k: name_of(v)
+                        for k, v in custom.items()
+                        if v is not None and not (k == "env" and isinstance(v, str))
+                    }
+                }
                 | {"sessions": [{"started": now(), "from_step": 0, "command": command_line(), "notes": []}]},
             )
             folder.write_json("config", {"algo": algo, "preset": preset or None, **config.to_dict()})
@@ -140,9 +146,9 @@ def resume(
 ) -> Run:
     """Go on with a run exactly where its checkpoint left it; a larger `steps` extends it.
 
-    `env`, `network`, `encoder` and `callbacks` must be given again where `train` got objects; they are not saved. What
-    was written after the checkpoint is deleted, once everything has been read back. A run that is extended keeps the
-    evaluation at its former end.
+    `env`, `eval_env`, `network`, `encoder` and `callbacks` must be given again where `train` got objects; they are not
+    saved. What was written after the checkpoint is deleted, once everything has been read back. A run that is
+    extended keeps the evaluation at its former end.
 
     Raises:
         UsageError: if there is no such run or checkpoint, it is damaged, or another process trains it; nothing was
@@ -162,7 +168,7 @@ def resume(
             )
         config = replace(config, **given(steps=steps, device=device))
         provenance = read_provenance(folder)
-        require_objects(provenance, env=env, network=network, encoder=encoder)
+        require_objects(provenance, env=env, eval_env=eval_env, network=network, encoder=encoder)
         if len(state["callbacks"]) != len(callbacks):
             raise UsageError(
                 f"the run was trained with {len(state['callbacks'])} callbacks, now there are {len(callbacks)}; "
@@ -177,7 +183,7 @@ def resume(
             notes = [f"the last bits may differ from an uninterrupted run: {', '.join(changed)}"] if changed else []
             notes += session.restore(folder, state, callbacks)
             # Everything has been read back: only now is anything changed.
-            folder.forget_after(path)
+            folder.forget_after(path, state["best"]["checkpoint"] if state["best"] else None)
             entry = {"started": now(), "from_step": done, "command": command_line(), "notes": notes}
             provenance["sessions"].append(entry)
             folder.write_json("provenance", provenance)
@@ -206,6 +212,7 @@ class _Session:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = config.threads or min(cores, 8)
         torch.set_num_threads(self.threads)
+        torch.backends.cudnn.deterministic = True  # else convolutions on a GPU would not resume bit for bit
         random.seed(config.seed)
         np.random.seed(config.seed)
         torch.manual_seed(config.seed)
@@ -228,7 +235,7 @@ class _Session:
                         "evaluation needs an environment of its own, and an environment object cannot be made twice: "
                         "pass a function that makes one (env=lambda: MyEnv()), or eval_env=..., or eval_every=0"
                     )
-                self.eval_env = make(self.eval_source, config, min(config.eval_episodes, MAX_EVAL_ENVS), "cpu")
+                self.eval_env = make(self.eval_source, config, eval_rows(self.eval_source, config.eval_episodes), "cpu")
                 self.eval_env.reset(evaluation_seeds(self.eval_env.num_envs))  # what cannot be seeded fails now
         except BaseException:
             self.close()
@@ -312,7 +319,7 @@ class _Session:
             agent=self.agent,
             buffer=self.buffer,
             collector=self.collector,
-            writers=[TensorBoard(folder.tensorboard, step=step), *writers],
+            writers=[TensorBoard(folder.tensorboard, resumed_at=step if state else None), *writers],
             callbacks=callbacks,
             progress=Progress(config.steps, start=step, quiet=self.quiet),
             state=state,
@@ -331,12 +338,16 @@ class _Session:
             self._video(folder, loop)
             status("finished")
         except BaseException as error:
-            word = "interrupted" if isinstance(error, Interrupted) else "failed"
+            if isinstance(error, torch.OutOfMemoryError):
+                error = UsageError(
+                    f"{self.device} is out of memory: lower --agent.batch-size or --buffer.capacity ({error})"
+                )
+            word = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
             message = str(error) if isinstance(error, CtrlrlError) else repr(error)
             _regardless(lambda: status(word, message))
             _regardless(loop.close)
             _regardless(lambda: write_report(folder.path))
-            raise
+            raise error from error.__cause__
         loop.close()
         report = write_report(folder.path)
         if not self.quiet:
@@ -373,19 +384,19 @@ class _Session:
         name, policy = "best" if loop.best else "last", self.agent.policy
         weights = {key: value.clone() for key, value in policy.state_dict().items()}
         try:
-            checkpoint = folder.find_checkpoint(name)
+            checkpoint = folder.find_checkpoint(loop.best["checkpoint"] if loop.best else name)
             load_policy(policy, checkpoint)
             record_video(folder, policy, self.eval_source, self.config, step=step_of(checkpoint), checkpoint=name)
-        except CtrlrlError as error:
+        except (CtrlrlError, OSError) as error:
             loop.note(f"no video: {error}")
         finally:
             policy.load_state_dict(weights)
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes of memory that `device` has in all."""
+    """Bytes of memory: what a GPU has free, what the machine has in all."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+        return int(torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

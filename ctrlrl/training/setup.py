@@ -97,6 +97,13 @@ def require_objects(provenance: dict[str, Any], **given: object) -> None:
             )
 
 
+def eval_rows(source: EnvLike, episodes: int) -> int:
+    """Environments to evaluate on together: those of a vector environment, else as many as there are episodes."""
+    if isinstance(source, VectorEnv | gym.vector.VectorEnv):
+        return source.num_envs
+    return min(episodes, MAX_EVAL_ENVS)
+
+
 def step_of(checkpoint: Path) -> int:
     """Environment steps at which a checkpoint was written, from its folder's name."""
     return int(checkpoint.name.split("-")[1])
