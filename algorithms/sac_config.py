@@ -54,7 +54,7 @@ class SACConfig(Config):
         self.require("actor_lr", 0 < self.actor_lr < 1, "in (0, 1)")
         self.require("critic_lr", 0 < self.critic_lr < 1, "in (0, 1)")
         self.require("alpha_lr", 0 <= self.alpha_lr < 1, "in [0, 1)")
-        self.require("initial_alpha", 0 < self.initial_alpha < float("inf"), "above 0")
+        self.require("initial_alpha", self.initial_alpha > 0, "above 0")
         self.require("hidden", all(1 <= width <= 100_000 for width in self.hidden), "widths between 1 and 100,000")
         self.require("num_critics", 1 <= self.num_critics <= 100, "between 1 and 100")
         low_high = len(self.log_std_bounds) == 2 and self.log_std_bounds[0] < self.log_std_bounds[1]

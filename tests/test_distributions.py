@@ -68,3 +68,13 @@ def test_log_prob_does_not_depend_on_the_actuator_range():
     _, log_prob, _ = distribution.rsample(torch.zeros(1, 17))
     assert log_prob.shape == (1, 1)
     assert log_prob.item() == pytest.approx(-17 * 0.5 * math.log(2 * math.pi), abs=1e-4)
+
+
+def test_the_entropy_estimate_is_right_on_average():
+    edges = torch.linspace(-1, 1, 200_001, dtype=torch.float64)
+    middle = ((edges[1:] + edges[:-1]) / 2)[:, None]
+    mean, log_std = torch.full_like(middle, 0.4), torch.full_like(middle, -0.3)
+    log_prob = TanhNormal(mean, log_std).log_prob(middle)
+    exact = -(log_prob.exp() * log_prob).sum() * (edges[1] - edges[0])
+    noise = torch.randn(200_000, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert TanhNormal(mean, log_std).entropy(noise).mean().item() == pytest.approx(exact.item(), abs=0.01)
