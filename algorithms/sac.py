@@ -34,7 +34,7 @@ from ctrlrl.nn.encoder import (
     policy_groups,
 )
 from ctrlrl.nn.mlp import Ensemble, EnsembleMLP, NetworkFactory, mlp
-from ctrlrl.nn.optim import adam, adam_state, descend, load_adam_state, polyak
+from ctrlrl.nn.optim import Adam, polyak
 from ctrlrl.nn.policy import SquashedGaussianPolicy, require_bounded_box
 from ctrlrl.replay.batch import Batch
 from ctrlrl.tree import Obs
@@ -113,9 +113,9 @@ class SAC:
         self._actor = list(self.policy.parameters())
         self._critic = list(self.critics.parameters())
         self._target = list(self.target_critics.parameters())
-        self.actor_optimizer = adam(self._actor, c.actor_lr)
-        self.critic_optimizer = adam(self._critic, c.critic_lr)
-        self.alpha_optimizer = adam([self.log_alpha], c.alpha_lr)
+        self.actor_optimizer = Adam(self._actor, c.actor_lr)
+        self.critic_optimizer = Adam(self._critic, c.critic_lr)
+        self.alpha_optimizer = Adam([self.log_alpha], c.alpha_lr)
 
     def observe(self, obs: Obs, valid: Tensor) -> None:
         """Take observations (N, ...) of valid rows into the running statistics, each once."""
@@ -139,7 +139,7 @@ class SAC:
         log_prob = log_prob.sum(-1)  # (B,)
         if c.alpha_lr > 0:
             alpha_loss = -self.log_alpha * (log_prob.detach() + self.target_entropy).mean()
-            descend(self.alpha_optimizer, alpha_loss, [self.log_alpha])
+            self.alpha_optimizer.descend(alpha_loss)
 
         # Critics: J_Q = E[1/2 (Q(s,a) - r - gamma V(s'))^2], eqs. 3, 5 and 6, summed over the ensemble.
         with torch.no_grad():
@@ -148,11 +148,11 @@ class SAC:
             target = batch.reward + batch.discount * (next_q - alpha * next_log_prob.sum(-1))  # (B,)
         q = self.critics(batch.obs, self.policy.scaling.to_unit(batch.action))  # (K, B)
         critic_loss = 0.5 * (q - target.expand_as(q)).square().mean(-1).sum()
-        descend(self.critic_optimizer, critic_loss, self._critic)
+        self.critic_optimizer.descend(critic_loss)
 
         # Policy: J_pi = E[alpha log pi(f(eps; s)|s) - Q(s, f(eps; s))], eq. 9.
         actor_loss = (alpha * log_prob - self.critics(batch.obs, action).amin(0)).mean()
-        descend(self.actor_optimizer, actor_loss, self._actor)
+        self.actor_optimizer.descend(actor_loss)
 
         polyak(self._target, self._critic, c.tau)
         return {
@@ -171,9 +171,9 @@ class SAC:
             "critics": self.critics.state_dict(),
             "target_critics": self.target_critics.state_dict(),
             "log_alpha": self.log_alpha.detach(),
-            "actor_optimizer": adam_state(self.actor_optimizer),
-            "critic_optimizer": adam_state(self.critic_optimizer),
-            "alpha_optimizer": adam_state(self.alpha_optimizer),
+            "actor_optimizer": self.actor_optimizer.state_dict(),
+            "critic_optimizer": self.critic_optimizer.state_dict(),
+            "alpha_optimizer": self.alpha_optimizer.state_dict(),
             "generator": self.generator.get_state(),
         }
 
@@ -184,9 +184,9 @@ class SAC:
         self.target_critics.load_state_dict(state["target_critics"])
         with torch.no_grad():
             self.log_alpha.copy_(state["log_alpha"])
-        load_adam_state(self.actor_optimizer, state["actor_optimizer"])
-        load_adam_state(self.critic_optimizer, state["critic_optimizer"])
-        load_adam_state(self.alpha_optimizer, state["alpha_optimizer"])
+        self.actor_optimizer.load_state_dict(state["actor_optimizer"])
+        self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        self.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
         self.generator.set_state(state["generator"].cpu())
 
 

@@ -35,10 +35,11 @@ class TanhNormal:
         gaussian = -0.5 * noise.square() - self.log_std - 0.5 * math.log(2 * math.pi)
         return torch.tanh(raw), (gaussian - log_tanh_jacobian(raw)).sum(-1, keepdim=True), raw
 
-    def sample(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """As `rsample`, with noise from `generator` and no gradient."""
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """An action (..., A), with noise from `generator` and no gradient."""
         with torch.no_grad():
-            return self.rsample(torch.randn(self.mean.shape, generator=generator, device=self.mean.device))
+            noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
+            return torch.addcmul(self.mean, noise, self.log_std.exp()).tanh_()
 
     def log_prob(self, action: Tensor) -> Tensor:
         """Log-density (..., 1) of `action` (..., A) in [-1, 1]; actions on the bound count as just inside it."""

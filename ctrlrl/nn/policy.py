@@ -124,7 +124,7 @@ class SquashedGaussianPolicy(Policy):
         if explore:
             if self.generator is None:
                 raise UsageError("exploration needs a random generator: set policy.generator = torch.Generator()")
-            unit, _, _ = distribution.sample(self.generator)
+            unit = distribution.sample(self.generator)
         else:
             unit = distribution.mode
         return self.scaling.to_environment(unit), state or {}, {}

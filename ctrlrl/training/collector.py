@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,9 @@ class Collector:
         next_extras: dict[str, Tensor] = {}
         if self.policy.extras_at_next:
             next_extras = self.policy.act(obs_to(step.final_obs, device), state, explore=False)[2]
-        self.policy_state = self.policy.reset(state, (step.terminated | step.truncated | ~step.valid).to(device))
+        if state:
+            state = self.policy.reset(state, (step.terminated | step.truncated | ~step.valid).to(device))
+        self.policy_state = state
         self.obs = step.obs
         return step, extras, next_extras
 
@@ -112,9 +115,11 @@ class Collector:
 
 def require_finite(env: VectorEnv, step: Step, rows: Tensor, lengths: Tensor) -> None:
     """Raise `NonFiniteError` if one of `rows` (N,) got NaN or infinity; `lengths` (N,) counts its steps before."""
-    for name, value in [("reward", step.reward), *obs_items(step.final_obs)]:
-        if not value.is_floating_point():
-            continue
+    named = [("reward", step.reward), *obs_items(step.final_obs)]
+    named = [(name, value) for name, value in named if value.is_floating_point()]
+    if math.isfinite(sum(float(value.sum()) for _, value in named)):  # so is every entry: the usual case, quickly
+        return
+    for name, value in named:
         bad = rows & ~torch.isfinite(value).flatten(1).all(1) if value.dim() > 1 else rows & ~torch.isfinite(value)
         if not bool(bad.any()):
             continue

@@ -14,6 +14,7 @@ from ctrlrl.config import OffPolicyConfig
 from ctrlrl.envs.spaces import build_space
 from ctrlrl.envs.vector import RenderFailure
 from ctrlrl.errors import UsageError
+from ctrlrl.nn.cpu import prepare_cpu
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.nn.policy import Policy
@@ -136,6 +137,7 @@ def evaluate_run(
     seeds = evaluation_seeds(episodes or config.eval_episodes)
     source = env if env is not None else config.env
     path = folder.find_checkpoint(checkpoint)
+    prepare_cpu()
     vector = make(source, config, eval_rows(source, len(seeds)), "cpu")
     try:
         result = evaluate(vector, loaded.policy, seeds)

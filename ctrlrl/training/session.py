@@ -19,6 +19,7 @@ from ctrlrl.algorithms.registry import find_algorithm, train_config_class
 from ctrlrl.config import OffPolicyConfig, changed_fields
 from ctrlrl.envs.vector import EnvState, VectorEnv, derive_seeds
 from ctrlrl.errors import CtrlrlError, Interrupted, UsageError
+from ctrlrl.nn.cpu import prepare_cpu
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.replay.buffer import ReplayBuffer
@@ -211,7 +212,7 @@ class _Session:
         self.device = pick_device(config.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = config.threads or min(cores, 8)
-        torch.set_num_threads(self.threads)
+        prepare_cpu(self.threads)
         torch.backends.cudnn.deterministic = True  # else convolutions on a GPU would not resume bit for bit
         random.seed(config.seed)
         np.random.seed(config.seed)

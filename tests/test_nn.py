@@ -1,0 +1,110 @@
+"""Networks' building blocks: optimizer, ensembles' special cases, the set-up of the CPU."""
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ctrlrl.nn.cpu import prepare_cpu
+from ctrlrl.nn.mlp import EnsembleLinear
+from ctrlrl.nn.optim import Adam, polyak
+
+
+def test_adam_equals_torchs_bit_for_bit_and_goes_on_from_its_state():
+    g = torch.Generator().manual_seed(0)
+    ours = [torch.randn(2, 5, 3, generator=g, requires_grad=True), torch.randn(4, generator=g, requires_grad=True)]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    optimizer, reference = Adam(ours, 1e-2), torch.optim.Adam(theirs, 1e-2, fused=True)
+    for i in range(5):
+        gradients = [torch.randn(p.shape, generator=g) for p in ours]
+        optimizer.step(gradients)
+        for p, gradient in zip(theirs, gradients, strict=True):
+            p.grad = gradient
+        reference.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        if i == 2:  # from here on another optimizer with the same state
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = Adam(ours, 1e-2)
+            optimizer.load_state_dict(state)
+
+
+def test_descend_follows_the_gradient_of_its_own_parameters_only():
+    a, b = torch.ones(3, requires_grad=True), torch.full((3,), 2.0, requires_grad=True)
+    Adam([a], 0.1).descend((a * b).sum())
+    assert torch.allclose(a, torch.full((3,), 0.9))
+    assert torch.equal(b, torch.full((3,), 2.0)) and a.grad is None and b.grad is None
+
+
+def test_polyak_moves_each_target_by_tau():
+    target, source = torch.zeros(3), torch.tensor([1.0, 2.0, -4.0])
+    polyak([target], [source], 0.25)
+    assert target.tolist() == [0.25, 0.5, -1.0]
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_value_head_equals_the_matrix_product_and_its_gradients(shared):
+    torch.manual_seed(0)
+    layer = EnsembleLinear(3, 6, 1)
+    x = torch.randn(*(() if shared else (3,)), 5, 6, requires_grad=True)
+    wide = torch.randn(3, 5, 1)
+    parameters = [x, layer.weight, layer.bias]
+    ours = layer(x)
+    expected = torch.baddbmm(layer.bias, x.expand(3, 5, 6), layer.weight)
+    assert torch.allclose(ours, expected, atol=1e-6)
+    for a, b in zip(
+        torch.autograd.grad(ours, parameters, wide), torch.autograd.grad(expected, parameters, wide), strict=True
+    ):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def in_new_process(code: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    return done.stdout
+
+
+def test_prepared_products_keep_the_precision_of_float32():
+    out = in_new_process(
+        "import torch\n"
+        "from ctrlrl.nn.cpu import prepare_cpu\n"
+        "prepare_cpu(1)\n"
+        "assert torch.get_num_threads() == 1\n"
+        "x, w = torch.randn(300, 200), torch.randn(200, 100)\n"
+        "print(float((x @ w - x.double() @ w.double()).abs().max()))\n"
+    )
+    assert float(out) < 1e-4  # factors rounded to bfloat16 would give about 0.2
+
+
+def test_prepare_leaves_a_precision_that_the_user_chose():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    try:
+        torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+        prepare_cpu()
+        assert torch.backends.mkldnn.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="about glibc's allocator")
+def test_prepared_memory_is_reused_instead_of_faulted_in_again():
+    code = (
+        "import resource, sys, torch\n"
+        "from ctrlrl.nn.cpu import prepare_cpu\n"
+        "if sys.argv[1] == 'yes': prepare_cpu(1)\n"
+        "def work():\n"
+        "    kept = [torch.ones(2_000_000) for _ in range(8)]\n"
+        "for _ in range(5): work()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(20): work()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    faults = {
+        asked: int(
+            subprocess.run([sys.executable, "-c", code, asked], capture_output=True, text=True, check=True).stdout
+        )
+        for asked in ("yes", "no")
+    }
+    assert faults["yes"] < 100 < faults["no"]
