@@ -158,7 +158,7 @@ class RunRecord:
     @property
     def flat_config(self) -> dict[str, Any]:
         """`config` without nesting: names inside a section are dotted, as in `agent.gamma`."""
-        return _flatten(self.config)
+        return flatten(self.config)
 
 
 def load_run(path: str | Path) -> RunRecord:
@@ -333,11 +333,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     return dict(config)
 
 
-def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`config` without nesting, the names inside a section dotted; an empty section stays, as `{}`."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

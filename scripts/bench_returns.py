@@ -1,0 +1,412 @@
+#!/usr/bin/env python3
+"""Evaluation returns of one algorithm over environments x seeds, one single-threaded training per core.
+
+    scripts/bench_returns.py --algo sac --env HalfCheetah-v5 Hopper-v5 --seeds 0 1 2 --out runs/returns
+    scripts/bench_returns.py --algo sac --env Hopper-v5 --seeds 0 --out runs/returns-utd4 -- --agent.utd 4
+
+Each cell is one `ctrlrl train` in OUT/ALGO-ENV-SEED, its output in OUT/ALGO-ENV-SEED.log; flags after `--` go to it.
+The same command again goes on: cells that are finished are skipped, the others resumed. At the end, and with
+--only-report at any time, OUT/returns.json gets every run's evaluations, and OUT/comparison.html the comparison.
+
+Exit codes: 0 all cells finished, 1 some failed, 2 bad input (nothing was started), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from ctrlrl.algorithms.registry import find_algorithm
+from ctrlrl.cli.train import describe_preset, resolve
+from ctrlrl.config import OffPolicyConfig
+from ctrlrl.errors import CtrlrlError, UsageError
+from ctrlrl.runs.comparison import console_summary, write_comparison
+from ctrlrl.runs.files import write_json
+from ctrlrl.runs.page import duration
+from ctrlrl.runs.record import RunRecord, flatten, load_run
+
+RANDOM_EPISODES = 20
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+"""Trainings of two threads each, side by side on two cores, wait for each other's threads most of the time."""
+_OURS = ("--env", "--seed", "--steps", "--out", "--threads", "--eval-every", "--eval-episodes", "--dry-run", "--help")
+_POLL_S, _LINE_S = 0.5, 300.0
+
+
+class Cell(Protocol):
+    """One training: an algorithm, an environment, a seed."""
+
+    name: str
+    path: Path
+    """What it writes."""
+    steps: int
+
+    def state(self) -> str:
+        """`new`, `started` or `finished`."""
+
+    def command(self) -> list[str]:
+        """Starts it, or goes on with it."""
+
+    def progress(self) -> tuple[int, float | None]:
+        """(environment steps done, mean return of the latest evaluation)"""
+
+
+@dataclass(frozen=True)
+class OwnCell:
+    """A `ctrlrl train`."""
+
+    algo: str
+    env: str
+    seed: int
+    out: Path
+    flags: tuple[str, ...]
+    """Of `ctrlrl train`, beside environment, seed and folder."""
+
+    @property
+    def name(self) -> str:
+        return cell_name(self.algo, self.env, self.seed)
+
+    @property
+    def path(self) -> Path:
+        return self.out / self.name
+
+    @property
+    def steps(self) -> int:
+        return self.config.steps
+
+    @cached_property
+    def arguments(self) -> list[str]:
+        """What follows `ctrlrl train`."""
+        own = ["--env", self.env, "--seed", str(self.seed), "--threads", "1", "--no-video", "--out", str(self.path)]
+        return [self.algo, *own, *self.flags]
+
+    @cached_property
+    def config(self) -> OffPolicyConfig:
+        return resolve(find_algorithm(self.algo), self.arguments[1:])[1]
+
+    @cached_property
+    def preset_line(self) -> str | None:
+        preset = resolve(find_algorithm(self.algo), self.arguments[1:])[2]
+        return describe_preset(preset) if preset else None
+
+    def record(self) -> RunRecord | None:
+        """The run so far; None where nothing was written yet."""
+        return load_run(self.path) if self.path.is_dir() and any(self.path.iterdir()) else None
+
+    def state(self) -> str:
+        record = self.record()
+        return "new" if record is None else "finished" if record.state == "finished" else "started"
+
+    def command(self) -> list[str]:
+        verb = ["train", *self.arguments] if self.state() == "new" else ["resume", str(self.path)]
+        return [sys.executable, "-m", "ctrlrl", *verb]
+
+    def progress(self) -> tuple[int, float | None]:
+        record = self.record()
+        if record is None:
+            return 0, None
+        return record.step, record.final.mean if record.final else None
+
+    def require_same_settings(self) -> None:
+        """Raise `UsageError` where the folder holds a run with other settings than are asked for now."""
+        record = self.record()
+        if record is None:
+            return
+        preset = resolve(find_algorithm(self.algo), self.arguments[1:])[2]
+        asked = flatten({"algo": self.algo, "preset": preset.name if preset else None, **self.config.to_dict()})
+        there = record.flat_config
+        differs = [
+            f"{key} is {json.dumps(there[key]) if key in there else 'not recorded'} there, "
+            f"{json.dumps(asked[key]) if key in asked else 'no setting'} asked for"
+            for key in sorted(asked.keys() | there.keys())
+            if key != "out" and (key not in asked or key not in there or asked[key] != there[key])
+        ]
+        if differs:
+            raise UsageError(
+                f"{self.path} holds a run with other settings: {'; '.join(differs)}. Choose another --out, or repeat "
+                "the command it was made with"
+            )
+
+
+def cell_name(algo: str, env: str, seed: int) -> str:
+    """ALGO-ENV-SEED, as a file name."""
+    return f"{algo}-{re.sub(r'[^A-Za-z0-9._-]+', '-', env)}-{seed}"
+
+
+class Interrupted(Exception):
+    """A signal ended the runs; they can be gone on with."""
+
+
+class Scheduler:
+    """Runs cells, at most `jobs` at once, each in a process group of its own with its output in a log.
+
+    `failed` holds (cell, how it ended) afterwards: a failed cell does not stop the others.
+    """
+
+    def __init__(self, cells: Sequence[Cell], jobs: int, out: Path) -> None:
+        self.cells, self.jobs, self.out = list(cells), jobs, out
+        self.finished = [cell for cell in cells if cell.state() == "finished"]
+        self.waiting = [cell for cell in cells if cell not in self.finished]
+        self.running: dict[Cell, tuple[subprocess.Popen[bytes], float]] = {}
+        self.failed: list[tuple[Cell, str]] = []
+        self._begun = self._shown = time.monotonic()
+        self._first_steps = {cell: cell.progress()[0] for cell in self.waiting}
+
+    def run(self) -> None:
+        """Run until every cell has finished or failed.
+
+        Raises:
+            Interrupted: on SIGINT, SIGTERM or SIGHUP, once every child has written its checkpoint and ended.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _interrupt)
+        try:
+            while self.waiting or self.running:
+                while self.waiting and len(self.running) < self.jobs:
+                    self._start(self.waiting.pop(0))
+                time.sleep(_POLL_S)
+                for cell in [cell for cell, (process, _) in self.running.items() if process.poll() is not None]:
+                    self._end(cell)
+                self._show()
+        except KeyboardInterrupt:
+            self._stop()
+            raise Interrupted from None
+        finally:
+            for process, _ in self.running.values():  # none, unless something else went wrong
+                process.terminate()
+
+    def log(self, cell: Cell) -> Path:
+        """Where a cell's output goes."""
+        return self.out / f"{cell.name}.log"
+
+    def _start(self, cell: Cell) -> None:
+        command = cell.command()
+        with open(self.log(cell), "ab") as log:
+            log.write(f"$ {shlex.join(command)}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | ONE_THREAD,
+                start_new_session=True,  # Ctrl-C reaches us alone: a second signal would abort a child at once
+            )
+        self.running[cell] = process, time.monotonic()
+
+    def _end(self, cell: Cell) -> None:
+        process, begun = self.running.pop(cell)
+        if process.returncode == 0 and cell.state() == "finished":
+            self.finished.append(cell)
+            self._say(f"{_line(cell)}, finished in {duration(time.monotonic() - begun)}")
+        else:
+            self.failed.append((cell, f"exit code {process.returncode}"))
+            self._say(f"{cell.name}: FAILED with exit code {process.returncode}, see {self.log(cell)}")
+
+    def _stop(self) -> None:
+        self._say(f"stopping {len(self.running)} trainings, each with a checkpoint; once more aborts them at once")
+        for process, _ in self.running.values():
+            process.terminate()
+        try:
+            for process, _ in self.running.values():
+                process.wait()
+        except KeyboardInterrupt:
+            for process, _ in self.running.values():
+                process.kill()
+                process.wait()
+        self.running.clear()
+
+    def _show(self) -> None:
+        terminal = sys.stdout.isatty()
+        now = time.monotonic()
+        if now - self._shown < (5.0 if terminal else _LINE_S):
+            return
+        self._shown = now
+        going = [*self.running, *self.waiting]
+        done = {cell: cell.progress()[0] for cell in going}
+        left = sum(cell.steps - done[cell] for cell in going)
+        gained = sum(done.get(cell, cell.steps) - step for cell, step in self._first_steps.items())
+        parts = [f"{len(self.finished)} of {len(self.cells)} finished"]
+        parts += [f"{len(self.failed)} failed"] if self.failed else []
+        parts += [_line(cell) for cell in self.running]
+        parts += [f"about {duration(left * (now - self._begun) / gained)} left"] if gained > 0 else []
+        line = " | ".join(parts)
+        if terminal:
+            print(f"\r\033[2K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+        else:
+            print(line, flush=True)
+
+    def _say(self, text: str) -> None:
+        print(f"\r\033[2K{text}" if sys.stdout.isatty() else text, flush=True)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _line(cell: Cell) -> str:
+    step, mean = cell.progress()
+    return f"{cell.name}: step {step:,} of {cell.steps:,}" + ("" if mean is None else f", return {mean:,.1f}")
+
+
+def random_returns(env: str, **how: Any) -> list[float]:
+    """Returns of `RANDOM_EPISODES` episodes with uniformly random actions, on the seeds of evaluations.
+
+    `how` goes to `make_env`.
+    """
+    import torch
+
+    from ctrlrl.envs.make import make_env
+    from ctrlrl.nn.policy import Policy
+    from ctrlrl.training.collector import random_actions
+    from ctrlrl.training.evaluation import evaluate, evaluation_seeds
+
+    class Random(Policy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(0)
+
+        def act(self, obs: Any, state: Any = None, *, explore: bool = False) -> Any:
+            return random_actions(vector.action_space, vector.num_envs, self.generator), {}, {}
+
+    torch.set_num_threads(1)
+    vector = make_env(env, **how)
+    try:
+        return evaluate(vector, Random(), evaluation_seeds(RANDOM_EPISODES)).returns
+    finally:
+        vector.close()
+
+
+def own_results(out: Path) -> dict[str, Any]:
+    """Every run in `out`, in the format of a peers file (see `ctrlrl.runs.peers`)."""
+    runs = [load_run(file.parent) for file in sorted(out.glob("*/config.json"))]
+    facts = [run.provenance for run in runs]
+    versions = sorted({f"ctrlrl {one.get('ctrlrl')} at {one.get('git', {}).get('commit', '?')[:10]}" for one in facts})
+    versions += sorted({f"{k} {v}" for one in facts for k, v in one.get("packages", {}).items() if k != "safetensors"})
+    dates = sorted({one["started"][:10] for one in facts if "started" in one})
+    when = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "at an unknown time"
+    return {
+        "what": f"Deterministic evaluation returns of {', '.join(versions)}, measured {when}",
+        "protocol": "each run's command; one thread each; evaluations are episodes with the policy's mode on an "
+        "environment of their own, on fixed seeds; returns is the list of episode returns",
+        "library": "ctrlrl",
+        "runs": [
+            {
+                "algo": run.algo,
+                "env": run.env,
+                "seed": run.seed,
+                "complete": run.state == "finished",
+                "command": run.provenance.get("command"),
+                "evals": [
+                    {"step": one.step, "mean": one.mean, "returns": one.returns.round(4).tolist()}
+                    for one in run.evaluations
+                ],
+            }
+            for run in runs
+        ],
+    }
+
+
+def write_results(path: Path, results: dict[str, Any], envs: dict[str, dict[str, Any]]) -> None:
+    """Write `results` and the random policy's returns in `envs` (environment: arguments of `make_env`) to `path`."""
+    known = json.loads(path.read_text()).get("random", {}) if path.exists() else {}
+    for env, how in envs.items():
+        if env not in known:
+            returns = random_returns(env, **how)
+            known[env] = {"mean": sum(returns) / len(returns), "returns": [round(one, 4) for one in returns]}
+    write_json(path, results | {"random": known})
+    print(f"returns: {path}")
+
+
+def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Options of the script, and the flags after `--`."""
+    cut = words.index("--") if "--" in words else len(words)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algo", default="sac", help="what to train: ctrlrl algos lists them (default: sac)")
+    parser.add_argument("--env", nargs="+", required=True, help="environments")
+    parser.add_argument("--seeds", nargs="+", type=int, required=True)
+    parser.add_argument("--steps", type=int, default=100_000, help="environment steps of each run (default: 100,000)")
+    parser.add_argument("--out", type=Path, required=True, help="folder of all runs")
+    parser.add_argument("--jobs", type=int, default=cores(), help="runs at once (default: one per core)")
+    parser.add_argument("--eval-every", type=int, default=10_000, help="default: 10,000 steps")
+    parser.add_argument("--eval-episodes", type=int, default=10, help="default: 10")
+    parser.add_argument("--only-report", action="store_true", help="train nothing, report what there is")
+    options = parser.parse_args(words[:cut])
+    flags = list(words[cut + 1 :])
+    if taken := [flag for flag in flags if flag.partition("=")[0].replace("_", "-") in _OURS]:
+        parser.error(f"{taken[0]} is this script's to give, not for after --")
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
+    return options, flags
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def own_cells(options: argparse.Namespace, flags: Sequence[str]) -> list[OwnCell]:
+    """One cell per environment and seed, all environments of a seed before the next seed.
+
+    Raises:
+        UsageError: on flags that `ctrlrl train` does not take, or a folder that holds a run with other settings.
+    """
+    every = ("--eval-every", str(options.eval_every), "--eval-episodes", str(options.eval_episodes))
+    flags = ("--steps", str(options.steps), *every, *flags)
+    cells = [OwnCell(options.algo, env, seed, options.out, flags) for seed in options.seeds for env in options.env]
+    for line in dict.fromkeys(cell.preset_line for cell in cells if cell.preset_line):
+        print(line.replace("; --no-preset", "; -- --no-preset"))
+    for cell in cells:
+        cell.require_same_settings()
+    return cells
+
+
+def main(words: Sequence[str]) -> int:
+    """Run; returns the exit code."""
+    options, flags = parse_arguments(words)
+    cells = own_cells(options, flags)
+    failed: list[tuple[Cell, str]] = []
+    if not options.only_report:
+        options.out.mkdir(parents=True, exist_ok=True)
+        scheduler = Scheduler(cells, options.jobs, options.out)
+        try:
+            scheduler.run()
+        except Interrupted:
+            print(f"interrupted; go on with the same command: {shlex.join([sys.executable, *sys.argv])}")
+            return 130
+        failed = scheduler.failed
+    settings = {cell.env: cell.config for cell in cells}
+    envs = {
+        env: {"env_kwargs": one.env_kwargs, "backend": one.backend, "env_python": one.env_python}
+        for env, one in settings.items()
+    }
+    write_results(options.out / "returns.json", own_results(options.out), envs)
+    folders = sorted(file.parent for file in options.out.glob("*/config.json"))
+    if folders:
+        print(console_summary(folders))
+        print(f"comparison: {write_comparison(folders, options.out / 'comparison.html')}")
+    for cell, how in failed:
+        log = options.out / f"{cell.name}.log"
+        tail = "".join(f"    {line}\n" for line in log.read_text(errors="replace").splitlines()[-15:])
+        print(f"{cell.name} failed with {how}; the end of {log}:\n{tail}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except CtrlrlError as error:
+        print(f"bench_returns: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
