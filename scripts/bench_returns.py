@@ -3,10 +3,14 @@
 
     scripts/bench_returns.py --algo sac --env HalfCheetah-v5 Hopper-v5 --seeds 0 1 2 --out runs/returns
     scripts/bench_returns.py --algo sac --env Hopper-v5 --seeds 0 --out runs/returns-utd4 -- --agent.utd 4
+    scripts/bench_returns.py --peer sbx --env Walker2d-v5 --seeds 1 2 --out runs/returns
 
 Each cell is one `ctrlrl train` in OUT/ALGO-ENV-SEED, its output in OUT/ALGO-ENV-SEED.log; flags after `--` go to it.
 The same command again goes on: cells that are finished are skipped, the others resumed. At the end, and with
 --only-report at any time, OUT/returns.json gets every run's evaluations, and OUT/comparison.html the comparison.
+
+With --peer a cell is a training of another library in a virtual environment of its own, with its defaults; its file is
+OUT/PEER-ALGO-ENV-SEED.json, and all of a peer go into OUT/returns-PEER.json. Peers start a cell that was cut off anew.
 
 Exit codes: 0 all cells finished, 1 some failed, 2 bad input (nothing was started), 130 interrupted.
 """
@@ -29,6 +33,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from peers import venv as peers
+from peers.venv import PEERS, python_of
+
 from ctrlrl.algorithms.registry import find_algorithm
 from ctrlrl.cli.train import describe_preset, resolve
 from ctrlrl.config import OffPolicyConfig
@@ -39,8 +46,10 @@ from ctrlrl.runs.page import duration
 from ctrlrl.runs.record import RunRecord, flatten, load_run
 
 RANDOM_EPISODES = 20
-ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-"""Trainings of two threads each, side by side on two cores, wait for each other's threads most of the time."""
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC"), "1")
+ONE_THREAD["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+"""Trainings of two threads each, side by side on two cores, wait for each other's threads most of the time. The last
+two are XLA's, for SBX."""
 _OURS = ("--env", "--seed", "--steps", "--out", "--threads", "--eval-every", "--eval-episodes", "--dry-run", "--help")
 _POLL_S, _LINE_S = 0.5, 300.0
 
@@ -138,6 +147,69 @@ class OwnCell:
                 f"{self.path} holds a run with other settings: {'; '.join(differs)}. Choose another --out, or repeat "
                 "the command it was made with"
             )
+
+
+@dataclass(frozen=True)
+class PeerCell:
+    """A training of another library, by `peers/returns.py`."""
+
+    peer: str
+    env: str
+    seed: int
+    steps: int
+    eval_every: int
+    eval_episodes: int
+    out: Path
+
+    @property
+    def name(self) -> str:
+        return cell_name(f"{self.peer}-sac", self.env, self.seed)
+
+    @property
+    def path(self) -> Path:
+        return self.out / f"{self.name}.json"
+
+    def record(self) -> dict[str, Any] | None:
+        """What the run wrote so far."""
+        return read_json(self.path) if self.path.exists() else None
+
+    def state(self) -> str:
+        record = self.record()
+        return "new" if record is None else "finished" if record["complete"] else "started"
+
+    def command(self) -> list[str]:
+        options = {"library": self.peer, "env": self.env, "seed": self.seed, "steps": self.steps}
+        options |= {"eval-every": self.eval_every, "eval-episodes": self.eval_episodes, "out": self.path}
+        flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        return [str(python_of(self.peer)), str(Path(peers.__file__).with_name("returns.py")), *flags]
+
+    def progress(self) -> tuple[int, float | None]:
+        record = self.record()
+        last = record["evals"][-1] if record and record["evals"] else None
+        return (last["step"], last["mean"]) if last else (0, None)
+
+    def require_same_settings(self) -> None:
+        """Raise `UsageError` where the file holds a run with another protocol."""
+        record = self.record() or {}
+        for key in ("env", "seed", "steps", "eval_every", "eval_episodes"):
+            asked = getattr(self, key)
+            if record.get(key, asked) != asked:
+                raise UsageError(
+                    f"{self.path} holds a run with {key} {record[key]}, asked for is {asked}; choose another --out"
+                )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of ours.
+
+    Raises:
+        UsageError: if it is none.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UsageError(f"{path} is no valid JSON ({error}); delete it, or restore it from a copy") from None
+    return dict(value)
 
 
 def cell_name(algo: str, env: str, seed: int) -> str:
@@ -296,9 +368,8 @@ def own_results(out: Path) -> dict[str, Any]:
     versions = sorted({f"ctrlrl {one.get('ctrlrl')} at {one.get('git', {}).get('commit', '?')[:10]}" for one in facts})
     versions += sorted({f"{k} {v}" for one in facts for k, v in one.get("packages", {}).items() if k != "safetensors"})
     dates = sorted({one["started"][:10] for one in facts if "started" in one})
-    when = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "at an unknown time"
     return {
-        "what": f"Deterministic evaluation returns of {', '.join(versions)}, measured {when}",
+        "what": f"Deterministic evaluation returns of {', '.join(versions)}, measured {between(dates)}",
         "protocol": "each run's command; one thread each; evaluations are episodes with the policy's mode on an "
         "environment of their own, on fixed seeds; returns is the list of episode returns",
         "library": "ctrlrl",
@@ -319,9 +390,29 @@ def own_results(out: Path) -> dict[str, Any]:
     }
 
 
+def peer_results(peer: str, out: Path) -> dict[str, Any]:
+    """Every run of `peer` in `out`, in the format of a peers file."""
+    runs = [read_json(file) for file in sorted(out.glob(f"{peer}-*.json"))]
+    libraries = sorted({run["library"] for run in runs})
+    versions = sorted({f"{name} {version}" for run in runs for name, version in run["packages"].items()})
+    dates = sorted({run["started"][:10] for run in runs})
+    return {
+        "what": f"Deterministic evaluation returns of the SAC of {', '.join(libraries)} ({', '.join(versions)}), "
+        f"measured {between(dates)}",
+        "protocol": " ".join((peers.HERE / "returns.py").read_text().split('"""')[1].split("\n\n")[1].split()),
+        "library": libraries[0] if libraries else peer,
+        "runs": [{key: run[key] for key in ("algo", "env", "seed", "complete", "evals")} for run in runs],
+    }
+
+
+def between(dates: Sequence[str]) -> str:
+    """The first and the last of sorted dates."""
+    return " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "at an unknown time"
+
+
 def write_results(path: Path, results: dict[str, Any], envs: dict[str, dict[str, Any]]) -> None:
     """Write `results` and the random policy's returns in `envs` (environment: arguments of `make_env`) to `path`."""
-    known = json.loads(path.read_text()).get("random", {}) if path.exists() else {}
+    known = read_json(path).get("random", {}) if path.exists() else {}
     for env, how in envs.items():
         if env not in known:
             returns = random_returns(env, **how)
@@ -335,6 +426,7 @@ def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algo", default="sac", help="what to train: ctrlrl algos lists them (default: sac)")
+    parser.add_argument("--peer", choices=PEERS, help="train this library's SAC instead of ours")
     parser.add_argument("--env", nargs="+", required=True, help="environments")
     parser.add_argument("--seeds", nargs="+", type=int, required=True)
     parser.add_argument("--steps", type=int, default=100_000, help="environment steps of each run (default: 100,000)")
@@ -347,6 +439,8 @@ def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     flags = list(words[cut + 1 :])
     if taken := [flag for flag in flags if flag.partition("=")[0].replace("_", "-") in _OURS]:
         parser.error(f"{taken[0]} is this script's to give, not for after --")
+    if options.peer and (flags or options.algo != "sac"):
+        parser.error("peers run SAC with their defaults: leave out --algo and what follows --")
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     return options, flags
@@ -373,13 +467,29 @@ def own_cells(options: argparse.Namespace, flags: Sequence[str]) -> list[OwnCell
     return cells
 
 
+def peer_cells(options: argparse.Namespace) -> list[PeerCell]:
+    """One cell per environment and seed, all environments of a seed before the next seed.
+
+    Raises:
+        UsageError: where a file holds a run with another protocol.
+    """
+    protocol = (options.steps, options.eval_every, options.eval_episodes, options.out)
+    cells = [PeerCell(options.peer, env, seed, *protocol) for seed in options.seeds for env in options.env]
+    for cell in cells:
+        cell.require_same_settings()
+    return cells
+
+
 def main(words: Sequence[str]) -> int:
     """Run; returns the exit code."""
     options, flags = parse_arguments(words)
-    cells = own_cells(options, flags)
+    own = [] if options.peer else own_cells(options, flags)
+    cells: Sequence[Cell] = own or peer_cells(options)
     failed: list[tuple[Cell, str]] = []
     if not options.only_report:
         options.out.mkdir(parents=True, exist_ok=True)
+        if options.peer:
+            python_of(options.peer)  # now, and not while others wait
         scheduler = Scheduler(cells, options.jobs, options.out)
         try:
             scheduler.run()
@@ -387,16 +497,20 @@ def main(words: Sequence[str]) -> int:
             print(f"interrupted; go on with the same command: {shlex.join([sys.executable, *sys.argv])}")
             return 130
         failed = scheduler.failed
-    settings = {cell.env: cell.config for cell in cells}
-    envs = {
-        env: {"env_kwargs": one.env_kwargs, "backend": one.backend, "env_python": one.env_python}
-        for env, one in settings.items()
-    }
-    write_results(options.out / "returns.json", own_results(options.out), envs)
-    folders = sorted(file.parent for file in options.out.glob("*/config.json"))
-    if folders:
-        print(console_summary(folders))
-        print(f"comparison: {write_comparison(folders, options.out / 'comparison.html')}")
+    if options.peer:
+        results = peer_results(options.peer, options.out)
+        write_results(options.out / f"returns-{options.peer}.json", results, {env: {} for env in options.env})
+    else:
+        settings = {cell.env: cell.config for cell in own}
+        envs = {
+            env: {"env_kwargs": one.env_kwargs, "backend": one.backend, "env_python": one.env_python}
+            for env, one in settings.items()
+        }
+        write_results(options.out / "returns.json", own_results(options.out), envs)
+        folders = sorted(file.parent for file in options.out.glob("*/config.json"))
+        if folders:
+            print(console_summary(folders))
+            print(f"comparison: {write_comparison(folders, options.out / 'comparison.html')}")
     for cell, how in failed:
         log = options.out / f"{cell.name}.log"
         tail = "".join(f"    {line}\n" for line in log.read_text(errors="replace").splitlines()[-15:])
