@@ -33,6 +33,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from peers import venv as peers
 from peers.venv import PEERS, python_of
 
@@ -40,7 +41,7 @@ from ctrlrl.algorithms.registry import find_algorithm
 from ctrlrl.cli.train import describe_preset, resolve
 from ctrlrl.config import OffPolicyConfig
 from ctrlrl.errors import CtrlrlError, UsageError
-from ctrlrl.runs.comparison import console_summary, write_comparison
+from ctrlrl.runs.comparison import compare, console_summary, write_comparison, write_picture, write_table
 from ctrlrl.runs.files import write_json
 from ctrlrl.runs.page import duration
 from ctrlrl.runs.record import RunRecord, flatten, load_run
@@ -410,15 +411,17 @@ def between(dates: Sequence[str]) -> str:
     return " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else "at an unknown time"
 
 
-def write_results(path: Path, results: dict[str, Any], envs: dict[str, dict[str, Any]]) -> None:
+def write_results(path: Path, results: dict[str, Any], envs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Write `results` and the random policy's returns in `envs` (environment: arguments of `make_env`) to `path`."""
     known = read_json(path).get("random", {}) if path.exists() else {}
     for env, how in envs.items():
         if env not in known:
             returns = random_returns(env, **how)
             known[env] = {"mean": sum(returns) / len(returns), "returns": [round(one, 4) for one in returns]}
-    write_json(path, results | {"random": known})
+    results |= {"random": known}
+    write_json(path, results)
     print(f"returns: {path}")
+    return results
 
 
 def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -434,6 +437,7 @@ def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     parser.add_argument("--jobs", type=int, default=cores(), help="runs at once (default: one per core)")
     parser.add_argument("--eval-every", type=int, default=10_000, help="default: 10,000 steps")
     parser.add_argument("--eval-episodes", type=int, default=10, help="default: 10")
+    parser.add_argument("--peers", nargs="+", default=[], metavar="FILE", help="returns of peers to compare with")
     parser.add_argument("--only-report", action="store_true", help="train nothing, report what there is")
     options = parser.parse_args(words[:cut])
     flags = list(words[cut + 1 :])
@@ -506,11 +510,16 @@ def main(words: Sequence[str]) -> int:
             env: {"env_kwargs": one.env_kwargs, "backend": one.backend, "env_python": one.env_python}
             for env, one in settings.items()
         }
-        write_results(options.out / "returns.json", own_results(options.out), envs)
+        results = write_results(options.out / "returns.json", own_results(options.out), envs)
         folders = sorted(file.parent for file in options.out.glob("*/config.json"))
         if folders:
-            print(console_summary(folders))
-            print(f"comparison: {write_comparison(folders, options.out / 'comparison.html')}")
+            random = {env: np.array(known["returns"]) for env, known in results["random"].items()}
+            comparison = compare(folders, peers=options.peers, random=random)
+            print(console_summary(comparison))
+            print(f"comparison: {write_comparison(comparison, options.out / 'comparison.html')}")
+            print(f"picture: {write_picture(comparison, options.out / 'returns.svg')}")
+            if comparison.verdicts:
+                print(f"table: {write_table(comparison, options.out / 'returns.md')}")
     for cell, how in failed:
         log = options.out / f"{cell.name}.log"
         tail = "".join(f"    {line}\n" for line in log.read_text(errors="replace").splitlines()[-15:])

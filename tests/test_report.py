@@ -18,7 +18,7 @@ import pytest
 from ctrlrl.cli import report as command
 from ctrlrl.errors import UsageError
 from ctrlrl.runs import plots
-from ctrlrl.runs.comparison import console_summary, write_comparison
+from ctrlrl.runs.comparison import compare, console_summary, write_comparison
 from ctrlrl.runs.plots import Series, downsample, panels, short_number
 from ctrlrl.runs.record import load_run
 from ctrlrl.runs.report import write_report
@@ -152,8 +152,8 @@ def test_broken_parts_are_left_out_and_named(tmp_path: Path, name: str, content:
     else:
         (folder / name).write_text(json.dumps(content))
     assert remark in Page(write_report(folder).read_text()).text
-    assert f"a: {remark}" in Page(write_comparison([folder], tmp_path / "c.html").read_text()).text
-    assert f"a: {remark}" in console_summary([folder])
+    assert f"a: {remark}" in Page(write_comparison(compare([folder]), tmp_path / "c.html").read_text()).text
+    assert f"a: {remark}" in console_summary(compare([folder]))
 
 
 @pytest.mark.parametrize("name", ["provenance.json", "status.json", "metrics.jsonl", "evaluations.jsonl"])
@@ -238,7 +238,7 @@ def test_untrusted_words_are_escaped(tmp_path: Path) -> None:
     folder = write_run(
         tmp_path / "a", env=evil, algo=evil, lines=[note, train], status={"state": evil, "message": evil}
     )
-    for path in (write_report(folder), write_comparison([folder], tmp_path / "out.html")):
+    for path in (write_report(folder), write_comparison(compare([folder]), tmp_path / "out.html")):
         page = Page(path.read_text())
         assert "script" not in page.tags and "img" not in page.tags
         assert evil in page.text

@@ -18,9 +18,11 @@ from ctrlrl.errors import UsageError
 from ctrlrl.runs import plots
 from ctrlrl.runs.files import write_atomically
 from ctrlrl.runs.page import duration, embed, setting_text, shown, template, writable_page
+from ctrlrl.runs.peers import PeerFile, load_peers
 from ctrlrl.runs.plots import GroupCurve, plain_number
 from ctrlrl.runs.record import RunRecord, Video, load_run
 from ctrlrl.runs.statistics import Floats, align_curves, iqm, stratified_bootstrap, time_to_threshold
+from ctrlrl.runs.verdict import Verdict, console_lines, difference_text, judge, markdown
 
 _NOT_LEARNING = frozenset(
     {"seed", "steps", "out", "preset", "device", "threads", "env_python", "worker_timeout"}
@@ -65,6 +67,20 @@ class Group:
     area: Score
     reached: tuple[int, float]
     """How many counted runs reached the threshold, and the median step (infinite where half did not)."""
+    finals: list[float]
+    """Return of each counted run at that step; empty where the runs share none."""
+    areas: list[float]
+    """`RunRow.area` of each counted run."""
+
+    @property
+    def library(self) -> str | None:
+        """The peers' library; None for runs of ours."""
+        return self.rows[0].run.library
+
+    @property
+    def algo(self) -> str:
+        """The algorithm's name alone."""
+        return self.rows[0].run.algo.removesuffix(f" ({self.library})")
 
     @property
     def seeds(self) -> int:
@@ -84,30 +100,65 @@ class EnvComparison:
     threshold_rule: str
     notes: list[str]
     differences: list[tuple[str, list[str]]]
-    """(setting, its value in each group)"""
+    """(setting, its value in each group of ours)"""
 
 
-def write_comparison(run_dirs: Sequence[str | Path], out: str | Path, *, threshold: float | None = None) -> Path:
-    """Write one HTML page that compares runs, per environment and algorithm, over their seeds; returns its path.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """Runs compared, with one another and with peers."""
+
+    runs: list[RunRecord]
+    """Ours."""
+    envs: list[EnvComparison]
+    verdicts: list[Verdict]
+    peers: list[PeerFile]
+    notes: list[str]
+
+
+def compare(
+    run_dirs: Sequence[str | Path],
+    *,
+    threshold: float | None = None,
+    peers: Sequence[str | Path] = (),
+    random: Mapping[str, Floats] | None = None,
+) -> Comparison:
+    """Compare runs per environment and algorithm over their seeds.
 
     Runs are of one group when environment, algorithm and every setting that bears on learning agree (seed, length,
-    device and the rhythm of evaluations and checkpoints may differ). Returns of different environments are never mixed;
-    success rates are, where every run has them.
+    device and the rhythm of evaluations and checkpoints may differ). Returns of different environments are never mixed,
+    except as the normalized difference from peers (`ctrlrl.runs.verdict`); success rates are, where every run has them.
 
     Args:
         run_dirs: run folders, at least one.
-        out: the HTML file; folders above it are created.
         threshold: return for "steps to threshold"; by default 80 % of the best final return of each environment.
+        peers: files with other libraries' returns (`ctrlrl.runs.peers`); environments that no run is of are left out.
+        random: per environment returns (episodes,) of a random policy, where the peers files have none.
 
     Raises:
-        UsageError: no runs, a threshold that is no finite number, as `load_run`, or `out` is a folder or lies under a
-            file.
+        UsageError: no runs, a threshold that is no finite number, or as `load_run` and `load_peers`.
     """
     if threshold is not None and not math.isfinite(threshold):
         raise UsageError(f"the threshold must be a finite return, got {threshold}")
-    target = writable_page(Path(out))
+    files = [load_peers(path) for path in peers]
     runs, notes = _load_all(run_dirs)
-    comparisons = _compare(runs, threshold)
+    envs = {run.env for run in runs}
+    theirs = [run for file in files for run in file.runs if run.env in envs]
+    comparisons = _compare([*runs, *theirs], threshold)
+    known: dict[str, Floats] = dict(random or {})
+    for file in reversed(files):
+        known |= file.random
+    notes += [note for file in files for note in file.notes]
+    return Comparison(runs=runs, envs=comparisons, verdicts=judge(comparisons, known), peers=files, notes=notes)
+
+
+def write_comparison(comparison: Comparison, out: str | Path) -> Path:
+    """Write the comparison as one HTML page; returns its path. Folders above it are created.
+
+    Raises:
+        UsageError: `out` is a folder or lies under a file.
+    """
+    target = writable_page(Path(out))
+    runs, comparisons = comparison.runs, comparison.envs
     labels = list(dict.fromkeys(group.label for one in comparisons for group in one.groups))
     sections = []
     for index, one in enumerate(comparisons):
@@ -125,9 +176,12 @@ def write_comparison(run_dirs: Sequence[str | Path], out: str | Path, *, thresho
         kind="comparison",
         title=" and ".join(sorted({run.algo for run in runs})) + " on " + ", ".join(one.env for one in comparisons),
         runs=runs,
-        notes=notes,
+        peers=comparison.peers,
+        notes=comparison.notes,
         sections=sections,
         across=_success_across(comparisons),
+        verdicts=comparison.verdicts,
+        difference=difference_text,
         link=lambda run: _link(run.path / "report.html", target.parent),
         shown=shown,
     )
@@ -135,17 +189,46 @@ def write_comparison(run_dirs: Sequence[str | Path], out: str | Path, *, thresho
     return target
 
 
-def console_summary(run_dirs: Sequence[str | Path]) -> str:
-    """The few lines that the command line prints about one run or several.
+def write_table(comparison: Comparison, out: str | Path) -> Path:
+    """Write the comparison with peers as a Markdown table, for docs; returns its path.
 
     Raises:
-        UsageError: no runs, or as `load_run`.
+        UsageError: there is nothing to compare with, or `out` is a folder or lies under a file.
     """
-    runs, notes = _load_all(run_dirs)
-    if len(runs) == 1:
-        return "\n".join([*_summary_of_one(runs[0]), *notes])
+    if not comparison.verdicts:
+        raise UsageError(f"{out} was to hold the comparison with peers, and there are none of these environments")
+    target = writable_page(Path(out))
+    write_atomically(target, markdown(comparison.verdicts).encode())
+    return target
+
+
+def write_picture(comparison: Comparison, out: str | Path) -> Path:
+    """Draw each environment's curves into one picture, SVG or PNG by the name's ending; returns its path.
+
+    Raises:
+        UsageError: another ending, or `out` is a folder or lies under a file.
+    """
+    target = writable_page(Path(out))
+    if target.suffix not in (".svg", ".png"):
+        raise UsageError(f"{out} must end in .svg or .png: the picture's format")
+    panels = [
+        (
+            one.env,
+            [
+                (f"ctrlrl {g.label}" if g.library is None else g.label, [r.run.curve for r in g.rows if r.counted])
+                for g in one.groups
+            ],
+        )
+        for one in comparison.envs
+    ]
+    write_atomically(target, plots.returns_picture(panels, target.suffix[1:]))
+    return target
+
+
+def console_summary(comparison: Comparison) -> str:
+    """The few lines that the command line prints about one run or several."""
     lines = []
-    for one in _compare(runs, None):
+    for one in comparison.envs:
         at = "(no step in common)" if one.last_common is None else f"at step {one.last_common:,.0f}"
         lines.append(f"{one.env}: IQM of the evaluation return {at}, 95 % interval over seeds")
         width = max(len(group.label) for group in one.groups)
@@ -153,7 +236,19 @@ def console_summary(run_dirs: Sequence[str | Path]) -> str:
             seeds = f"{group.seeds} seed{'s' if group.seeds != 1 else ' '}"
             lines.append(f"  {group.label:<{width}}  {seeds}  {_score_text(group.final)}")
         lines += [f"  note: {note}" for note in one.notes]
-    return "\n".join([*lines, *notes])
+    for verdict in comparison.verdicts:
+        lines += console_lines(verdict)
+    return "\n".join([*lines, *comparison.notes])
+
+
+def run_summary(run_dir: str | Path) -> str:
+    """The few lines that the command line prints about one run.
+
+    Raises:
+        UsageError: as `load_run`.
+    """
+    (run,), notes = _load_all([run_dir])
+    return "\n".join([*_summary_of_one(run), *notes])
 
 
 def _summary_of_one(run: RunRecord) -> list[str]:
@@ -224,7 +319,7 @@ def _compare_env(env: str, runs: Sequence[RunRecord], threshold: float | None) -
         threshold=threshold,
         threshold_rule=rule,
         notes=notes,
-        differences=_differences(labelled),
+        differences=_differences([(label, members) for label, members in labelled if members[0].library is None]),
     )
 
 
@@ -334,6 +429,8 @@ def _group(label: str, rows: list[RunRow], aligned: Mapping[Path, Floats]) -> Gr
         final=_score({label: finals}),
         area=_score({label: areas}),
         reached=(sum(map(math.isfinite, times)), float(np.median(times)) if times else math.inf),
+        finals=[float(value) for value in finals],
+        areas=areas,
     )
 
 
@@ -387,7 +484,7 @@ def _success_across(comparisons: Sequence[EnvComparison]) -> list[tuple[str, Sco
         for group in comparison.groups:
             for row in group.rows:
                 final = row.run.final
-                if final is None or not row.counted:
+                if final is None or not row.counted or group.library is not None:
                     continue
                 if final.success is None:
                     return None

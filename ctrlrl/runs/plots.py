@@ -23,7 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from ctrlrl.runs.statistics import Floats
+from ctrlrl.runs.statistics import Floats, align_curves
 
 SERIES = ("#0b68ad", "#c9540d", "#178562", "#a2559a", "#a57c00", "#3f8fc4", "#b8324f", "#6b6f76")
 """Light-scheme colours of the series, told apart by readers with colour-blindness too; dark ones in report.html."""
@@ -201,6 +201,51 @@ def comparison_curves(name: str, groups: Sequence[GroupCurve], threshold: float 
         return _svg(figure, axes, name, "Evaluation return over environment steps, by group")
 
 
+def returns_picture(panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[Series]]]]], format: str) -> bytes:
+    """A picture for docs, on white of its own, so that it reads in a light page and in a dark one.
+
+    Args:
+        panels: (environment, [(label, the curve of each seed)]). Each panel shows the mean over seeds, where all of
+            them have values, the range from the lowest to the highest, and each seed as a thin line.
+        format: `svg` or `png`.
+
+    Returns:
+        The file's content, the same for the same input.
+    """
+    labels = list(dict.fromkeys(label for _, groups in panels for label, _ in groups))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with matplotlib.rc_context({**_STYLE, "svg.fonttype": "path", "figure.facecolor": "white"}):
+        figure = Figure(figsize=(3.5 * max(columns, 2), 2.7 * rows + 0.5), layout="constrained")
+        drawn: dict[str, Any] = {}
+        for index, (env, groups) in enumerate(panels):
+            axes = figure.add_subplot(rows, columns, index + 1)
+            seeds = " and ".join(str(len(curves)) for _, curves in groups)
+            axes.set_title(f"{env}, {seeds} seed{'' if seeds == '1' else 's'}")
+            axes.set_xlabel(_STEPS)
+            if index % columns == 0:
+                axes.set_ylabel("evaluation return")
+            axes.grid(visible=False, axis="x")
+            axes.margins(x=0.02)
+            for label, curves in groups:
+                if not curves:
+                    continue
+                place = labels.index(label)
+                color, dashes = SERIES[place % 7], "-" if place < 7 else "--"
+                for curve in map(downsample, curves):
+                    axes.plot(curve.steps, curve.values, color=color, alpha=0.5, linewidth=0.7)
+                grid, values = align_curves([(curve.steps, curve.values) for curve in curves])
+                axes.fill_between(grid, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
+                drawn[label] = axes.plot(grid, values.mean(axis=0), color=color, linestyle=dashes, linewidth=2)[0]
+            _ticks(axes)
+        figure.legend(drawn.values(), map(_legend, drawn), loc="outside upper left", ncols=max(len(drawn), 1))
+        buffer = io.BytesIO()
+        figure.savefig(
+            buffer, format=format, dpi=160, metadata={"Date": None} if format == "svg" else {"Software": None}
+        )
+    return buffer.getvalue()
+
+
 def small_panel(name: str, series: Mapping[str, Series], unit: str = "") -> str:
     """SVG of one small plot with all of `series`; a logarithmic axis where they are positive over three decades."""
     with matplotlib.rc_context(_STYLE):
@@ -274,8 +319,8 @@ def _figure(width: float, height: float, x_label: str, y_label: str) -> tuple[Fi
     return figure, axes
 
 
-def _svg(figure: Figure, axes: Axes, name: str, description: str, *, title: bool = False) -> str:
-    """The finished figure as an `<svg>` element that can stand in a page with others."""
+def _ticks(axes: Axes) -> None:
+    """Steps from 0, and short numbers on both axes."""
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=_TICKS))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
@@ -287,6 +332,11 @@ def _svg(figure: Figure, axes: Axes, name: str, description: str, *, title: bool
         axes.ticklabel_format(axis="y", useOffset=False)
         if max(map(abs, axes.get_ylim())) >= 1000:
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+
+
+def _svg(figure: Figure, axes: Axes, name: str, description: str, *, title: bool = False) -> str:
+    """The finished figure as an `<svg>` element that can stand in a page with others."""
+    _ticks(axes)
     handles, labels = axes.get_legend_handles_labels()
     if title and labels:
         axes.set_title(labels[0])

@@ -110,6 +110,8 @@ class RunRecord:
     """Records of steps that were lost with a killed session and done again."""
     remarks: list[str]
     """What is missing or broken in the folder, and so not in the page."""
+    library: str | None = None
+    """Name and version of the library that a peer's run was made with; None for a run of ours."""
 
     @property
     def algo(self) -> str:
