@@ -7,7 +7,8 @@
 
 Each cell is one `ctrlrl train` in OUT/ALGO-ENV-SEED, its output in OUT/ALGO-ENV-SEED.log; flags after `--` go to it.
 The same command again goes on: cells that are finished are skipped, the others resumed. At the end, and with
---only-report at any time, OUT/returns.json gets every run's evaluations, and OUT/comparison.html the comparison.
+--only-report at any time, OUT/returns.json gets every run's evaluations, and OUT/comparison.html, OUT/returns.svg and
+OUT/returns.md the comparison, with --peers also with other libraries' returns (docs/data/peer_returns.json, say).
 
 With --peer a cell is a training of another library in a virtual environment of its own, with its defaults; its file is
 OUT/PEER-ALGO-ENV-SEED.json, and all of a peer go into OUT/returns-PEER.json. Peers start a cell that was cut off anew.
@@ -44,6 +45,7 @@ from ctrlrl.errors import CtrlrlError, UsageError
 from ctrlrl.runs.comparison import compare, console_summary, write_comparison, write_picture, write_table
 from ctrlrl.runs.files import write_json
 from ctrlrl.runs.page import duration
+from ctrlrl.runs.peers import load_peers
 from ctrlrl.runs.record import RunRecord, flatten, load_run
 
 RANDOM_EPISODES = 20
@@ -182,7 +184,7 @@ class PeerCell:
         options = {"library": self.peer, "env": self.env, "seed": self.seed, "steps": self.steps}
         options |= {"eval-every": self.eval_every, "eval-episodes": self.eval_episodes, "out": self.path}
         flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        return [str(python_of(self.peer)), str(Path(peers.__file__).with_name("returns.py")), *flags]
+        return [str(python_of(self.peer)), str(peers.HERE / "returns.py"), *flags]
 
     def progress(self) -> tuple[int, float | None]:
         record = self.record()
@@ -243,8 +245,8 @@ class Scheduler:
         Raises:
             Interrupted: on SIGINT, SIGTERM or SIGHUP, once every child has written its checkpoint and ended.
         """
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, _interrupt)
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        former = [signal.signal(number, _interrupt) for number in signals]
         try:
             while self.waiting or self.running:
                 while self.waiting and len(self.running) < self.jobs:
@@ -259,6 +261,8 @@ class Scheduler:
         finally:
             for process, _ in self.running.values():  # none, unless something else went wrong
                 process.terminate()
+            for number, handler in zip(signals, former, strict=True):
+                signal.signal(number, handler)
 
     def log(self, cell: Cell) -> Path:
         """Where a cell's output goes."""
@@ -416,7 +420,11 @@ def write_results(path: Path, results: dict[str, Any], envs: dict[str, dict[str,
     known = read_json(path).get("random", {}) if path.exists() else {}
     for env, how in envs.items():
         if env not in known:
-            returns = random_returns(env, **how)
+            try:
+                returns = random_returns(env, **how)
+            except CtrlrlError as error:  # what was trained is worth its report all the same
+                print(f"no returns of a random policy on {env}: {error}", file=sys.stderr)
+                continue
             known[env] = {"mean": sum(returns) / len(returns), "returns": [round(one, 4) for one in returns]}
     results |= {"random": known}
     write_json(path, results)
@@ -445,6 +453,8 @@ def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
         parser.error(f"{taken[0]} is this script's to give, not for after --")
     if options.peer and (flags or options.algo != "sac"):
         parser.error("peers run SAC with their defaults: leave out --algo and what follows --")
+    if options.peer and options.peers:
+        parser.error("--peers compares runs of ours; with --peer there are none")
     if options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     return options, flags
@@ -487,6 +497,8 @@ def peer_cells(options: argparse.Namespace) -> list[PeerCell]:
 def main(words: Sequence[str]) -> int:
     """Run; returns the exit code."""
     options, flags = parse_arguments(words)
+    for file in options.peers:
+        load_peers(file)  # refused now, and not after hours of training
     own = [] if options.peer else own_cells(options, flags)
     cells: Sequence[Cell] = own or peer_cells(options)
     failed: list[tuple[Cell, str]] = []

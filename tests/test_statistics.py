@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrlrl.errors import UsageError
-from ctrlrl.runs.statistics import align_curves, iqm, mean_interval, stratified_bootstrap, student_t, time_to_threshold
+from ctrlrl.runs.statistics import (
+    align_curves,
+    iqm,
+    mean_interval,
+    pooled_difference,
+    stratified_bootstrap,
+    student_t,
+    time_to_threshold,
+)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +125,89 @@ def test_confidence_is_checked(confidence: float) -> None:
 )
 def test_student_t_table(freedom: int, confidence: float, expected: float) -> None:
     assert student_t(freedom, confidence) == pytest.approx(expected, abs=2e-4 if freedom == 1 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "confidence", "expected", "tolerance"),  # scipy.stats.t.ppf((1 + confidence) / 2, freedom)
+    [
+        (1.5, 0.9, 3.70518, 0.021),
+        (1.5, 0.95, 6.01666, 0.03),
+        (2.5, 0.9, 2.55822, 0.003),
+        (4.75, 0.9, 2.03871, 0.001),
+        (11.3, 0.95, 2.19387, 1e-4),
+    ],
+)
+def test_student_t_between_whole_degrees_errs_on_the_wide_side(
+    freedom: float, confidence: float, expected: float, tolerance: float
+) -> None:
+    assert 0 <= student_t(freedom, confidence) / expected - 1 < tolerance
+
+
+def test_pooled_difference_by_hand() -> None:
+    # One task, x = 2, 4, 6 and y = 2, 6, scale 4: in its units the means are equal and s^2 is 1/4 and 1/2. The variance
+    # of x's mean is 1/12 with 2 degrees, that of y's 1/4 with 1: 1/3 with (1/9) / (1/288 + 1/16) = 32/19 degrees.
+    one = pooled_difference({"a": ([2.0, 4.0, 6.0], [2.0, 6.0], 4.0)}, 0.9)
+    half = student_t(32 / 19, 0.9) * math.sqrt(1 / 3)
+    assert (one.value, one.low, one.high) == pytest.approx((0.0, -half, half))
+    # With a second task, 1 above and of variance 4/3 + 4/3 with 2 degrees each: half the sum of the differences is 1/2,
+    # and half the square root of 1/3 + 8/3 = 3 its standard error.
+    two = pooled_difference(
+        {"a": ([1.0, 2.0, 3.0], [1.0, 3.0], 2.0), "b": ([1.0, 3.0, 5.0], [0.0, 2.0, 4.0], 1.0)}, 0.9
+    )
+    half = student_t(9 / (1 / 288 + 1 / 16 + 16 / 9), 0.9) * math.sqrt(3) / 2
+    assert (two.value, two.low, two.high) == pytest.approx((0.5, 0.5 - half, 0.5 + half))
+
+
+def test_one_run_takes_the_spread_of_the_other_side() -> None:
+    # s^2 = 1 of three runs for both sides: variance 1/3 + 1 with two degrees, t = 2.91999.
+    one = pooled_difference({"a": ([1.0, 2.0, 3.0], [2.5], 1.0)}, 0.9)
+    half = 2.91999 * math.sqrt(4 / 3)
+    assert (one.value, one.low, one.high) == pytest.approx((-0.5, -0.5 - half, -0.5 + half), abs=1e-4)
+    other = pooled_difference({"a": ([2.5], [1.0, 2.0, 3.0], 1.0)}, 0.9)
+    assert (other.value, other.low, other.high) == pytest.approx((-one.value, -one.high, -one.low))
+    alone = pooled_difference({"a": ([2.0], [1.0], 1.0)})
+    assert alone.value == 1.0 and math.isnan(alone.low) and math.isnan(alone.high)
+    equal = pooled_difference({"a": ([2.0, 2.0], [1.0, 1.0], 1.0)})
+    assert (equal.low, equal.high) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("runs", [((3, 3), (3, 3), (3, 3)), ((3, 3), (3, 3), (3, 1))])
+@pytest.mark.parametrize("shape", ["normal", "skewed", "two peaks"])
+def test_nine_intervals_of_ten_hold_the_difference(runs: tuple[tuple[int, int], ...], shape: str) -> None:
+    rng = np.random.default_rng(0)
+
+    def draw(spread: float, count: int) -> np.ndarray:
+        if shape == "normal":
+            return spread * rng.standard_normal(count)
+        if shape == "skewed":
+            return spread * (rng.exponential(size=count) - 1)
+        return spread * rng.choice([-1.0, 1.0], size=count) + spread / 10 * rng.standard_normal(count)
+
+    held = 0
+    for _ in range(1000):
+        tasks = {
+            str(spread): (0.3 + draw(spread, ours), draw(spread, theirs), 2.0)
+            for spread, (ours, theirs) in zip((0.2, 0.9, 0.5), runs, strict=True)
+        }
+        found = pooled_difference(tasks, 0.9)
+        held += found.low <= 0.15 <= found.high
+    assert 870 <= held <= 960  # of 900 expected; the standard error of the count is 10
+
+
+@pytest.mark.parametrize(
+    ("tasks", "message"),
+    [
+        ({}, "at least one task"),
+        ({"a": ([], [1.0], 1.0)}, "0 and 1 runs, scale 1"),
+        ({"a": ([1.0], [1.0], 0.0)}, "a scale above 0"),
+        ({"a": ([1.0], [1.0], math.nan)}, "a scale above 0"),
+    ],
+)
+def test_pooled_difference_refuses_what_cannot_be_compared(tasks: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        pooled_difference(tasks)
+    with pytest.raises(UsageError, match="confidence must lie between"):
+        pooled_difference({"a": ([1.0], [1.0], 1.0)}, 90)
 
 
 def test_mean_interval_by_hand() -> None:

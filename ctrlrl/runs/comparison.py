@@ -341,7 +341,7 @@ def _label_groups(runs: Sequence[RunRecord]) -> list[tuple[str, list[RunRecord]]
         (f"{label} #{labels[:index].count(label) + 1}" if labels.count(label) > 1 else label, members)
         for index, (label, members) in enumerate(result)
     ]
-    return sorted(unique, key=lambda pair: pair[0])
+    return sorted(unique, key=lambda pair: (pair[1][0].library is not None, pair[0]))  # ours first
 
 
 def _settings(run: RunRecord) -> dict[str, Any]:

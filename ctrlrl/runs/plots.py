@@ -56,6 +56,7 @@ _STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.7,
     "legend.fontsize": _SMALLEST_TEXT,
     "legend.frameon": False,
+    "legend.title_fontsize": _SMALLEST_TEXT,
     "lines.linewidth": 1.6,
     "lines.solid_capstyle": "round",
     "path.simplify_threshold": 0.2,
@@ -215,13 +216,17 @@ def returns_picture(panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[Ser
     labels = list(dict.fromkeys(label for _, groups in panels for label, _ in groups))
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
-    with matplotlib.rc_context({**_STYLE, "svg.fonttype": "path", "figure.facecolor": "white"}):
+    own: dict[Any, Any] = {"svg.fonttype": "path", "figure.facecolor": "white", "figure.constrained_layout.w_pad": 0.1}
+    with matplotlib.rc_context({**_STYLE, **own}):
         figure = Figure(figsize=(3.5 * max(columns, 2), 2.7 * rows + 0.5), layout="constrained")
         drawn: dict[str, Any] = {}
         for index, (env, groups) in enumerate(panels):
             axes = figure.add_subplot(rows, columns, index + 1)
-            seeds = " and ".join(str(len(curves)) for _, curves in groups)
-            axes.set_title(f"{env}, {seeds} seed{'' if seeds == '1' else 's'}")
+            counts = [len(curves) for _, curves in groups]
+            seeds = " and ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
+            axes.set_title(
+                f"{env}, {seeds} seed{'' if seeds == '1' else 's'}{' each' * (seeds.isdigit() and len(counts) > 1)}"
+            )
             axes.set_xlabel(_STEPS)
             if index % columns == 0:
                 axes.set_ylabel("evaluation return")
@@ -238,7 +243,14 @@ def returns_picture(panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[Ser
                 axes.fill_between(grid, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
                 drawn[label] = axes.plot(grid, values.mean(axis=0), color=color, linestyle=dashes, linewidth=2)[0]
             _ticks(axes)
-        figure.legend(drawn.values(), map(_legend, drawn), loc="outside upper left", ncols=max(len(drawn), 1))
+        figure.legend(
+            drawn.values(),
+            map(_legend, drawn),
+            loc="outside upper left",
+            ncols=max(len(drawn), 1),
+            title="Mean over seeds, range from the lowest to the highest, each seed:",
+            alignment="left",
+        )
         buffer = io.BytesIO()
         figure.savefig(
             buffer, format=format, dpi=160, metadata={"Date": None} if format == "svg" else {"Software": None}

@@ -155,12 +155,13 @@ def pooled_difference(
     differences: list[float] = []
     parts: list[tuple[float, int]] = []  # (variance of a mean, its degrees of freedom)
     for task, (first, second, scale) in tasks.items():
-        x, y = np.asarray(first, np.float64) / scale, np.asarray(second, np.float64) / scale
+        x, y = np.asarray(first, np.float64), np.asarray(second, np.float64)
         if not scale > 0 or min(len(x), len(y)) < 1:
             raise UsageError(
                 f"pooled_difference: task {task!r} needs runs on both sides and a scale above 0, "
                 f"got {len(x)} and {len(y)} runs, scale {scale}"
             )
+        x, y = x / scale, y / scale
         differences.append(float(x.mean() - y.mean()))
         spread = [(float(side.var(ddof=1)), len(side)) for side in (x, y) if len(side) > 1]
         if len(spread) == 2:

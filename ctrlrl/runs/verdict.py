@@ -179,9 +179,7 @@ def difference_text(difference: Difference | None) -> str:
 
 def console_lines(verdict: Verdict) -> list[str]:
     """The verdict for the console."""
-    head = (
-        f"{verdict.ours} against {verdict.peers}, differences in units of what was learned, {100 * CONFIDENCE:.0f} % interval"
-    )
+    unit = f"differences in units of what was learned, {100 * CONFIDENCE:.0f} % interval"
     rows = [
         (
             one.env,
@@ -198,7 +196,12 @@ def console_lines(verdict: Verdict) -> list[str]:
     lines = [
         "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-    return [head, *lines, *(f"  note: {note}" for note in verdict.notes), f"verdict: {verdict.sentence}"]
+    return [
+        f"{verdict.ours} against {verdict.peers}, {unit}",
+        *lines,
+        *(f"  note: {note}" for note in verdict.notes),
+        f"verdict: {verdict.sentence}",
+    ]
 
 
 def markdown(verdicts: Sequence[Verdict]) -> str:
