@@ -79,6 +79,11 @@ CASES = {
     "report-threshold-for-one": ("report {run} --threshold 5", 2),
     "report-no-run": ("report {tmp}", 2),
     "report-nothing": ("report", 2),
+    "report-peers-missing": ("report {run} --peers {tmp}/none.json", 2),
+    "report-peers-not-json": ("report {run} --peers {tmp}/unknown.yaml", 2),
+    "report-peers-without-runs": ("report {run} --peers {tmp}/other.json", 2),
+    "report-table-without-peers": ("report {run} --table {tmp}/table.md", 2),
+    "report-picture-for-one": ("report {run} --picture {tmp}/picture.svg", 2),
 }
 
 
