@@ -54,6 +54,9 @@ ONE_THREAD["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
 """Trainings of two threads each, side by side on two cores, wait for each other's threads most of the time. The last
 two are XLA's, for SBX."""
 _OURS = ("--env", "--seed", "--steps", "--out", "--threads", "--eval-every", "--eval-episodes", "--dry-run", "--help")
+_OF_A_START = {"checkpoints", "replay", "videos", "tensorboard", "report.html", ".lock"}
+_OF_A_START |= {"provenance.json", "config.json", "status.json", "metrics.jsonl"}
+"""What a run may have written before its first checkpoint."""
 _POLL_S, _LINE_S = 0.5, 300.0
 
 
@@ -114,16 +117,20 @@ class OwnCell:
         return describe_preset(preset) if preset else None
 
     def record(self) -> RunRecord | None:
-        """The run so far; None where nothing was written yet."""
-        return load_run(self.path) if self.path.is_dir() and any(self.path.iterdir()) else None
+        """The run so far; None where there is none yet."""
+        return load_run(self.path) if (self.path / "config.json").exists() else None
 
     def state(self) -> str:
         record = self.record()
         return "new" if record is None else "finished" if record.state == "finished" else "started"
 
     def command(self) -> list[str]:
-        verb = ["train", *self.arguments] if self.state() == "new" else ["resume", str(self.path)]
-        return [sys.executable, "-m", "ctrlrl", *verb]
+        record = self.record()
+        if record is not None and (record.step or any((self.path / "checkpoints").glob("step-*"))):
+            return [sys.executable, "-m", "ctrlrl", "resume", str(self.path)]
+        if self.path.is_dir() and {file.name for file in self.path.iterdir()} <= _OF_A_START:
+            shutil.rmtree(self.path)  # stopped before its first checkpoint: nothing to go on with
+        return [sys.executable, "-m", "ctrlrl", "train", *self.arguments]
 
     def progress(self) -> tuple[int, float | None]:
         record = self.record()
