@@ -28,17 +28,18 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from peers import venv as peers
 from peers.venv import PEERS, python_of
 
-from ctrlrl.algorithms.registry import find_algorithm
+from ctrlrl.algorithms.registry import Preset, find_algorithm
 from ctrlrl.cli.train import describe_preset, resolve
 from ctrlrl.config import OffPolicyConfig
 from ctrlrl.errors import CtrlrlError, UsageError
@@ -60,61 +61,63 @@ _OF_A_START |= {"provenance.json", "config.json", "status.json", "metrics.jsonl"
 _POLL_S, _LINE_S = 0.5, 300.0
 
 
-class Cell(Protocol):
+@dataclass(frozen=True)
+class Cell(ABC):
     """One training: an algorithm, an environment, a seed."""
 
-    name: str
-    path: Path
-    """What it writes."""
+    algo: str
+    env: str
+    seed: int
     steps: int
+    out: Path
+    """Folder of all cells."""
 
+    @property
+    def name(self) -> str:
+        """ALGO-ENV-SEED, as a file name."""
+        return f"{self.algo}-{re.sub(r'[^A-Za-z0-9._-]+', '-', self.env)}-{self.seed}"
+
+    @abstractmethod
     def state(self) -> str:
         """`new`, `started` or `finished`."""
 
+    @abstractmethod
     def command(self) -> list[str]:
         """Starts it, or goes on with it."""
 
+    @abstractmethod
     def progress(self) -> tuple[int, float | None]:
         """(environment steps done, mean return of the latest evaluation)"""
 
 
 @dataclass(frozen=True)
-class OwnCell:
+class OwnCell(Cell):
     """A `ctrlrl train`."""
 
-    algo: str
-    env: str
-    seed: int
-    out: Path
     flags: tuple[str, ...]
-    """Of `ctrlrl train`, beside environment, seed and folder."""
-
-    @property
-    def name(self) -> str:
-        return cell_name(self.algo, self.env, self.seed)
+    """Of `ctrlrl train`, beside environment, seed, steps and folder."""
 
     @property
     def path(self) -> Path:
+        """The run folder."""
         return self.out / self.name
 
     @property
-    def steps(self) -> int:
-        return self.config.steps
-
-    @cached_property
     def arguments(self) -> list[str]:
         """What follows `ctrlrl train`."""
-        own = ["--env", self.env, "--seed", str(self.seed), "--threads", "1", "--no-video", "--out", str(self.path)]
-        return [self.algo, *own, *self.flags]
+        own = ["--env", self.env, "--seed", str(self.seed), "--steps", str(self.steps), "--threads", "1"]
+        return [self.algo, *own, "--no-video", "--out", str(self.path), *self.flags]
 
     @cached_property
-    def config(self) -> OffPolicyConfig:
-        return resolve(find_algorithm(self.algo), self.arguments[1:])[1]
+    def resolved(self) -> tuple[OffPolicyConfig, Preset | None]:
+        """The configuration that `ctrlrl train` makes of the arguments, and the preset in it."""
+        return resolve(find_algorithm(self.algo), self.arguments[1:])[1:]
 
-    @cached_property
-    def preset_line(self) -> str | None:
-        preset = resolve(find_algorithm(self.algo), self.arguments[1:])[2]
-        return describe_preset(preset) if preset else None
+    @property
+    def env_options(self) -> dict[str, Any]:
+        """How `make_env` makes the same environment."""
+        config = self.resolved[0]
+        return {"env_kwargs": config.env_kwargs, "backend": config.backend, "env_python": config.env_python}
 
     def record(self) -> RunRecord | None:
         """The run so far; None where there is none yet."""
@@ -143,8 +146,8 @@ class OwnCell:
         record = self.record()
         if record is None:
             return
-        preset = resolve(find_algorithm(self.algo), self.arguments[1:])[2]
-        asked = flatten({"algo": self.algo, "preset": preset.name if preset else None, **self.config.to_dict()})
+        config, preset = self.resolved
+        asked = flatten({"algo": self.algo, "preset": preset.name if preset else None, **config.to_dict()})
         there = record.flat_config
         differs = [
             f"{key} is {json.dumps(there[key]) if key in there else 'not recorded'} there, "
@@ -160,23 +163,16 @@ class OwnCell:
 
 
 @dataclass(frozen=True)
-class PeerCell:
+class PeerCell(Cell):
     """A training of another library, by `peers/returns.py`."""
 
     peer: str
-    env: str
-    seed: int
-    steps: int
     eval_every: int
     eval_episodes: int
-    out: Path
-
-    @property
-    def name(self) -> str:
-        return cell_name(f"{self.peer}-sac", self.env, self.seed)
 
     @property
     def path(self) -> Path:
+        """The file it writes."""
         return self.out / f"{self.name}.json"
 
     def record(self) -> dict[str, Any] | None:
@@ -220,11 +216,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{path} is no valid JSON ({error}); delete it, or restore it from a copy") from None
     return dict(value)
-
-
-def cell_name(algo: str, env: str, seed: int) -> str:
-    """ALGO-ENV-SEED, as a file name."""
-    return f"{algo}-{re.sub(r'[^A-Za-z0-9._-]+', '-', env)}-{seed}"
 
 
 class Interrupted(Exception):
@@ -360,10 +351,10 @@ def random_returns(env: str, **how: Any) -> list[float]:
     class Random(Policy):
         def __init__(self) -> None:
             super().__init__()
-            self.generator = torch.Generator().manual_seed(0)
+            self.draws = torch.Generator().manual_seed(0)
 
         def act(self, obs: Any, state: Any = None, *, explore: bool = False) -> Any:
-            return random_actions(vector.action_space, vector.num_envs, self.generator), {}, {}
+            return random_actions(vector.action_space, vector.num_envs, self.draws), {}, {}
 
     torch.set_num_threads(1)
     vector = make_env(env, **how)
@@ -455,6 +446,7 @@ def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     parser.add_argument("--peers", nargs="+", default=[], metavar="FILE", help="returns of peers to compare with")
     parser.add_argument("--only-report", action="store_true", help="train nothing, report what there is")
     options = parser.parse_args(words[:cut])
+    options.env, options.seeds = list(dict.fromkeys(options.env)), list(dict.fromkeys(options.seeds))
     flags = list(words[cut + 1 :])
     if taken := [flag for flag in flags if flag.partition("=")[0].replace("_", "-") in _OURS]:
         parser.error(f"{taken[0]} is this script's to give, not for after --")
@@ -479,10 +471,14 @@ def own_cells(options: argparse.Namespace, flags: Sequence[str]) -> list[OwnCell
         UsageError: on flags that `ctrlrl train` does not take, or a folder that holds a run with other settings.
     """
     every = ("--eval-every", str(options.eval_every), "--eval-episodes", str(options.eval_episodes))
-    flags = ("--steps", str(options.steps), *every, *flags)
-    cells = [OwnCell(options.algo, env, seed, options.out, flags) for seed in options.seeds for env in options.env]
-    for line in dict.fromkeys(cell.preset_line for cell in cells if cell.preset_line):
-        print(line.replace("; --no-preset", "; -- --no-preset"))
+    cells = [
+        OwnCell(options.algo, env, seed, options.steps, options.out, (*every, *flags))
+        for seed in options.seeds
+        for env in options.env
+    ]
+    presets = {preset.name: preset for cell in cells if (preset := cell.resolved[1])}
+    for preset in presets.values():
+        print(describe_preset(preset).replace("; --no-preset", "; -- --no-preset"))
     for cell in cells:
         cell.require_same_settings()
     return cells
@@ -494,8 +490,12 @@ def peer_cells(options: argparse.Namespace) -> list[PeerCell]:
     Raises:
         UsageError: where a file holds a run with another protocol.
     """
-    protocol = (options.steps, options.eval_every, options.eval_episodes, options.out)
-    cells = [PeerCell(options.peer, env, seed, *protocol) for seed in options.seeds for env in options.env]
+    protocol = (options.peer, options.eval_every, options.eval_episodes)
+    cells = [
+        PeerCell(f"{options.peer}-sac", env, seed, options.steps, options.out, *protocol)
+        for seed in options.seeds
+        for env in options.env
+    ]
     for cell in cells:
         cell.require_same_settings()
     return cells
@@ -507,7 +507,7 @@ def main(words: Sequence[str]) -> int:
     for file in options.peers:
         load_peers(file)  # refused now, and not after hours of training
     own = [] if options.peer else own_cells(options, flags)
-    cells: Sequence[Cell] = own or peer_cells(options)
+    cells: Sequence[Cell] = peer_cells(options) if options.peer else own
     failed: list[tuple[Cell, str]] = []
     if not options.only_report:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -524,11 +524,7 @@ def main(words: Sequence[str]) -> int:
         results = peer_results(options.peer, options.out)
         write_results(options.out / f"returns-{options.peer}.json", results, {env: {} for env in options.env})
     else:
-        settings = {cell.env: cell.config for cell in own}
-        envs = {
-            env: {"env_kwargs": one.env_kwargs, "backend": one.backend, "env_python": one.env_python}
-            for env, one in settings.items()
-        }
+        envs = {own_cell.env: own_cell.env_options for own_cell in own}
         results = write_results(options.out / "returns.json", own_results(options.out), envs)
         folders = sorted(file.parent for file in options.out.glob("*/config.json"))
         if folders:

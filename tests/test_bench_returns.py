@@ -149,7 +149,7 @@ def test_bad_flags_start_nothing(
 
 
 def test_a_cell_is_named_and_single_threaded(script: ModuleType, tmp_path: Path) -> None:
-    cell = script.OwnCell("sac", "some.module:My/Env-v0", 3, tmp_path, ("--steps", "5"))
+    cell = script.OwnCell("sac", "some.module:My/Env-v0", 3, 5, tmp_path, ())
     assert cell.name == "sac-some.module-My-Env-v0-3"
     command = cell.command()
     assert command[:5] == [sys.executable, "-m", "ctrlrl", "train", "sac"]
@@ -158,7 +158,7 @@ def test_a_cell_is_named_and_single_threaded(script: ModuleType, tmp_path: Path)
 
 
 def test_what_was_stopped_before_its_first_checkpoint_starts_anew(script: ModuleType, tmp_path: Path) -> None:
-    cell = script.OwnCell("sac", "Pendulum-v1", 0, tmp_path, ("--steps", "5"))
+    cell = script.OwnCell("sac", "Pendulum-v1", 0, 5, tmp_path, ())
     (cell.path / "checkpoints").mkdir(parents=True)
     for name in ("provenance.json", "config.json"):
         assert cell.state() == "new"
@@ -168,7 +168,7 @@ def test_what_was_stopped_before_its_first_checkpoint_starts_anew(script: Module
     (cell.path / "checkpoints" / "step-000000000000").mkdir(parents=True)
     (cell.path / "config.json").write_text('{"algo": "sac", "env": "Pendulum-v1"}')
     assert cell.command()[3:] == ["resume", str(cell.path)] and cell.path.exists()
-    other = script.OwnCell("sac", "Pendulum-v1", 1, tmp_path, ())
+    other = script.OwnCell("sac", "Pendulum-v1", 1, 5, tmp_path, ())
     other.path.mkdir()
     (other.path / "thesis.tex").touch()
     assert "train" in other.command() and (other.path / "thesis.tex").exists()  # `ctrlrl train` refuses it
