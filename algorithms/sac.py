@@ -33,6 +33,7 @@ from ctrlrl.nn.encoder import (
     make_encoder,
     policy_groups,
 )
+from ctrlrl.nn.execution import executed
 from ctrlrl.nn.mlp import Ensemble, EnsembleMLP, NetworkFactory, mlp
 from ctrlrl.nn.optim import Adam, polyak
 from ctrlrl.nn.policy import SquashedGaussianPolicy, require_bounded_box
@@ -116,6 +117,7 @@ class SAC:
         self.actor_optimizer = Adam(self._actor, c.actor_lr)
         self.critic_optimizer = Adam(self._critic, c.critic_lr)
         self.alpha_optimizer = Adam([self.log_alpha], c.alpha_lr)
+        self._step = executed(self.step, c.execution, self.device)
 
     def observe(self, obs: Obs, valid: Tensor) -> None:
         """Take observations (N, ...) of valid rows into the running statistics, each once."""
@@ -126,7 +128,7 @@ class SAC:
         """One gradient step for each of the G groups of `batch` [G, B, ...]; returns the metrics' means (0-d)."""
         shape = (len(batch), 2, *batch.action.shape[1:2], self.policy.scaling.low.numel())
         noise = torch.randn(shape, generator=self.generator, device=self.device)  # (G, 2, B, A)
-        metrics = [self.step(batch[g], noise[g]) for g in range(len(batch))]
+        metrics = [self._step(batch[g], noise[g]) for g in range(len(batch))]
         return {name: torch.stack([m[name] for m in metrics]).mean() for name in metrics[0]}
 
     def step(self, batch: Batch, noise: Tensor) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from ctrlrl.config import Config
 
@@ -41,6 +41,8 @@ class SACConfig(Config):
     """Clamp of the policy's log standard deviation (the authors' code)."""
     normalize_obs: bool = False
     """Standardize observations by running statistics (not in the paper)."""
+    execution: Literal["eager", "compiled", "captured"] = "eager"
+    """How an update runs: as written, by torch.compile, or as a CUDA graph. The same results within rounding."""
     policy_obs: tuple[str, ...] | None = None
     """Observation entries the policy reads; by default `policy` where there is such a group, else all."""
     critic_obs: tuple[str, ...] | None = None

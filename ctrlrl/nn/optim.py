@@ -31,6 +31,13 @@ class Adam:
     def step(self, gradients: Sequence[Tensor]) -> None:
         """Step down `gradients`, one for each parameter and of its shape."""
         self.steps += 1
+        if torch.compiler.is_compiling():  # which cannot trace the fused kernel, and fuses this
+            for p, gradient, first, second in zip(self.parameters, gradients, self.first, self.second, strict=True):
+                first.lerp_(gradient, 0.1)
+                second.lerp_(gradient * gradient, 0.001)
+                spread = (second / (1 - 0.999**self.steps)).sqrt() + 1e-8
+                p.sub_(self.lr * (first / (1 - 0.9**self.steps)) / spread)
+            return
         torch._fused_adam_(
             self.parameters,
             list(gradients),

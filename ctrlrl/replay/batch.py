@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,20 +30,20 @@ class Batch:
 
     def __getitem__(self, g: int) -> Batch:
         """The batch [B, ...] of gradient step `g`."""
+        return self.map(lambda tensor: tensor[g])
 
-        def part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: value[g] for name, value in tensors.items()}
-
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch of `fn` of each tensor."""
         return Batch(
-            obs=map_obs(lambda t: t[g], self.obs),
-            action=self.action[g],
-            reward=self.reward[g],
-            discount=self.discount[g],
-            next_obs=map_obs(lambda t: t[g], self.next_obs),
-            end=self.end[g],
-            index=self.index[g],
-            extras=part(self.extras),
-            next_extras=part(self.next_extras),
+            obs=map_obs(fn, self.obs),
+            action=fn(self.action),
+            reward=fn(self.reward),
+            discount=fn(self.discount),
+            next_obs=map_obs(fn, self.next_obs),
+            end=fn(self.end),
+            index=fn(self.index),
+            extras={name: fn(value) for name, value in self.extras.items()},
+            next_extras={name: fn(value) for name, value in self.next_extras.items()},
         )
 
     def __len__(self) -> int:

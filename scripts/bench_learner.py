@@ -1,0 +1,303 @@
+#!/usr/bin/env python3
+"""Speed of the whole training loop: ours, Stable-Baselines3's and SBX's, side by side in one run on one machine.
+
+    scripts/bench_learner.py                                  # HalfCheetah-v5, 1 and 8 environments, 1 and 2 threads
+    scripts/bench_learner.py --num-envs 1 --rounds 10 --out bench.json
+
+Every training has its own process (peers in virtual environments of their own, made at the first run), the same
+networks (2x256), batch 256, one update per environment step, and no presets. All are warmed up first; then, round by
+round, each trains for --segment environment steps while the others wait. A ratio is the median over the rounds of the
+ratios within a round, since the machine's speed drifts; a peer counts with its better number of threads.
+
+The floor is the time the update's matrix products take at the rate of one 256x256x256 float32 product, plus the raw
+simulation: once at the rate of PyTorch's default BLAS, once at the best float32 rate there is here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+from peers.gate import Gate  # noqa: E402
+from peers.venv import python_of  # noqa: E402
+
+LEARNING_STARTS = 1_000
+NAMES = {"ours": "ctrlrl", "sb3": "Stable-Baselines3", "sbx": "SBX"}
+
+
+class Worker:
+    """A process that waits for its turn."""
+
+    def __init__(self, library: str, num_envs: int, threads: int, options: argparse.Namespace) -> None:
+        self.library, self.num_envs, self.threads = library, num_envs, threads
+        if library in ("ours", "floor"):
+            command = [sys.executable, str(Path(__file__).resolve()), f"--worker={library}"]
+        else:
+            command = [str(python_of(library)), str(HERE / "peers" / "speed.py"), "--library", library]
+        command += ["--algo", options.algo, "--env", options.env, "--num-envs", str(num_envs)]
+        command += ["--threads", str(threads), "--segment", str(options.segment)]
+        command += ["--learning-starts", str(LEARNING_STARTS)]
+        # XLA has no number of threads; what it may run on decides.
+        cores = set(sorted(os.sched_getaffinity(0))[:threads])
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the process fails
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+        self.warm_up_s: float = self.read()["warm_up_s"]
+        self.rounds: list[dict[str, float]] = []
+
+    def read(self) -> dict[str, float]:
+        """The next record; ends everything with the worker's own words if it has failed."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.log.seek(0)
+            raise SystemExit(f"{self.library} failed:\n{self.log.read()[-3000:]}")
+        record: dict[str, float] = json.loads(line)
+        return record
+
+    def go(self) -> None:
+        """One segment."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        self.rounds.append(self.read())
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    def rates(self, what: str = "steps") -> list[float]:
+        """Environment steps (or updates) per second, round by round."""
+        return [r[what] / r["seconds"] for r in self.rounds]
+
+
+def train_ours(options: argparse.Namespace) -> None:
+    """The loop of `ctrlrl train`, without evaluations and checkpoints, until the gate ends the process."""
+    import ctrlrl
+    from ctrlrl.training.off_policy import OffPolicyLoop
+
+    class Gated(ctrlrl.Callback):
+        gate = Gate(options.segment)
+
+        def on_step(self, loop: OffPolicyLoop) -> None:
+            self.gate(loop.env_steps, loop.updates)
+
+    with tempfile.TemporaryDirectory() as folder:
+        ctrlrl.train(
+            options.algo,
+            options.env,
+            preset=False,
+            quiet=True,
+            callbacks=[Gated()],
+            steps=10**8,
+            num_envs=options.num_envs,
+            threads=options.threads,
+            learning_starts=options.learning_starts,
+            eval_every=0,
+            checkpoint_every=10**8,
+            out=f"{folder}/run",
+            agent={"hidden": [256, 256], "batch_size": 256, "utd": 1.0},
+        )
+
+
+def measure_floor(options: argparse.Namespace) -> None:
+    """For every line on stdin: matrix product rates (GFLOP/s), and the raw simulation (microseconds per step)."""
+    import gymnasium as gym
+    import torch
+
+    from ctrlrl.nn.cpu import prepare_cpu
+
+    torch.set_num_threads(options.threads)
+    a, b = torch.rand(256, 256), torch.rand(256, 256)
+    half = a.bfloat16()
+    env: Any = gym.make(options.env).unwrapped
+    env.reset(seed=0)
+    print(json.dumps({"warm_up_s": 0.0}), flush=True)
+    while sys.stdin.readline():
+        torch.backends.mkldnn.matmul.fp32_precision = "none"  # type: ignore[attr-defined]
+        record = {"blas": 2 * 256**3 / _best(lambda: a @ b) / 1e9}
+        prepare_cpu()
+        record["float32"] = max(record["blas"], 2 * 256**3 / _best(lambda: a @ b) / 1e9)
+        record["bfloat16"] = 2 * 256**3 / _best(lambda: half @ half) / 1e9
+        if hasattr(env, "model"):
+            import mujoco
+
+            seconds = _best(lambda: mujoco.mj_step(env.model, env.data, env.frame_skip))
+        else:
+            seconds = 0.0  # too little to matter (classic control)
+        print(json.dumps(record | {"simulation_us": seconds * 1e6}), flush=True)
+
+
+def _best(work: Callable[[], object], calls: int = 200, tries: int = 5) -> float:
+    """Seconds of one call, of the quickest of some tries."""
+    out = []
+    for _ in range(tries + 1):  # the first warms up
+        begun = time.perf_counter()
+        for _ in range(calls):
+            work()
+        out.append((time.perf_counter() - begun) / calls)
+    return min(out[1:])
+
+
+def update_flops(algo: str, env: str) -> int:
+    """Floating-point operations of the matrix products of one update, as PyTorch counts them."""
+    import gymnasium as gym
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ctrlrl.algorithms.registry import find_algorithm
+    from ctrlrl.envs.vector import Step
+    from ctrlrl.replay.buffer import ReplayBuffer
+
+    one = gym.make(env)
+    agent = find_algorithm(algo).load_agent_class()(one.observation_space, one.action_space)
+    buffer = ReplayBuffer(one.observation_space, one.action_space, capacity=2, num_envs=1)
+    obs = torch.zeros(1, *(one.observation_space.shape or ()))
+    action = torch.zeros(1, *(one.action_space.shape or ()))
+    no, yes = torch.zeros(1, dtype=torch.bool), torch.ones(1, dtype=torch.bool)
+    buffer.begin(obs)
+    buffer.add(Step(obs, action, torch.zeros(1), no, no, obs, yes))
+    batch = buffer.sample(1, agent.config.batch_size, gamma=agent.config.gamma)
+    with FlopCounterMode(display=False) as counter:
+        agent.update(batch)
+    return int(counter.get_total_flops())
+
+
+def main() -> None:
+    """Run the rounds and print the table."""
+    cores = len(os.sched_getaffinity(0))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algo", default="sac")
+    parser.add_argument("--env", default="HalfCheetah-v5")
+    parser.add_argument("--num-envs", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, min(2, cores)}))
+    parser.add_argument("--peers", nargs="*", default=["sb3", "sbx"], choices=["sb3", "sbx"])
+    parser.add_argument("--segment", type=int, default=1_000, help="environment steps of a turn")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="write everything measured here, as JSON")
+    parser.add_argument("--worker", choices=["ours", "floor"], help=argparse.SUPPRESS)
+    parser.add_argument("--learning-starts", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        options.num_envs, options.threads = options.num_envs[0], options.threads[0]
+        return train_ours(options) if options.worker == "ours" else measure_floor(options)
+    if max(options.threads) > cores:
+        parser.error(f"--threads {max(options.threads)}: this machine has {cores} cores")
+
+    flops = update_flops(options.algo, options.env)
+    results: dict[str, Any] = {"algo": options.algo, "env": options.env, "update_flops": flops, "cases": []}
+    for num_envs in options.num_envs:
+        workers = []
+        for library in ("ours", *options.peers, "floor"):
+            for threads in options.threads:
+                print(f"warming up {library}, {num_envs} environments, {threads} threads", file=sys.stderr)
+                workers.append(Worker(library, num_envs, threads, options))
+        for i in range(options.rounds):
+            for worker in workers:
+                worker.go()
+            print(f"round {i + 1} of {options.rounds} done", file=sys.stderr)
+        for worker in workers:
+            worker.close()
+        results["cases"].append(case(num_envs, workers, flops))
+        print(table(results["cases"][-1], options))
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def case(num_envs: int, workers: list[Worker], flops: int) -> dict[str, Any]:
+    """What was measured with `num_envs` environments."""
+
+    def median(worker: Worker, what: str = "steps") -> float:
+        return statistics.median(worker.rates(what))
+
+    trainings = [w for w in workers if w.library != "floor"]
+    ours = max((w for w in trainings if w.library == "ours"), key=median)
+    rows = []
+    for worker in trainings:
+        rates = worker.rates()
+        rows.append(
+            {
+                "library": NAMES[worker.library],
+                "threads": worker.threads,
+                "steps_per_s": median(worker),
+                "steps_per_s_range": [min(rates), max(rates)],
+                "updates_per_s": median(worker, "updates"),
+                "peak_mib": worker.rounds[-1]["peak_mib"],
+                "warm_up_s": worker.warm_up_s,
+            }
+        )
+    ratios = {}
+    for library in dict.fromkeys(w.library for w in trainings if w.library != "ours"):
+        best = max((w for w in trainings if w.library == library), key=median)
+        pairs = [a / b for a, b in zip(ours.rates(), best.rates(), strict=True)]
+        ratios[NAMES[library]] = {"median": statistics.median(pairs), "range": [min(pairs), max(pairs)]}
+    floors = {}
+    for floor in (w for w in workers if w.library == "floor"):
+        same = next(w for w in trainings if w.library == "ours" and w.threads == floor.threads)
+        entry = {
+            name: statistics.median(r[name] for r in floor.rounds) for name in ("blas", "float32", "simulation_us")
+        }
+        entry["bfloat16"] = statistics.median(r["bfloat16"] for r in floor.rounds)
+        for name in ("blas", "float32"):
+            shares = [
+                rate * (flops / (r[name] * 1e9) + r["simulation_us"] / 1e6)
+                for rate, r in zip(same.rates(), floor.rounds, strict=True)
+            ]
+            entry[f"share_of_{name}_floor"] = statistics.median(shares)
+        floors[str(floor.threads)] = entry
+    return {"num_envs": num_envs, "rows": rows, "ours_to_peer": ratios, "floor": floors}
+
+
+def table(result: dict[str, Any], options: argparse.Namespace) -> str:
+    """A case as Markdown."""
+    lines = [
+        f"\n{options.algo}, {options.env}, {result['num_envs']} environment(s)\n",
+        "| | threads | environment steps/s (range) | updates/s | peak memory | warm-up |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        low, high = row["steps_per_s_range"]
+        lines.append(
+            f"| {row['library']} | {row['threads']} | {row['steps_per_s']:.0f} ({low:.0f} to {high:.0f}) "
+            f"| {row['updates_per_s']:.0f} | {row['peak_mib']:.0f} MiB | {row['warm_up_s']:.1f} s |"
+        )
+    lines.append("")
+    for peer, ratio in result["ours_to_peer"].items():
+        low, high = ratio["range"]
+        times = f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
+        lines.append(f"ctrlrl / {peer}, each at its better number of threads: {times}")
+    for threads, floor in result["floor"].items():
+        lines.append(
+            f"floor, {threads} thread(s): float32 products {floor['blas']:.0f} GFLOP/s by the default BLAS, "
+            f"{floor['float32']:.0f} at best (bfloat16 {floor['bfloat16']:.0f}); "
+            f"simulation {floor['simulation_us']:.0f} us a step; ctrlrl runs at "
+            f"{floor['share_of_blas_floor']:.0%} of the floor with the default BLAS, "
+            f"{floor['share_of_float32_floor']:.0%} of the one with the best rate"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""How `bench_learner.py` drives one training among several: it trains while all others wait.
+
+Standard library only, since it runs in the peers' virtual environments too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+
+START = time.perf_counter()
+"""About when the process started."""
+
+
+class Gate:
+    """Called after every control step; each line on stdin lets `segment` more environment steps through.
+
+    Writes one JSON object per line to stdout: first the seconds until `warm_updates` updates were done, then for every
+    segment its seconds, environment steps, updates and the process's peak memory in MiB. At the end of stdin the
+    process ends.
+    """
+
+    def __init__(self, segment: int, warm_updates: int = 100) -> None:
+        self.segment, self.warm_updates = segment, warm_updates
+        self.stop_at: int | None = None
+
+    def __call__(self, steps: int, updates: int) -> None:
+        """`steps` and `updates` done so far."""
+        if self.stop_at is None:
+            if updates < self.warm_updates:
+                return
+            self._write({"warm_up_s": time.perf_counter() - START})
+        elif steps < self.stop_at:
+            return
+        else:
+            seconds = time.perf_counter() - self._begun
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            done = {"steps": steps - self._steps, "updates": updates - self._updates}
+            self._write({"seconds": seconds, **done, "peak_mib": peak})
+        if not sys.stdin.readline():
+            os._exit(0)
+        self.stop_at, self._steps, self._updates = steps + self.segment, steps, updates
+        self._begun = time.perf_counter()
+
+    def _write(self, record: dict[str, float]) -> None:
+        print(json.dumps(record), flush=True)
