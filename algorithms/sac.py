@@ -129,6 +129,8 @@ class SAC:
         shape = (len(batch), 2, *batch.action.shape[1:2], self.policy.scaling.low.numel())
         noise = torch.randn(shape, generator=self.generator, device=self.device)  # (G, 2, B, A)
         metrics = [self._step(batch[g], noise[g]) for g in range(len(batch))]
+        if len(metrics) == 1:
+            return metrics[0]
         return {name: torch.stack([m[name] for m in metrics]).mean() for name in metrics[0]}
 
     def step(self, batch: Batch, noise: Tensor) -> dict[str, Tensor]:
@@ -136,12 +138,11 @@ class SAC:
         c = self.config
         alpha = self.log_alpha.detach().exp()
 
-        # Temperature: J(alpha) = E[-alpha log pi(a|s) - alpha H], eq. 18, with log alpha for alpha.
+        # Temperature: J(alpha) = E[-alpha log pi(a|s) - alpha H], eq. 18, with log alpha for alpha; dJ by hand.
         action, log_prob, _ = self.policy.distribution(batch.obs).rsample(noise[0])  # (B, A), (B, 1)
         log_prob = log_prob.sum(-1)  # (B,)
         if c.alpha_lr > 0:
-            alpha_loss = -self.log_alpha * (log_prob.detach() + self.target_entropy).mean()
-            self.alpha_optimizer.descend(alpha_loss)
+            self.alpha_optimizer.step([-(log_prob.detach().mean() + self.target_entropy)])
 
         # Critics: J_Q = E[1/2 (Q(s,a) - r - gamma V(s'))^2], eqs. 3, 5 and 6, summed over the ensemble.
         with torch.no_grad():

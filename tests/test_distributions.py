@@ -47,7 +47,7 @@ def test_gradients_match_finite_differences():
     mean = torch.tensor([[0.3, -1.2]], dtype=torch.float64, requires_grad=True)
     log_std = torch.tensor([[-0.5, 0.4]], dtype=torch.float64, requires_grad=True)
     noise = torch.tensor([[0.7, -1.5]], dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda m, s: TanhNormal(m, s).rsample(noise)[:2], (mean, log_std))
+    assert torch.autograd.gradcheck(lambda m, s: TanhNormal(m, s).rsample(noise), (mean, log_std))
 
 
 @pytest.mark.parametrize("half", [0.4, 1.0, 3.0])

@@ -74,7 +74,9 @@ def test_captured_records_once_on_buffers_that_stay():
 
 
 def test_a_graph_needs_cuda():
-    with pytest.raises(UsageError, match=r"--agent.execution captured makes a CUDA graph, and the device is cpu.*eager"):
+    with pytest.raises(
+        UsageError, match=r"--agent.execution captured makes a CUDA graph, and the device is cpu.*eager"
+    ):
         SAC(OBS, ACT, SACConfig(execution="captured"))
 
 

@@ -24,7 +24,7 @@ def mlp(sizes: Sequence[int], *, layer_norm: bool = False) -> nn.Sequential:
         layers.append(nn.Linear(inputs, outputs))
         if i < len(sizes) - 2:
             layers += [nn.LayerNorm(outputs)] if layer_norm else []
-            layers.append(nn.ReLU())
+            layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 
 
@@ -69,7 +69,7 @@ class EnsembleMLP(nn.Module):
             layers.append(EnsembleLinear(members, inputs, outputs))
             if i < len(sizes) - 2:
                 layers += [EnsembleLayerNorm(members, outputs)] if layer_norm else []
-                layers.append(nn.ReLU())
+                layers.append(nn.ReLU(inplace=True))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -174,8 +174,9 @@ class OffPolicyLoop:
             batch = self.buffer.sample(groups, c.batch_size, gamma=c.gamma, n_step=self.config.buffer.n_step)
             metrics = self.agent.update(batch)
             self._recent.append((self.updates, batch.index))
-            for name, value in metrics.items():
-                self._sums[name] = self._sums[name] + value * groups if name in self._sums else value * groups
+            for name in metrics.keys() - self._sums.keys():
+                self._sums[name] = torch.zeros_like(metrics[name])
+            torch._foreach_add_([self._sums[name] for name in metrics], list(metrics.values()), alpha=groups)
             self._summed += groups
             checked = self.updates // CHECK_EVERY
             self.updates += groups
