@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""One agent's update by itself: eager, compiled and captured, in turns, and where its time goes.
+
+    scripts/bench_update.py                                    # eager and compiled, on this machine's CPU
+    scripts/bench_update.py --device cuda --execution eager compiled captured
+    scripts/bench_update.py --execution eager --profile        # the operations it consists of
+
+Each way of running starts from the same weights and gets the same batches; after the first updates the weights must
+agree with those of the first way named, or the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from ctrlrl.algorithms.registry import find_algorithm
+from ctrlrl.nn.cpu import prepare_cpu
+from ctrlrl.nn.execution import EXECUTIONS
+from ctrlrl.replay.batch import Batch
+from ctrlrl.runs.checkpoint import pack
+
+OBS, ACT = gym.spaces.Box(-np.inf, np.inf, (17,)), gym.spaces.Box(-1, 1, (6,))
+"""HalfCheetah's."""
+AGREEMENT = 1e-3
+"""Largest difference of a weight after `COMPARED` updates; Adam turns last bits into steps of its step size."""
+COMPARED = 5
+
+
+def batch(size: int, seed: int, device: torch.device) -> Batch:
+    """A made-up batch [1, size, ...]."""
+    g = torch.Generator().manual_seed(seed)
+    made = Batch(
+        obs=torch.randn(1, size, 17, generator=g),
+        action=torch.rand(1, size, 6, generator=g) * 2 - 1,
+        reward=torch.randn(1, size, generator=g),
+        discount=torch.full((1, size), 0.99),
+        next_obs=torch.randn(1, size, 17, generator=g),
+        end=torch.zeros(1, size, dtype=torch.bool),
+        index=torch.zeros(1, size, dtype=torch.int64),
+        extras={},
+        next_extras={},
+    )
+    return made.map(lambda value: value.to(device))
+
+
+def main() -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--algo", default="sac")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--execution", nargs="+", choices=EXECUTIONS, default=["eager", "compiled"])
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--threads", type=int, help="of the CPU; by default PyTorch's choice")
+    parser.add_argument("--updates", type=int, default=200, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--profile", action="store_true", help="print the operations of the first way named")
+    options = parser.parse_args()
+    prepare_cpu(options.threads)
+    device = torch.device(options.device)
+    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    batches = [batch(options.batch_size, seed, device) for seed in range(10)]
+
+    make = find_algorithm(options.algo).load_agent_class()
+    agents, weights, ready = {}, {}, {}
+    for execution in options.execution:
+        begun = time.perf_counter()
+        agent = make(OBS, ACT, device=device)
+        config = replace(agent.config, execution=execution, batch_size=options.batch_size)
+        agents[execution] = agent = make(OBS, ACT, config, device=device)
+        for i in range(COMPARED):
+            agent.update(batches[i])
+        wait()
+        ready[execution] = time.perf_counter() - begun
+        weights[execution] = {name: value.clone() for name, value in pack(agent.state_dict())[0].items()}
+        for i in range(20):
+            agent.update(batches[i % 10])
+
+    rates: dict[str, list[float]] = {execution: [] for execution in agents}
+    for _ in range(options.rounds):
+        for execution, agent in agents.items():
+            wait()
+            begun = time.perf_counter()
+            for i in range(options.updates):
+                agent.update(batches[i % 10])
+            wait()
+            rates[execution].append(options.updates / (time.perf_counter() - begun))
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{options.algo}, batch {options.batch_size}, torch {torch.__version__}, {name}\n")
+    first = options.execution[0]
+    print(f"| execution | updates/s (range) | to {first} | ready after | largest difference of a weight to {first} |")
+    print("|---|---|---|---|---|")
+    agree = True
+    for execution, values in rates.items():
+        ratio = statistics.median(a / b for a, b in zip(values, rates[first], strict=True))
+        apart = max(float((weights[execution][k].double() - v.double()).abs().max()) for k, v in weights[first].items())
+        agree = agree and apart <= AGREEMENT
+        spread = f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
+        print(f"| {execution} | {spread} | {ratio:.2f} | {ready[execution]:.1f} s | {apart:.1e} |")
+    if not agree:
+        print(f"\nweights differ by more than {AGREEMENT} after {COMPARED} updates", file=sys.stderr)
+    if options.profile:
+        profile(lambda i: agents[first].update(batches[i % 10]), wait, device)
+    return 0 if agree else 1
+
+
+def profile(
+    update: Callable[[int], object], wait: Callable[[], None], device: torch.device, updates: int = 100
+) -> None:
+    """Print which operations the time of an update goes to, and on a GPU how much of it no kernel runs."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as recording
+
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    begun = time.perf_counter()
+    with recording(activities=activities) as recorded:
+        for i in range(updates):
+            update(i)
+        wait()
+    elapsed = (time.perf_counter() - begun) * 1e6 / updates
+    on_gpu = device.type == "cuda"
+    rows = [
+        (e.self_device_time_total if on_gpu else e.self_cpu_time_total, e.count, e.key)
+        for e in recorded.key_averages()
+        if not on_gpu or str(e.device_type) == "DeviceType.CUDA"
+    ]
+    busy = sum(time for time, _, _ in rows) / updates
+    print(f"\none update under the profiler: {elapsed:.0f} us, {'kernels' if on_gpu else 'operations'} {busy:.0f} us\n")
+    print("| | us per update | calls | share |")
+    print("|---|---|---|---|")
+    for us, count, key in sorted(rows, reverse=True)[:20]:
+        print(f"| {key[:60]} | {us / updates:.0f} | {count / updates:.1f} | {us / updates / busy:.0%} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
