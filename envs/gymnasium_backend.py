@@ -262,6 +262,8 @@ class GymnasiumVector(HostedVector):
     def _guarded(self, call: Callable[[], T]) -> T:
         try:
             return call()
+        except Refused as error:
+            raise usage_error(error) from error
         except EnvironmentRaised as error:
             self._fail(EnvironmentFailure(f"{self.name}: environment {error.row} raised:\n{error}"), error.__cause__)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import gymnasium as gym
 
-from ctrlrl.envs.worker import EXTRAS, build_env, family_of, newest_versions
+from ctrlrl.envs.worker import EXTRAS, PixelObservation, build_env, family_of, newest_versions
 from ctrlrl.errors import UsageError, nearest
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def make_env(
     device: torch.device | str = "cpu",
     render: bool = False,
     worker_timeout: float = 60.0,
+    pixels: int = 0,
+    grayscale: bool = False,
 ) -> VectorEnv:
     """`num_envs` environments behind the vector contract.
 
@@ -65,6 +67,9 @@ def make_env(
         device: where the tensors lie. A `VectorEnv` of ours keeps its own.
         render: give pictures of environment 0 through `render()`; for ids (others are made with a render mode).
         worker_timeout: seconds that a step may take in a worker process; a finite number above 0.
+        pixels: observe the environment's picture, scaled to so many pixels a side, in place of its state: uint8
+            (pixels, pixels, 3). 0: its own observation. Objects that are passed must have `render_mode="rgb_array"`.
+        grayscale: the picture without colour, (pixels, pixels).
 
     Closing what is returned closes the environments made here, from an id or by a function. An environment or
     `gymnasium.vector.VectorEnv` that was passed is left open, for the caller to close.
@@ -89,6 +94,10 @@ def make_env(
     if env_python is not None and backend == "gymnasium":
         raise UsageError("backend 'gymnasium' steps in this process and cannot use env_python; use 'workers'")
     workers = backend == "workers" or env_python is not None
+    if pixels < 0:
+        raise UsageError(f"pixels must be 0 (the environment's own observation) or more, got {pixels}")
+    if grayscale and not pixels:
+        raise UsageError("grayscale goes with pixels: pictures of how many pixels a side?")
     render_headless()
 
     if isinstance(env, str):
@@ -102,9 +111,14 @@ def make_env(
                 env_python=env_python,
                 device=device,
                 render=render,
+                pixels=pixels,
+                grayscale=grayscale,
                 timeout=worker_timeout,
             )
-        makers = [functools.partial(build_env, env, env_kwargs or {}, render and row == 0) for row in range(num_envs)]
+        makers = [
+            functools.partial(build_env, env, env_kwargs or {}, render and row == 0, pixels, grayscale)
+            for row in range(num_envs)
+        ]
         return GymnasiumVector(makers, name=env, device=device)
 
     if workers:
@@ -115,6 +129,11 @@ def make_env(
     if env_kwargs:
         raise UsageError(f"env_kwargs go with an id; make the {type(env).__name__} with these arguments instead")
     if isinstance(env, (VectorEnv, gym.vector.VectorEnv)):
+        if pixels:
+            raise UsageError(
+                f"pixels go with an id, an environment or a function that makes one; the {type(env).__name__} passed "
+                "has to give images by itself"
+            )
         if env.num_envs != num_envs:
             raise UsageError(f"the vector environment passed has {env.num_envs} environments, num_envs is {num_envs}")
         return env if isinstance(env, VectorEnv) else GymnasiumVectorAdapter(env, device=device)
@@ -123,20 +142,20 @@ def make_env(
             raise UsageError(
                 f"one environment was passed and num_envs is {num_envs}: pass a function that makes one, or an id"
             )
-        return GymnasiumVector([lambda: env], device=device, owned=False)
+        return GymnasiumVector([_checked(lambda: env, pixels, grayscale)], device=device, owned=False)
     if callable(env):
-        return GymnasiumVector([_checked(env)] * num_envs, device=device)
+        return GymnasiumVector([_checked(env, pixels, grayscale)] * num_envs, device=device)
     raise UsageError(
         f"env must be an id, a gymnasium.Env, a function that makes one, or a vector environment; got {env!r}"
     )
 
 
-def _checked(maker: Callable[[], gym.Env[Any, Any]]) -> Callable[[], gym.Env[Any, Any]]:
+def _checked(maker: Callable[[], gym.Env[Any, Any]], pixels: int, grayscale: bool) -> Callable[[], gym.Env[Any, Any]]:
     def make() -> gym.Env[Any, Any]:
         env = cast(Any, maker())
         if not isinstance(env, gym.Env):
             raise UsageError(f"the function passed as env must return a gymnasium.Env, it returned {env!r}")
-        return env
+        return PixelObservation(env, pixels, grayscale) if pixels else env
 
     return make
 

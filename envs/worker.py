@@ -62,7 +62,6 @@ EXTRAS = {
 """Gymnasium's families: the module that the environments need, and what pip installs for it."""
 
 _OPENGL_MODULES = re.compile(r"(OpenGL|glfw|mujoco\.(.*\.)?(gl_context|egl|glfw|osmesa))(\.|$)")
-_STATELESS = (gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker, gym.wrappers.TimeLimit)
 _pack_reward = struct.Struct("<d").pack
 _WATCH_SECONDS = 1.0
 _ALIGNMENT = 64
@@ -135,8 +134,15 @@ def _mujoco_warns_on_stderr(spec: Any) -> None:
     mujoco.set_mju_user_warning(warn)
 
 
-def build_env(env_id: str, kwargs: dict[str, Any], render: bool = False) -> gym.Env[Any, Any]:
-    """The environment `env_id` (`ID` or `module:ID`), made with `kwargs`; raises `Refused` with the remedy."""
+def build_env(
+    env_id: str, kwargs: dict[str, Any], render: bool = False, pixels: int = 0, grayscale: bool = False
+) -> gym.Env[Any, Any]:
+    """The environment `env_id` (`ID` or `module:ID`), made with `kwargs`; raises `Refused` with the remedy.
+
+    `render`: it can give pictures. `pixels`: it is observed through them, see `PixelObservation`.
+    """
+    if pixels:
+        return PixelObservation(build_env(env_id, kwargs, render=True), pixels, grayscale)
     module, _, name = env_id.rpartition(":")
     options = {"disable_env_checker": True, **({"render_mode": "rgb_array"} if render else {}), **kwargs}
     with _quiet_gymnasium():
@@ -184,6 +190,60 @@ def _follow_with_camera(env: Any) -> None:
         names = [env.model.camera(index).name for index in range(env.model.ncam)]
         if "track" in names:
             env.mujoco_renderer.camera_id = names.index("track")
+
+
+class PixelObservation(gym.Wrapper[Any, Any, Any, Any]):
+    """Observes an environment through its picture, scaled to `size` x `size`, in place of its own observation.
+
+    A pixel is the mean over the area that it covers, rounded, so it keeps where a thin or moving thing is more finely
+    than its own width. The sums are whole numbers that floating point holds exactly: the same picture gives the same
+    bits on every machine, whatever the order of summation. Observations are uint8 (size, size, 3), RGB, or with
+    `grayscale` (size, size): luma as in ITU-R BT.601.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], size: int, grayscale: bool) -> None:
+        super().__init__(env)
+        if env.render_mode != "rgb_array":
+            raise Refused(
+                f"{env} cannot be observed through pixels: its render mode is {env.render_mode!r}; make it with "
+                "render_mode='rgb_array'."
+            )
+        self._size, self._grayscale = size, grayscale
+        self._weights: dict[int, np.ndarray[Any, Any]] = {}
+        self.observation_space = gym.spaces.Box(0, 255, (size, size) if grayscale else (size, size, 3), np.uint8)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        _, info = self.env.reset(seed=seed, options=options)
+        return self._look(), info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        _, reward, terminated, truncated, info = self.env.step(action)
+        return self._look(), reward, terminated, truncated, info
+
+    def _look(self) -> np.ndarray[Any, Any]:
+        picture = draw(self.env.render)
+        if picture.ndim != 3 or picture.shape[2] != 3:
+            raise ValueError(f"the environment's picture has shape {picture.shape}, expected (height, width, 3)")
+        height, width, _ = picture.shape
+        # float32 holds the sums over a column (at most 255 height) exactly, float64 those over the whole area
+        rows = self._overlap(height) @ np.ascontiguousarray(picture, np.float32).reshape(height, -1)
+        area = self._overlap(width).astype(np.float64) @ rows.reshape(self._size, width, 3)
+        total = height * width
+        if self._grayscale:
+            area, total = area @ np.array([299.0, 587.0, 114.0]), 1000 * total
+        seen: np.ndarray[Any, Any] = np.rint(area / total).astype(np.uint8)
+        return seen
+
+    def _overlap(self, length: int) -> np.ndarray[Any, Any]:
+        """(size, length): how much of each of `length` pixels each of `size` ones covers, in units of 1 / size."""
+        if length not in self._weights:
+            ours, theirs = np.arange(self._size)[:, None] * length, np.arange(length) * self._size
+            overlap = np.minimum(ours + length, theirs + self._size) - np.maximum(ours, theirs)
+            self._weights[length] = np.maximum(overlap, 0).astype(np.float32)
+        return self._weights[length]
+
+
+_STATELESS = (gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker, gym.wrappers.TimeLimit, PixelObservation)
 
 
 def _import_for(env_id: str, module: str) -> None:
@@ -680,6 +740,8 @@ class Host:
         """What the environment that `at` names raises becomes `EnvironmentRaised`."""
         try:
             yield
+        except Refused:  # an environment that is observed through its picture, and lacks a package to draw it
+            raise
         except (Exception, SystemExit) as error:
             row = int(self._at[0])
             self.rows[row - self._span.start][1].broken = True
@@ -792,7 +854,8 @@ def _serve(channel: _Channel, memory_fd: int) -> None:
     try:
         for index in range(config["count"]):
             render = config["render"] and config["first"] + index == 0
-            slots.append(Slot(build_env(config["env"], config["kwargs"], render), config["env"]))
+            env = build_env(config["env"], config["kwargs"], render, config["pixels"], config["grayscale"])
+            slots.append(Slot(env, config["env"]))
         channel.send(describe(slots, config["env"]))
     except Refused as error:
         return channel.send({"refused": [str(error), error.word, error.known]})

@@ -71,6 +71,8 @@ class WorkerVector(HostedVector):
         num_workers: int | None = None,
         device: torch.device | str = "cpu",
         render: bool = False,
+        pixels: int = 0,
+        grayscale: bool = False,
         timeout: float = 60.0,
         start_timeout: float = 180.0,
     ) -> None:
@@ -79,6 +81,7 @@ class WorkerVector(HostedVector):
         Args:
             env_kwargs: JSON-able arguments of `gymnasium.make`.
             env_python: another interpreter, with numpy and Gymnasium, to run the environments; None: this one.
+            pixels, grayscale: as `make_env` takes them.
             num_workers: None: one per core that this process may use, and no more than environments.
             timeout: seconds that one step (of all environments of a worker) may take.
             start_timeout: seconds that making the environments, or a reset, may take.
@@ -99,6 +102,8 @@ class WorkerVector(HostedVector):
             "env": env_id,
             "kwargs": env_kwargs or {},
             "render": render,
+            "pixels": pixels,
+            "grayscale": grayscale,
             "sys_path": sys.path if env_python is None else None,
         }
         try:
