@@ -5,11 +5,14 @@ that follows from it: action, reward, terminated, truncated, valid. The next obs
 observation in the slot after it, so each observation (or camera frame) is stored once; only where an episode ended does
 the true final observation need a place of its own, the ring `_finals`, since the next slot already holds the new
 episode's first observation. Discount and end are made when sampling, from the agent's gamma.
+
+Of stacked images only the newest frame of each slot is kept, and how far back its episode reaches; the stack is rebuilt
+when sampling, from the slots before. The ring is longer by as many slots as the oldest row's stack reaches back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import gymnasium as gym
@@ -17,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ctrlrl.envs.spaces import is_image
 from ctrlrl.envs.vector import Step
 from ctrlrl.replay.batch import Batch
 from ctrlrl.tree import Obs
@@ -40,6 +44,8 @@ class ReplayBuffer:
         seed: of the sampling generator.
         extras: per-transition tensors the policy attaches, as `name: example (N, ...)`.
         next_extras: whether their values at the next observation are stored too.
+        frame_stack: K: images of the observation space are (K, ...), as `FrameStack` makes them, and each frame is
+            stored once. 1: they are stored as they come.
     """
 
     def __init__(
@@ -53,13 +59,16 @@ class ReplayBuffer:
         seed: int = 0,
         extras: Mapping[str, Tensor] | None = None,
         next_extras: bool = False,
+        frame_stack: int = 1,
     ) -> None:
         if capacity < num_envs:
             raise ValueError(f"buffer.capacity must be at least num_envs = {num_envs}, got {capacity}")
         self.device = torch.device(device)
         self.num_envs = n = num_envs
         self.rows = -(-capacity // n)
-        self.slots = r = self.rows + 1  # one more than rows: the newest holds the observation not yet acted on
+        # One more than rows, since the newest holds the observation not yet acted on, and the frames before the oldest.
+        self.slots = r = self.rows + frame_stack
+        self.frame_stack = frame_stack
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.total_rows = 0
         """Rows ever added; slot of row i is i % slots."""
@@ -69,7 +78,15 @@ class ReplayBuffer:
 
         spaces = observation_space.spaces if isinstance(observation_space, gym.spaces.Dict) else {"": observation_space}
         self._bare = not isinstance(observation_space, gym.spaces.Dict)
-        self._obs = {k: zeros(r, n, *(s.shape or ()), dtype=_storage_dtype(s)) for k, s in spaces.items()}
+        self._stacked = [k for k, s in spaces.items() if frame_stack > 1 and is_image(s)]
+        for name in self._stacked:
+            shape = spaces[name].shape or ()
+            if shape[0] != frame_stack:
+                raise ValueError(f"observation {name!r} is {shape}; expected stacks of {frame_stack} frames")
+        shapes = {k: (s.shape or ())[k in self._stacked :] for k, s in spaces.items()}  # of one frame of a stack
+        self._obs = {k: zeros(r, n, *shapes[k], dtype=_storage_dtype(s)) for k, s in spaces.items()}
+        # How many of the K - 1 frames before a slot belong to its stack; the others are its episode's first, repeated.
+        self._reach = zeros(r, n, dtype=torch.uint8)
         self._columns: dict[str, Tensor] = {
             "action": zeros(r, n, *(action_space.shape or ()), dtype=_storage_dtype(action_space)),
             "reward": zeros(r, n),
@@ -101,24 +118,27 @@ class ReplayBuffer:
     def begin(self, obs: Obs) -> None:
         """Set the observations (N, ...) from which the next actions are taken.
 
-        If transitions were stored before, the episodes that they belong to were left without an end: a filler row keeps
-        their last observation, so their last transitions keep their true next observation, and traces stop there.
+        If transitions were stored before, the episodes that they belong to were left without an end: a filler row (one
+        for each frame of a stack) keeps their last observation, so their last transitions keep their true next
+        observation, and traces stop there.
         """
         if not self.total_rows:
             self._write_obs(self._slot(0), obs)
             return
-        slot = self._slot(0)
         no = torch.zeros(self.num_envs, dtype=torch.bool)
-        nothing = {name: torch.zeros_like(value[slot]) for name, value in self._columns.items()}
-        kept = self._wrap({key: value[slot].clone() for key, value in self._obs.items()})
-        filler = Step(obs, nothing["action"], torch.zeros(self.num_envs), no, no, kept, no)
-        self.add(filler, _part(nothing, "extras/"), _part(nothing, "next_extras/"))
+        nothing = {name: torch.zeros_like(value[0]) for name, value in self._columns.items()}
+        for age in reversed(range(self.frame_stack)):  # frame by frame: `obs` may be of an episode that goes on
+            images = {key: value[:, -1 - age, None] for key, value in self._entries(obs) if key in self._stacked}
+            frame = self._wrap(dict(self._entries(obs)) | images)
+            filler = Step(frame, nothing["action"], torch.zeros(self.num_envs), no, no, frame, no)
+            self.add(filler, _part(nothing, "extras/"), _part(nothing, "next_extras/"))
+        self._reach[self._slot(0)] = self.frame_stack - 1
 
     def add(self, step: Step, extras: Extras | None = None, next_extras: Extras | None = None) -> None:
         """Store one transition of each environment: from the latest observation, by `step.action`, to `step`."""
         slot, following = self._slot(0), self._slot(1)
         if self.total_rows >= self.rows:
-            self._evict(following)
+            self._evict(self._slot(-self.rows))
         column = self._columns
         column["action"][slot] = step.action
         column["reward"][slot] = step.reward
@@ -129,10 +149,13 @@ class ReplayBuffer:
             for name, value in _part(column, prefix).items():
                 value[slot] = (values or {})[name]
         self._write_obs(following, step.obs)
+        ended = (step.terminated | step.truncated) & step.valid
+        if self._stacked:
+            further = (self._reach[slot] + 1).clamp(max=self.frame_stack - 1)
+            self._reach[following] = torch.where((ended | ~step.valid).to(self.device), 0, further)
         self.total_rows += 1
 
-        ended = (step.terminated | step.truncated) & step.valid
-        finals = {key: value[ended] for key, value in self._unwrap(step.final_obs).items()} if ended.any() else {}
+        finals = {key: value[ended] for key, value in self._frames(step.final_obs)} if ended.any() else {}
         self._index(torch.tensor([slot], device=self.device), ended[None], finals)
 
     def sample(self, groups: int, batch_size: int, *, gamma: float, n_step: int = 1) -> Batch:
@@ -163,14 +186,20 @@ class ReplayBuffer:
         terminated = column["terminated"][last, env]
         ended = terminated | column["truncated"][last, env]
         after, final = (last + 1) % self.slots, column["final"][last, env] % self._finals_capacity
-        next_obs = {}
+        obs, next_obs = {}, {}
         for key, value in self._obs.items():
             mask = ended.view(*shape, *[1] * (value.dim() - 2))
-            next_obs[key] = torch.where(mask, self._finals[key][final], value[after, env])
+            following = torch.where(mask, self._finals[key][final], value[after, env])
+            if key in self._stacked:
+                obs[key] = self._stack(value, slot, env)
+                past = obs[key] if n_step == 1 else self._stack(value, last, env)
+                next_obs[key] = torch.cat([past[:, :, 1:], following[:, :, None]], 2)
+            else:
+                obs[key], next_obs[key] = value[slot, env], following
 
         age = (self._slot(-1) - slot) % self.slots  # rows since; 0 for the newest
         return Batch(
-            obs=self._wrap({key: value[slot, env] for key, value in self._obs.items()}),
+            obs=self._wrap(obs),
             action=column["action"][slot, env],
             reward=reward,
             discount=torch.pow(gamma, length) * ~terminated,
@@ -186,14 +215,18 @@ class ReplayBuffer:
     def export_rows(self, start: int, stop: int) -> dict[str, Tensor]:
         """Rows [start, stop) as plain tensors on the CPU; they must still be in the ring.
 
-        Columns are (rows, N, ...); `obs/...` has one more row, the observations after the last one; `finals/...` has
-        the final observations of the episodes that ended, in the order of their rows.
+        Columns are (rows, N, ...); `obs/...` and `reach` have one more row, the observations after the last one;
+        `finals/...` has the final observations of the episodes that ended, in the order of their rows; `before/...` has
+        the frames that the stacks of the first rows need besides.
         """
         if not self.oldest_row <= start <= stop <= self.total_rows:
             raise ValueError(f"rows {start}..{stop} asked for; the ring holds {self.oldest_row}..{self.total_rows}")
         slots = torch.arange(start, stop + 1, device=self.device) % self.slots
         rows = {name: value[slots[:-1]] for name, value in self._columns.items() if name != "final"}
         rows |= {f"obs/{key}": value[slots] for key, value in self._obs.items()}
+        if self._stacked:
+            rows |= {"reach": self._reach[slots]}
+            rows |= {f"before/{key}": self._obs[key][self._slots_before(start)] for key in self._stacked}
         which = self._columns["final"][slots[:-1]][_ended(rows)] % self._finals_capacity
         rows |= {f"finals/{key}": value[which] for key, value in self._finals.items()}
         return {name: value.cpu() for name, value in rows.items()}
@@ -211,13 +244,19 @@ class ReplayBuffer:
         start = start + skip
         if start not in (oldest, self.total_rows):
             raise ValueError(f"stored rows continue at {start}, but row {max(oldest, self.total_rows)} was expected")
-        kept = {name: value[skip:].to(self.device) for name, value in rows.items() if not name.startswith("finals/")}
+        for key in self._stacked:
+            frames = torch.cat([rows[f"before/{key}"], rows[f"obs/{key}"]])[skip : skip + self.frame_stack - 1]
+            self._obs[key][self._slots_before(start)] = frames.to(self.device)
+        apart = ("finals/", "before/")
+        kept = {name: value[skip:].to(self.device) for name, value in rows.items() if not name.startswith(apart)}
         slots = torch.arange(start, start + len(kept["reward"]) + 1, device=self.device) % self.slots
         for name, value in self._columns.items():
             if name != "final":
                 value[slots[:-1]] = kept[name]
         for key, value in self._obs.items():
             value[slots] = kept[f"obs/{key}"]
+        if self._stacked:
+            self._reach[slots] = kept["reach"]
         self.total_rows = start + len(kept["reward"])
         skipped_finals = int(_ended({name: value[:skip] for name, value in rows.items()}).sum())
         finals = {key: rows[f"finals/{key}"][skipped_finals:].to(self.device) for key in self._obs}
@@ -229,6 +268,10 @@ class ReplayBuffer:
         """Slot of the row `offset` rows after the one to be written next."""
         return (self.total_rows + offset) % self.slots
 
+    def _slots_before(self, row: int) -> Tensor:
+        """Slots of the K - 1 rows before `row`."""
+        return torch.arange(row - self.frame_stack + 1, row, device=self.device) % self.slots
+
     @property
     def _finals_capacity(self) -> int:
         return len(next(iter(self._finals.values())))
@@ -236,12 +279,22 @@ class ReplayBuffer:
     def _wrap(self, parts: dict[str, Tensor]) -> Obs:
         return parts[""] if self._bare else parts
 
-    def _unwrap(self, obs: Obs) -> dict[str, Tensor]:
-        return obs if isinstance(obs, dict) else {"": obs}
+    def _entries(self, obs: Obs) -> Iterable[tuple[str, Tensor]]:
+        return obs.items() if isinstance(obs, dict) else [("", obs)]
+
+    def _frames(self, obs: Obs) -> Iterable[tuple[str, Tensor]]:
+        """The entries of `obs`, of stacks the newest frame."""
+        return ((key, value[:, -1] if key in self._stacked else value) for key, value in self._entries(obs))
 
     def _write_obs(self, slot: int, obs: Obs) -> None:
-        for key, value in self._unwrap(obs).items():
+        for key, value in self._frames(obs):
             self._obs[key][slot] = value
+
+    def _stack(self, frames: Tensor, slot: Tensor, env: Tensor) -> Tensor:
+        """The stacks (G, B, K, ...) of the observations in `slot` of `env` (G, B), the oldest frame first."""
+        back = torch.arange(self.frame_stack - 1, -1, -1, device=self.device)
+        back = torch.minimum(back, self._reach[slot, env][..., None])
+        return frames[(slot[..., None] - back) % self.slots, env[..., None]]
 
     def _is_end(self, slot: Tensor, env: Tensor) -> Tensor:
         """Whether a trace stops after these rows. The slot after the newest row is never valid."""
