@@ -9,6 +9,9 @@ Deviations from the paper, each also in the authors' code or in Stable-Baselines
 - no state-value network: targets use the minimum over K target critics (second version of the paper);
 - the temperature's loss is linear in log alpha instead of alpha: same fixed point, other steps;
 - the temperature is stepped first, but this update's losses use its value from before, as does the log-probability.
+
+Images are shifted at random and seen through convolutions that policy and critics share (DrQ, arXiv:2004.13649). Only
+the critics' loss trains them, and, as in DrQ-v2 (arXiv:2107.09645), the policy's loss uses what they saw before that.
 """
 
 from __future__ import annotations
@@ -24,9 +27,8 @@ from torch import Tensor, nn
 from ctrlrl.algorithms.sac_config import SACConfig
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.encoder import (
-    CustomEncoder,
+    Encoder,
     EncoderFactory,
-    FlatEncoder,
     ObservationNormalizer,
     critic_groups,
     group_space,
@@ -38,13 +40,13 @@ from ctrlrl.nn.mlp import Ensemble, EnsembleMLP, NetworkFactory, mlp
 from ctrlrl.nn.optim import Adam, polyak
 from ctrlrl.nn.policy import SquashedGaussianPolicy, require_bounded_box
 from ctrlrl.replay.batch import Batch
-from ctrlrl.tree import Obs
+from ctrlrl.tree import Obs, map_obs
 
 
 class Critics(nn.Module):
     """K action-value functions, stacked; (B, ...) observations and (B, A) actions in [-1, 1] to (K, B)."""
 
-    def __init__(self, encoder: FlatEncoder | CustomEncoder, ensemble: EnsembleMLP | Ensemble) -> None:
+    def __init__(self, encoder: Encoder, ensemble: EnsembleMLP | Ensemble) -> None:
         super().__init__()
         self.encoder, self.ensemble = encoder, ensemble
 
@@ -64,7 +66,7 @@ class SAC:
         device: where weights and batches lie.
         network: `factory(in_features, out_features)`, instead of the multilayer perceptrons of `config.hidden`; used
             for the policy and, K times, for the critics.
-        encoder: `factory(space)` for observations that are not vectors; policy and critics get one each.
+        encoder: `factory(space)`, instead of the built-in one for vectors and images; policy and critics get one each.
 
     Raises:
         UsageError: if the spaces do not suit SAC.
@@ -98,7 +100,7 @@ class SAC:
             self.policy = SquashedGaussianPolicy(
                 features, trunk, box, (c.log_std_bounds[0], c.log_std_bounds[1]), self.normalizer
             )
-            features = make_encoder(critic_space, encoder, self.normalizer)
+            features = make_encoder(critic_space, encoder, self.normalizer, shared=features)
             inputs = features.out_features + dim
             ensemble = (
                 EnsembleMLP(c.num_critics, (inputs, *c.hidden, 1), layer_norm=c.layer_norm)
@@ -111,8 +113,9 @@ class SAC:
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = torch.tensor(math.log(c.initial_alpha), device=self.device, requires_grad=True)
 
-        self._actor = list(self.policy.parameters())
         self._critic = list(self.critics.parameters())
+        shared = set(self._critic)  # the convolutions, which the critics' loss trains
+        self._actor = [parameter for parameter in self.policy.parameters() if parameter not in shared]
         self._target = list(self.target_critics.parameters())
         self.actor_optimizer = Adam(self._actor, c.actor_lr)
         self.critic_optimizer = Adam(self._critic, c.critic_lr)
@@ -128,33 +131,39 @@ class SAC:
         """One gradient step for each of the G groups of `batch` [G, B, ...]; returns the metrics' means (0-d)."""
         shape = (len(batch), 2, *batch.action.shape[1:2], self.policy.scaling.low.numel())
         noise = torch.randn(shape, generator=self.generator, device=self.device)  # (G, 2, B, A)
-        metrics = [self._step(batch[g], noise[g]) for g in range(len(batch))]
+        pad, shift = self.config.random_shift, None
+        if pad and self.critics.encoder.sees:
+            draw = (*shape[:3], 2)  # (G, 2, B, 2): of obs and next_obs, down and to the right
+            shift = torch.randint(0, 2 * pad + 1, draw, generator=self.generator, device=self.device)
+        metrics = [self._step(batch[g], noise[g], None if shift is None else shift[g]) for g in range(len(batch))]
         if len(metrics) == 1:
             return metrics[0]
         return {name: torch.stack([m[name] for m in metrics]).mean() for name in metrics[0]}
 
-    def step(self, batch: Batch, noise: Tensor) -> dict[str, Tensor]:
-        """One gradient step on `batch` [B, ...], a pure function of weights, batch and `noise` (2, B, A)."""
+    def step(self, batch: Batch, noise: Tensor, shift: Tensor | None = None) -> dict[str, Tensor]:
+        """One gradient step on `batch` [B, ...], a pure function of weights, batch, `noise` (2, B, A) and, for images,
+        `shift` (2, B, 2)."""
         c = self.config
         alpha = self.log_alpha.detach().exp()
+        critic_obs, obs, next_obs, target_obs = self._see(batch, shift)
 
         # Temperature: J(alpha) = E[-alpha log pi(a|s) - alpha H], eq. 18, with log alpha for alpha; dJ by hand.
-        action, log_prob, _ = self.policy.distribution(batch.obs).rsample(noise[0])  # (B, A), (B, 1)
+        action, log_prob, _ = self.policy.distribution(obs).rsample(noise[0])  # (B, A), (B, 1)
         log_prob = log_prob.sum(-1)  # (B,)
         if c.alpha_lr > 0:
             self.alpha_optimizer.step([-(log_prob.detach().mean() + self.target_entropy)])
 
         # Critics: J_Q = E[1/2 (Q(s,a) - r - gamma V(s'))^2], eqs. 3, 5 and 6, summed over the ensemble.
         with torch.no_grad():
-            next_action, next_log_prob, _ = self.policy.distribution(batch.next_obs).rsample(noise[1])
-            next_q = self.target_critics(batch.next_obs, next_action).amin(0)
+            next_action, next_log_prob, _ = self.policy.distribution(next_obs).rsample(noise[1])
+            next_q = self.target_critics(target_obs, next_action).amin(0)
             target = batch.reward + batch.discount * (next_q - alpha * next_log_prob.sum(-1))  # (B,)
-        q = self.critics(batch.obs, self.policy.scaling.to_unit(batch.action))  # (K, B)
+        q = self.critics(critic_obs, self.policy.scaling.to_unit(batch.action))  # (K, B)
         critic_loss = 0.5 * (q - target.expand_as(q)).square().mean(-1).sum()
         self.critic_optimizer.descend(critic_loss)
 
         # Policy: J_pi = E[alpha log pi(f(eps; s)|s) - Q(s, f(eps; s))], eq. 9.
-        actor_loss = (alpha * log_prob - self.critics(batch.obs, action).amin(0)).mean()
+        actor_loss = (alpha * log_prob - self.critics(obs, action).amin(0)).mean()
         self.actor_optimizer.descend(actor_loss)
 
         polyak(self._target, self._critic, c.tau)
@@ -166,6 +175,17 @@ class SAC:
             "q_mean": q.detach().mean(),
             "target_mean": target.mean(),
         }
+
+    def _see(self, batch: Batch, shift: Tensor | None) -> tuple[Obs, Obs, Obs, Obs]:
+        """The observations with images seen: for the critics' loss, without its gradient, the next ones for the policy,
+        and for the target critics, which see through convolutions of their own."""
+        obs, next_obs, encoder = batch.obs, batch.next_obs, self.critics.encoder
+        if shift is not None:
+            pad = self.config.random_shift
+            obs, next_obs = encoder.shifted(obs, shift[0], pad), encoder.shifted(next_obs, shift[1], pad)
+        seen = encoder.see(obs)
+        with torch.no_grad():
+            return seen, map_obs(Tensor.detach, seen), encoder.see(next_obs), self.target_critics.encoder.see(next_obs)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights (the policy's hold the normalizer), optimizers, temperature and the generator."""

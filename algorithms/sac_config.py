@@ -40,7 +40,9 @@ class SACConfig(Config):
     log_std_bounds: tuple[float, ...] = (-20.0, 2.0)
     """Clamp of the policy's log standard deviation (the authors' code)."""
     normalize_obs: bool = False
-    """Standardize observations by running statistics (not in the paper)."""
+    """Standardize observations by running statistics (not in the paper); images are scaled by 255 in any case."""
+    random_shift: int = 4
+    """Images: shift each sampled one by up to so many pixels, at random (DrQ, arXiv:2004.13649); 0 turns it off."""
     execution: Literal["eager", "compiled", "captured"] = "eager"
     """How an update runs: as written, by torch.compile, or as a CUDA graph. The same results within rounding."""
     policy_obs: tuple[str, ...] | None = None
@@ -58,6 +60,7 @@ class SACConfig(Config):
         self.require("alpha_lr", 0 <= self.alpha_lr < 1, "in [0, 1)")
         self.require("initial_alpha", self.initial_alpha > 0, "above 0")
         self.require("hidden", all(1 <= width <= 100_000 for width in self.hidden), "widths between 1 and 100,000")
+        self.require("random_shift", 0 <= self.random_shift <= 1024, "between 0 (off) and 1,024")
         self.require("num_critics", 1 <= self.num_critics <= 100, "between 1 and 100")
         low_high = len(self.log_std_bounds) == 2 and self.log_std_bounds[0] < self.log_std_bounds[1]
         self.require("log_std_bounds", low_high, "two numbers, the lower one first")

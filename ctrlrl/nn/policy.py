@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.distributions import TanhNormal
-from ctrlrl.nn.encoder import CustomEncoder, FlatEncoder, ObservationNormalizer
+from ctrlrl.nn.encoder import Encoder, ObservationNormalizer
 from ctrlrl.tree import Obs
 
 PolicyState = dict[str, Tensor]
@@ -99,7 +99,7 @@ class SquashedGaussianPolicy(Policy):
 
     def __init__(
         self,
-        encoder: FlatEncoder | CustomEncoder,
+        encoder: Encoder,
         trunk: nn.Module,
         space: gym.spaces.Box,
         log_std_bounds: tuple[float, float],
