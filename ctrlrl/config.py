@@ -119,6 +119,12 @@ class TrainConfig(Config):
     """Where environments run: gymnasium in this process, workers in processes of their own; auto picks."""
     env_kwargs: JsonObject = field(default_factory=dict)
     """Arguments of the environment, as JSON: '{"forward_reward_weight": 2.0}'."""
+    pixels: int = 0
+    """Observe the environment's picture, scaled to so many pixels a side, instead of its state; 0 is the state."""
+    grayscale: bool = False
+    """With pixels: pictures without colour, a third of the memory."""
+    frame_stack: int = 1
+    """Successive images that are observed together, so that motion can be seen; the replay stores each once."""
     env_python: str | None = None
     """Python interpreter for the workers, for environments whose packages conflict with ours."""
     worker_timeout: float = 60.0
@@ -147,6 +153,9 @@ class TrainConfig(Config):
         self.require("steps", self.steps >= 1, "at least 1")
         self.require("seed", 0 <= self.seed < 2**32, "between 0 and 4294967295")
         self.require("num_envs", 1 <= self.num_envs <= 1_000_000, "between 1 and 1,000,000")
+        self.require("pixels", self.pixels == 0 or 8 <= self.pixels <= 1024, "0 (off), or between 8 and 1,024")
+        self.require("grayscale", bool(self.pixels) or not self.grayscale, "false unless pixels are observed")
+        self.require("frame_stack", 1 <= self.frame_stack <= 64, "between 1 and 64")
         self.require("worker_timeout", self.worker_timeout > 0, "above 0")
         self.require("threads", self.threads is None or 1 <= self.threads <= 1024, "between 1 and 1,024")
         self.require("log_every", self.log_every >= 1, "at least 1")

@@ -36,8 +36,10 @@ def contents(run: Path) -> dict[str, Any]:
     rows: dict[str, torch.Tensor] = {}
     for segment in segments:
         for name, value in load_file(folder.replay / segment["file"]).items():
+            if name.startswith("before/"):  # frames of the segment before
+                continue
             # `obs/` has one more row than the segment: the first one of the next
-            value = value[:-1] if name.startswith("obs/") and segment is not segments[-1] else value
+            value = value[:-1] if name.startswith(("obs/", "reach")) and segment is not segments[-1] else value
             rows[name] = torch.cat([rows[name], value]) if name in rows else value
     records = []
     for line in folder.metrics.read_text().splitlines():

@@ -136,6 +136,22 @@ class ImageEnv(WalkEnv):
         return {"image": image, "body": {"position": self.position.copy()}}
 
 
+class MovingEnv(WalkEnv):
+    """A random walk that is drawn as a white square, where pictures are asked for."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}  # noqa: RUF012
+
+    def __init__(self, render_mode: str | None = None) -> None:
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self) -> Any:
+        picture = np.zeros((40, 30, 3), np.uint8)
+        row, column = (np.clip(self.position / 5 + 1, 0, 2) * (15, 10)).astype(int)
+        picture[row : row + 9, column : column + 9] = 255
+        return picture
+
+
 class CurriculumEnv(CountingEnv):
     """A counting environment whose reward, but not what is observed, grows with the episodes that were finished."""
 
@@ -247,6 +263,7 @@ _ENVS = {
     "MultiDiscrete": MultiDiscreteEnv,
     "Image": ImageEnv,
     "Drawn": DrawnEnv,
+    "Moving": MovingEnv,
     "Crashing": CrashingEnv,
     "Exiting": ExitingEnv,
     "Segfaulting": SegfaultingEnv,

@@ -321,7 +321,7 @@ def test_custom_network_and_encoder():
             return self.net(obs.float() / 255)
 
     space = gym.spaces.Box(0, 255, (3, 12, 12), np.uint8)
-    with pytest.raises(UsageError, match="is an image"):
+    with pytest.raises(UsageError, match="an image of 12 x 12 pixels"):
         SAC(space, ACT)
     agent = SAC(
         space,

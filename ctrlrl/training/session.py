@@ -17,6 +17,7 @@ import torch
 from ctrlrl.algorithms.agent import OffPolicyAgent
 from ctrlrl.algorithms.registry import find_algorithm, train_config_class
 from ctrlrl.config import OffPolicyConfig, changed_fields
+from ctrlrl.envs.spaces import is_image
 from ctrlrl.envs.vector import EnvState, VectorEnv, derive_seeds
 from ctrlrl.errors import CtrlrlError, Interrupted, UsageError
 from ctrlrl.nn.cpu import prepare_cpu
@@ -77,7 +78,7 @@ def train(
         env: an ID; or an environment object, a vector environment, or a function that makes one environment.
         eval_env: what to evaluate on, where `env` is an object that cannot be made a second time.
         network: `factory(in_features, out_features)`, in place of the multilayer perceptrons.
-        encoder: `factory(observation_space)`, from observations (B, ...) to features (B, F): images, say.
+        encoder: `factory(observation_space)`, from observations (B, ...) to features (B, F), as a network of yours.
         callbacks: called between steps.
         writers: take every record, beside `metrics.jsonl` and TensorBoard.
         config: the whole configuration, instead of `fields`.
@@ -253,12 +254,13 @@ class _Session:
         return self._transition_bytes() * min(self.config.steps, self.config.buffer.capacity) + 64 * 2**20
 
     def _transition_bytes(self) -> int:
-        """Bytes of one transition in the replay: observation, action, and reward, flags and indices."""
+        """Bytes of one transition in the replay: observation (one frame of a stack), action, reward, flags, indices."""
         out = 24
         for space in (self.env.observation_space, self.env.action_space):
             for entry in space.spaces.values() if isinstance(space, gym.spaces.Dict) else [space]:
-                kind = np.dtype(entry.dtype)
-                out += int(np.prod(entry.shape or ())) * (4 if kind.kind == "f" else kind.itemsize)
+                kind, count = np.dtype(entry.dtype), int(np.prod(entry.shape or ()))
+                frames = self.config.frame_stack if is_image(entry) else 1
+                out += count // frames * (4 if kind.kind == "f" else kind.itemsize)
         return out
 
     def begin(self, callbacks: Sequence[Callback]) -> None:
@@ -376,6 +378,7 @@ class _Session:
             seed=config.seed,
             extras=extras,
             next_extras=policy.extras_at_next,
+            frame_stack=config.frame_stack,
         )
 
     def _video(self, folder: RunFolder, loop: OffPolicyLoop) -> None:

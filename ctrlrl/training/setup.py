@@ -11,6 +11,7 @@ import torch
 
 from ctrlrl.algorithms.registry import ALGORITHMS, train_config_class
 from ctrlrl.config import OffPolicyConfig
+from ctrlrl.envs.frame_stack import FrameStack
 from ctrlrl.envs.make import make_env
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
@@ -25,7 +26,7 @@ MAX_EVAL_ENVS = 16
 
 def make(env: EnvLike, config: OffPolicyConfig, num_envs: int, device: str, *, render: bool = False) -> VectorEnv:
     """`num_envs` environments as `config` wants them; to render, in this process where that is possible."""
-    return make_env(
+    made = make_env(
         env,
         num_envs=num_envs,
         backend="gymnasium" if render and not config.env_python else config.backend,
@@ -34,7 +35,17 @@ def make(env: EnvLike, config: OffPolicyConfig, num_envs: int, device: str, *, r
         device=device,
         render=render,
         worker_timeout=config.worker_timeout,
+        pixels=config.pixels,
+        grayscale=config.grayscale,
     )
+    if config.frame_stack == 1:
+        return made
+    try:
+        return FrameStack(made, config.frame_stack, owned=made is not env)
+    except UsageError:
+        if made is not env:
+            made.close()
+        raise
 
 
 def pick_device(name: str) -> torch.device:
