@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import gymnasium as gym
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,3 +27,8 @@ def obs_items(obs: Obs) -> list[tuple[str, Tensor]]:
 def obs_to(obs: Obs, device: torch.device) -> Obs:
     """`obs` on `device` (the same object where it already lies there)."""
     return map_obs(lambda value: value.to(device), obs)
+
+
+def is_image(space: gym.Space[Any]) -> bool:
+    """Whether `space` is one of images: a uint8 Box of two or more dimensions."""
+    return space.dtype == np.uint8 and len(space.shape or ()) >= 2

@@ -10,10 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctrlrl.envs.spaces import is_image
 from ctrlrl.envs.vector import EnvState, Step, VectorEnv
 from ctrlrl.errors import UsageError
-from ctrlrl.tree import Obs, obs_items
+from ctrlrl.tree import Obs, is_image, obs_items
 
 _SAVED = "frame_stack/"
 

@@ -1,4 +1,4 @@
-"""Gymnasium spaces: from the JSON-able descriptions that `worker.py` makes of them, and which are of images."""
+"""Gymnasium spaces from the JSON-able descriptions that `worker.py` makes of them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,3 @@ def build_space(description: dict[str, Any]) -> gym.Space[Any]:
             return gym.spaces.Dict({name: build_space(entry) for name, entry in description["entries"].items()})
         case kind:
             raise ValueError(f"unknown kind of space {kind!r}")
-
-
-def is_image(space: gym.Space[Any]) -> bool:
-    """Whether `space` is one of images: a uint8 Box of two or more dimensions."""
-    return space.dtype == np.uint8 and len(space.shape or ()) >= 2

@@ -173,7 +173,7 @@ def test_update_draws_shifts_for_each_image_and_step_is_pure():
     agent, other = (SAC(MIXED, ACT, SMALLER, seed=4) for _ in range(2))
     drawn = []
     step = agent.step
-    agent.step = lambda batch, noise, shift: drawn.append((noise, shift)) or step(batch, noise, shift)
+    agent._step = lambda batch, noise, shift: drawn.append((noise, shift)) or step(batch, noise, shift)
     batch = make_batch(MIXED, groups=3)
     agent.update(batch)
     shifts = torch.stack([shift for _, shift in drawn])

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ctrlrl.envs.spaces import is_image
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.normalizer import RunningNormalizer
 from ctrlrl.nn.vision import FEATURES, Convolution, projection, random_shift
-from ctrlrl.tree import Obs, obs_items
+from ctrlrl.tree import Obs, is_image, obs_items
 
 EncoderFactory = Callable[[gym.Space[Any]], nn.Module]
 """`factory(space)` gives a module that maps an observation of `space`, batched (B, ...), to features (B, F)."""

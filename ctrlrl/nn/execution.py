@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ctrlrl.errors import UsageError
-from ctrlrl.replay.batch import Batch
 
 StepFunction: TypeAlias = Callable[..., dict[str, Tensor]]
 """`step(batch, *draws) -> metrics`: changes weights in place, and depends on nothing but them and its arguments."""
 
 EXECUTIONS = ("eager", "compiled", "captured")
+
+
+class Mappable(Protocol):
+    """A batch: tensors that can be made into others one by one."""
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Any: ...
+
+
 _EAGER_CALLS = 3
 """Steps run before a graph is captured, as CUDA asks for: libraries set themselves up in them."""
 
@@ -70,7 +77,7 @@ class Captured:
         self._metrics: dict[str, Tensor] = {}
         self._replay: Callable[[], None] | None = None
 
-    def __call__(self, *arguments: Batch | Tensor | None) -> dict[str, Tensor]:
+    def __call__(self, *arguments: Mappable | Tensor | None) -> dict[str, Tensor]:
         self._calls += 1
         if self._calls <= _EAGER_CALLS:
             return self._step(*arguments)
@@ -97,13 +104,13 @@ def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], Non
     return graph.replay
 
 
-def _map(fn: Callable[[Tensor], Tensor], argument: Batch | Tensor | None) -> Batch | Tensor | None:
-    if isinstance(argument, Batch):
-        return argument.map(fn)
-    return None if argument is None else fn(argument)
+def _map(fn: Callable[[Tensor], Tensor], argument: Mappable | Tensor | None) -> Any:
+    if argument is None or isinstance(argument, Tensor):
+        return None if argument is None else fn(argument)
+    return argument.map(fn)
 
 
-def _tensors(argument: Batch | Tensor | None) -> list[Tensor]:
+def _tensors(argument: Mappable | Tensor | None) -> list[Tensor]:
     out: list[Tensor] = []
 
     def keep(value: Tensor) -> Tensor:

@@ -20,10 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctrlrl.envs.spaces import is_image
 from ctrlrl.envs.vector import Step
 from ctrlrl.replay.batch import Batch
-from ctrlrl.tree import Obs
+from ctrlrl.tree import Obs, is_image
 
 Extras = dict[str, Tensor]
 
@@ -155,7 +154,13 @@ class ReplayBuffer:
             self._reach[following] = torch.where((ended | ~step.valid).to(self.device), 0, further)
         self.total_rows += 1
 
-        finals = {key: value[ended] for key, value in self._frames(step.final_obs)} if ended.any() else {}
+        begin, n = self._order_head % len(self._order), self.num_envs
+        if begin + n <= len(self._order) and bool((step.valid & ~ended).all()):  # the usual row, in fewer operations
+            torch.arange(slot * n, (slot + 1) * n, out=self._order[begin : begin + n])
+            self._order_head += n
+            self._row_counts[slot] = (n, 0)
+            return
+        finals = {key: value[ended] for key, value in self._frames(step.final_obs)}
         self._index(torch.tensor([slot], device=self.device), ended[None], finals)
 
     def sample(self, groups: int, batch_size: int, *, gamma: float, n_step: int = 1) -> Batch:
@@ -170,44 +175,55 @@ class ReplayBuffer:
             raise ValueError("sample() from an empty replay buffer")
         shape = (groups, batch_size)
         drawn = torch.randint(len(self), shape, generator=self.generator, device=self.device)
-        flat = self._order[(drawn + self._order_tail) % len(self._order)]
-        slot, env = flat // self.num_envs, flat % self.num_envs
+        first = self._order[(drawn + self._order_tail) % len(self._order)]
+        # Transitions are meant by their place in the columns laid flat: slot * N + environment.
+        column = {name: value.flatten(0, 1) for name, value in self._columns.items()}
+        size, n = self.slots * self.num_envs, self.num_envs
 
-        column = self._columns
-        last, end = slot, self._is_end(slot, env)
-        reward = column["reward"][slot, env]
-        length = torch.ones(shape, device=self.device)
-        for k in range(1, n_step):
-            last = torch.where(end, last, (last + 1) % self.slots)
-            reward = reward + torch.where(end, 0.0, gamma**k * column["reward"][last, env])
-            length += ~end
-            end = end | self._is_end(last, env)
+        def look(at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            """What follows, whether it was terminated or ended, and whether a trace stops there."""
+            following = (at + n) % size  # after the newest row, never valid
+            terminated = column["terminated"][at]
+            ended = terminated | column["truncated"][at]
+            return following, terminated, ended, ended | ~column["valid"][following]
 
-        terminated = column["terminated"][last, env]
-        ended = terminated | column["truncated"][last, env]
-        after, final = (last + 1) % self.slots, column["final"][last, env] % self._finals_capacity
+        last, reward = first, column["reward"][first]
+        following, terminated, ended, end = look(first)
+        discount = torch.where(terminated, 0.0, gamma)
+        if n_step > 1:
+            length = torch.ones(shape, device=self.device)
+            for k in range(1, n_step):
+                last = torch.where(end, last, following)
+                reward = reward + torch.where(end, 0.0, gamma**k * column["reward"][last])
+                length += ~end
+                following, terminated, ended, stop = look(last)
+                end = end | stop
+            discount = torch.pow(gamma, length) * ~terminated
+
+        final = column["final"][last] % self._finals_capacity
         obs, next_obs = {}, {}
         for key, value in self._obs.items():
-            mask = ended.view(*shape, *[1] * (value.dim() - 2))
-            following = torch.where(mask, self._finals[key][final], value[after, env])
+            flat = value.flatten(0, 1)
+            mask = ended.view(*shape, *[1] * (flat.dim() - 1))
+            after = torch.where(mask, self._finals[key][final], flat[following])
             if key in self._stacked:
-                obs[key] = self._stack(value, slot, env)
-                past = obs[key] if n_step == 1 else self._stack(value, last, env)
-                next_obs[key] = torch.cat([past[:, :, 1:], following[:, :, None]], 2)
+                obs[key] = self._stack(flat, first)
+                past = obs[key] if n_step == 1 else self._stack(flat, last)
+                next_obs[key] = torch.cat([past[:, :, 1:], after[:, :, None]], 2)
             else:
-                obs[key], next_obs[key] = value[slot, env], following
+                obs[key], next_obs[key] = flat[first], after
 
-        age = (self._slot(-1) - slot) % self.slots  # rows since; 0 for the newest
+        oldest = self._slot(0) * n  # where the ring begins, in rows that may have been forgotten
         return Batch(
             obs=self._wrap(obs),
-            action=column["action"][slot, env],
+            action=column["action"][first],
             reward=reward,
-            discount=torch.pow(gamma, length) * ~terminated,
+            discount=discount,
             next_obs=self._wrap(next_obs),
             end=end,
-            index=(self.total_rows - 1 - age) * self.num_envs + env,
-            extras={name: value[slot, env] for name, value in _part(column, "extras/").items()},
-            next_extras={name: value[last, env] for name, value in _part(column, "next_extras/").items()},
+            index=(first - oldest) % size + (self.total_rows * n - size),
+            extras={name: value[first] for name, value in _part(column, "extras/").items()},
+            next_extras={name: value[last] for name, value in _part(column, "next_extras/").items()},
         )
 
     # Saving. Rows are written once, in segments [start, stop) of all rows ever added, and loaded into an empty buffer.
@@ -290,17 +306,11 @@ class ReplayBuffer:
         for key, value in self._frames(obs):
             self._obs[key][slot] = value
 
-    def _stack(self, frames: Tensor, slot: Tensor, env: Tensor) -> Tensor:
-        """The stacks (G, B, K, ...) of the observations in `slot` of `env` (G, B), the oldest frame first."""
+    def _stack(self, frames: Tensor, at: Tensor) -> Tensor:
+        """The stacks (G, B, K, ...) of the observations at the flat places `at` (G, B), the oldest frame first."""
         back = torch.arange(self.frame_stack - 1, -1, -1, device=self.device)
-        back = torch.minimum(back, self._reach[slot, env][..., None])
-        return frames[(slot[..., None] - back) % self.slots, env[..., None]]
-
-    def _is_end(self, slot: Tensor, env: Tensor) -> Tensor:
-        """Whether a trace stops after these rows. The slot after the newest row is never valid."""
-        column = self._columns
-        followed = column["valid"][(slot + 1) % self.slots, env]
-        return column["terminated"][slot, env] | column["truncated"][slot, env] | ~followed
+        back = torch.minimum(back, self._reach.view(-1)[at][..., None])
+        return frames[(at[..., None] - back * self.num_envs) % len(frames)]
 
     def _evict(self, slot: int) -> None:
         """Forget the oldest row, which lies in `slot`."""

@@ -17,7 +17,6 @@ import torch
 from ctrlrl.algorithms.agent import OffPolicyAgent
 from ctrlrl.algorithms.registry import find_algorithm, train_config_class
 from ctrlrl.config import OffPolicyConfig, changed_fields
-from ctrlrl.envs.spaces import is_image
 from ctrlrl.envs.vector import EnvState, VectorEnv, derive_seeds
 from ctrlrl.errors import CtrlrlError, Interrupted, UsageError
 from ctrlrl.nn.cpu import prepare_cpu
@@ -54,7 +53,7 @@ from ctrlrl.training.setup import (
     require_objects,
     step_of,
 )
-from ctrlrl.tree import Obs, obs_to
+from ctrlrl.tree import Obs, is_image, obs_to
 
 
 def train(
