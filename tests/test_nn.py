@@ -31,6 +31,15 @@ def test_adam_equals_torchs_bit_for_bit_and_goes_on_from_its_state():
             optimizer.load_state_dict(state)
 
 
+def test_adam_steps_right_where_gradients_lie_in_memory_in_another_order():
+    for parameter in (torch.zeros(3, 2), torch.zeros(2, 3).t()):
+        gradient = torch.arange(6.0).view(2, 3).t() - 2.5
+        assert parameter.shape == gradient.shape
+        optimizer = Adam([parameter], 0.1)
+        optimizer.step([gradient if parameter.is_contiguous() else gradient.contiguous()])
+        assert torch.allclose(parameter, -0.1 * gradient.sign())
+
+
 def test_descend_follows_the_gradient_of_its_own_parameters_only():
     a, b = torch.ones(3, requires_grad=True), torch.full((3,), 2.0, requires_grad=True)
     Adam([a], 0.1).descend((a * b).sum())

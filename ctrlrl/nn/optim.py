@@ -38,9 +38,14 @@ class Adam:
                 spread = (second / (1 - 0.999**self.steps)).sqrt() + 1e-8
                 p.sub_(self.lr * (first / (1 - 0.9**self.steps)) / spread)
             return
+        # The fused kernel walks through memory: it takes a gradient of another layout for one of the parameter's own.
+        same = [
+            g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+            for p, g in zip(self.parameters, gradients, strict=True)
+        ]
         torch._fused_adam_(
             self.parameters,
-            list(gradients),
+            same,
             self.first,
             self.second,
             [],
