@@ -43,8 +43,9 @@ class SACConfig(Config):
     """Standardize observations by running statistics (not in the paper); images are scaled by 255 in any case."""
     random_shift: int = 4
     """Images: shift each sampled one by up to so many pixels, at random (DrQ, arXiv:2004.13649); 0 turns it off."""
-    execution: Literal["eager", "compiled", "captured"] = "eager"
-    """How an update runs: as written, by torch.compile, or as a CUDA graph. The same results within rounding."""
+    execution: Literal["auto", "eager", "compiled", "captured"] = "auto"
+    """How an update runs: as written, by torch.compile, or as a CUDA graph; the same results within rounding. auto
+    compiles trainings of 50,000 updates and more on a CPU, where a C++ compiler is installed, and says so."""
     policy_obs: tuple[str, ...] | None = None
     """Observation entries the policy reads; by default `policy` where there is such a group, else all."""
     critic_obs: tuple[str, ...] | None = None

@@ -6,17 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
+import ctrlrl
+from ctrlrl.algorithms.registry import train_config_class
 from ctrlrl.algorithms.sac import SAC
 from ctrlrl.algorithms.sac_config import SACConfig
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.execution import Captured
 from ctrlrl.runs.checkpoint import pack
+from ctrlrl.training.setup import settle_execution
 from tests.test_sac import ACT, OBS, make_batch
 
-CONFIG = SACConfig(hidden=(32, 32), layer_norm=True)
+CONFIG = SACConfig(hidden=(32,), layer_norm=True)
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@needs_compiler
 def test_compiled_updates_equal_eager_ones():
     eager = SAC(OBS, ACT, CONFIG, seed=1)
     compiled = SAC(OBS, ACT, SACConfig(**(CONFIG.to_dict() | {"execution": "compiled"})), seed=1)
@@ -73,14 +77,16 @@ def test_captured_records_once_on_buffers_that_stay():
     assert len(set(seen[3:])) == 1
 
 
-def test_a_graph_needs_cuda():
-    with pytest.raises(
-        UsageError, match=r"--agent.execution captured makes a CUDA graph, and the device is cpu.*eager"
-    ):
-        SAC(OBS, ACT, SACConfig(execution="captured"))
+def test_a_graph_needs_cuda_but_only_to_learn():
+    agent = SAC(OBS, ACT, SACConfig(execution="captured", hidden=(8,)))  # of a run trained on a GPU, to act here
+    assert agent.policy.act(torch.zeros(1, 5))[0].shape == (1, 2)
+    for i in range(3):
+        agent.update(make_batch(i))
+    with pytest.raises(UsageError, match=r"--agent.execution captured: a CUDA graph needs --device cuda.*eager"):
+        agent.update(make_batch())
 
 
-def test_compiling_needs_a_compiler(monkeypatch):
+def without_a_compiler(monkeypatch):
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -88,5 +94,55 @@ def test_compiling_needs_a_compiler(monkeypatch):
         raise InvalidCxxCompiler
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
-    with pytest.raises(UsageError, match=r"needs a C\+\+ compiler on a CPU, and none was found: install one"):
-        SAC(OBS, ACT, SACConfig(execution="compiled"))
+
+
+def test_compiling_needs_a_compiler(monkeypatch):
+    without_a_compiler(monkeypatch)
+    agent = SAC(OBS, ACT, SACConfig(execution="compiled", hidden=(8,)))
+    with pytest.raises(UsageError, match=r"--agent.execution compiled: .* needs a C\+\+ compiler, and none was found"):
+        agent.update(make_batch())
+
+
+def settled(agent=None, *, steps=100_000, plain=True, resumed=False, device="cpu"):
+    config = train_config_class("sac").from_dict({"env": "Pendulum-v1", "steps": steps, "agent": agent or {}})
+    config, remark = settle_execution(config, torch.device(device), plain=plain, resumed=resumed)
+    return config.agent.execution, remark
+
+
+@needs_compiler
+def test_long_trainings_on_a_cpu_are_compiled():
+    chosen, remark = settled()
+    assert chosen == "compiled"
+    assert "the first one takes up to a minute" in remark
+    assert settled(steps=54_999) == ("eager", "")
+    assert settled({"utd": 0.5}) == ("eager", "")
+    assert settled(plain=False) == ("eager", "")
+    assert settled(device="cuda") == ("eager", "")
+    assert settled({"execution": "eager"}) == ("eager", "")
+
+
+def test_without_a_compiler_trainings_run_eagerly_and_say_so(monkeypatch):
+    without_a_compiler(monkeypatch)
+    chosen, remark = settled()
+    assert chosen == "eager"
+    assert "needs a C++ compiler" in remark
+    with pytest.raises(UsageError, match="needs a C\\+\\+ compiler"):
+        settled({"execution": "compiled"})
+    chosen, remark = settled({"execution": "compiled"}, resumed=True)
+    assert chosen == "eager"
+    assert remark.startswith("updates run eagerly and not compiled, which changes last bits")
+
+
+@needs_compiler
+def test_a_compiled_training_resumes_bit_for_bit(tmp_path):
+    how = {"env": "Pendulum-v1", "learning_starts": 60, "eval_every": 0, "video": False, "threads": 1, "quiet": True}
+    how |= {"agent": {"execution": "compiled", "hidden": [16], "batch_size": 32}, "preset": False}
+    whole = ctrlrl.train("sac", steps=120, out=str(tmp_path / "whole"), **how)
+    parts = ctrlrl.train("sac", steps=90, out=str(tmp_path / "parts"), **how)
+    parts = ctrlrl.resume(parts.path, steps=120, quiet=True)
+    left, right = whole.policy.state_dict(), parts.policy.state_dict()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    eager = ctrlrl.train(
+        "sac", steps=120, out=str(tmp_path / "eager"), **(how | {"agent": how["agent"] | {"execution": "eager"}})
+    )
+    assert all(torch.allclose(left[name], value, atol=1e-4) for name, value in eager.policy.state_dict().items())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import sysconfig
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -30,33 +32,70 @@ _EAGER_CALLS = 3
 def executed(step: StepFunction, execution: str, device: torch.device) -> StepFunction:
     """`step`, as `execution` says: the same results within rounding.
 
-    - `eager`: as it is written.
-    - `compiled`: by `torch.compile`, the whole step as one graph; the first call takes up to minutes.
+    - `eager` (or `auto`, which the training decides): as it is written.
+    - `compiled`: by `torch.compile`, the whole step as one graph; the first call takes up to a minute.
     - `captured`: replayed as one CUDA graph, which removes the time between its kernels.
 
-    Raises:
-        UsageError: if it cannot run so here; says why, and what to do.
+    The first call raises `UsageError` if it cannot run so here; `unavailable` says so before.
     """
     if execution == "captured":
-        if device.type != "cuda":
-            raise UsageError(
-                f"--agent.execution captured makes a CUDA graph, and the device is {device}: "
-                "take --device cuda, or --agent.execution eager or compiled"
-            )
-        return Captured(step, lambda replayed: _capture(replayed, device))
+        return Captured(step, lambda work: _capture(work, device))
     if execution == "compiled":
-        _require_compiler(device)
-        compiled: StepFunction | None = None
-
-        def call(*arguments: Any) -> dict[str, Tensor]:
-            nonlocal compiled
-            with torch._dynamo.config.patch(trace_autograd_ops=True):  # the step takes gradients itself
-                if compiled is None:
-                    compiled = torch.compile(step, fullgraph=True, dynamic=False)
-                return compiled(*arguments)
-
-        return call
+        return Compiled(step, device)
     return step
+
+
+def unavailable(execution: str, device: torch.device) -> str | None:
+    """Why a step cannot run so on `device`, and what would help; None if it can."""
+    if execution == "captured" and device.type != "cuda":
+        return f"a CUDA graph needs --device cuda, and the device is {device}"
+    if execution == "compiled" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "compiling for a GPU needs the package triton, which comes with PyTorch's CUDA build"
+    if execution == "compiled" and device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            return "compiling for a CPU needs a C++ compiler, and none was found (on Debian: apt install g++)"
+        if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+            return "compiling for a CPU needs Python's header files (on Debian: apt install python3-dev)"
+    return None
+
+
+class Compiled:
+    """Runs a step as one graph by `torch.compile`, which is made at the first call.
+
+    Everything is compiled in this process (PyTorch's default are helper processes, which would see a Ctrl-C too), and
+    steps that make graphs of gradients are traced whole. Both are settings of the process.
+    """
+
+    def __init__(self, step: StepFunction, device: torch.device) -> None:
+        self._step, self._device = step, device
+        self._compiled: StepFunction | None = None
+
+    def __call__(self, *arguments: Any) -> dict[str, Tensor]:
+        if self._compiled is not None:
+            return self._compiled(*arguments)
+        if reason := unavailable("compiled", self._device):
+            raise UsageError(f"--agent.execution compiled: {reason}. Or take --agent.execution eager")
+        import torch._dynamo.config as tracing
+        import torch._inductor.config as compiling
+
+        tracing.trace_autograd_ops = True
+        tracing.recompile_limit = tracing.accumulated_recompile_limit = 100_000  # each agent is a new graph
+        compiling.compile_threads = 1
+        compiled = torch.compile(self._step, fullgraph=True, dynamic=False)
+        try:
+            metrics: dict[str, Tensor] = compiled(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            summary = " ".join(str(error).split())[:400]
+            raise UsageError(
+                f"torch.compile cannot compile the update here: {summary} ... Take --agent.execution eager"
+            ) from error
+        self._compiled = compiled
+        return metrics
 
 
 class Captured:
@@ -97,6 +136,8 @@ class Captured:
 
 
 def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    if reason := unavailable("captured", device):
+        raise UsageError(f"--agent.execution captured: {reason}. Or take --agent.execution eager or compiled")
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize(device)
     with torch.cuda.device(device), torch.cuda.graph(graph):
@@ -119,23 +160,3 @@ def _tensors(argument: Mappable | Tensor | None) -> list[Tensor]:
 
     _map(keep, argument)
     return out
-
-
-def _require_compiler(device: torch.device) -> None:
-    if device.type == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            raise UsageError(
-                "--agent.execution compiled needs the package triton, which is not installed: "
-                "install PyTorch's CUDA build, or take --agent.execution eager or captured"
-            )
-        return
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        get_cpp_compiler()
-    except InvalidCxxCompiler:
-        raise UsageError(
-            "--agent.execution compiled needs a C++ compiler on a CPU, and none was found: "
-            "install one (apt install g++), or take --agent.execution eager"
-        ) from None

@@ -51,6 +51,7 @@ from ctrlrl.training.setup import (
     read_config,
     read_provenance,
     require_objects,
+    settle_execution,
     step_of,
 )
 from ctrlrl.tree import Obs, is_image, obs_to
@@ -105,6 +106,7 @@ def train(
 
     session = _Session(algo, config, env, eval_env, network, encoder, quiet=quiet)
     try:
+        config = session.config
         session.begin(callbacks)
         require_space(out, session.disk_needed())
         folder = RunFolder.create(out)
@@ -177,8 +179,9 @@ def resume(
             )
 
         source = env if env is not None else config.env
-        session = _Session(algo, config, source, eval_env, network, encoder, quiet=quiet)
+        session = _Session(algo, config, source, eval_env, network, encoder, quiet=quiet, resumed=True)
         try:
+            config = session.config
             machine = describe_machine(session.device, session.threads) | {"git": describe_source()}
             changed = differences(provenance, machine)
             notes = [f"the last bits may differ from an uninterrupted run: {', '.join(changed)}"] if changed else []
@@ -207,8 +210,9 @@ class _Session:
         encoder: EncoderFactory | None,
         *,
         quiet: bool,
+        resumed: bool = False,
     ) -> None:
-        self.algo, self.config, self.quiet = algo, config, quiet
+        self.algo, self.quiet = algo, quiet
         self.device = pick_device(config.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = config.threads or min(cores, 8)
@@ -222,6 +226,11 @@ class _Session:
         self.eval_env: VectorEnv | None = None
         self.env = make(env, config, config.num_envs, str(self.device))
         try:
+            spaces = self.env.observation_space
+            entries = list(spaces.spaces.values()) if isinstance(spaces, gym.spaces.Dict) else [spaces]
+            plain = network is None and encoder is None and not any(map(is_image, entries))
+            config, self.remark = settle_execution(config, self.device, plain=plain, resumed=resumed)
+            self.config = config
             self.agent: OffPolicyAgent = find_algorithm(algo).load_agent_class()(
                 self.env.observation_space,
                 self.env.action_space,
@@ -335,6 +344,8 @@ class _Session:
                 loop.note(f"resumed at step {step:,}; {'; '.join(notes)}")
             elif config.steps <= config.learning_starts:
                 loop.note(f"no update will run: learning starts at step {config.learning_starts:,}, after the last one")
+            if self.remark:
+                loop.note(self.remark)
             status("running")
             loop.run()
             self._video(folder, loop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ from ctrlrl.envs.frame_stack import FrameStack
 from ctrlrl.envs.make import make_env
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
+from ctrlrl.nn.execution import unavailable
 from ctrlrl.runs.folder import RunFolder
 
 EnvLike = str | gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any] | VectorEnv | Callable[[], gym.Env[Any, Any]]
 """An ID, an environment, a vector environment, or a function that makes one environment."""
 
+COMPILE_FROM = 50_000
+"""Updates from which on compiling them pays for itself: it takes up to a minute, and saves about a millisecond each."""
 MAX_EVAL_ENVS = 16
 """Environments that evaluation steps together at most."""
 
@@ -67,6 +71,38 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"device {name!r} was asked for, but there are {torch.cuda.device_count()} GPUs")
     return device
+
+
+def settle_execution(
+    config: OffPolicyConfig, device: torch.device, *, plain: bool, resumed: bool
+) -> tuple[OffPolicyConfig, str]:
+    """`config` with the agent's `execution` decided, and what to tell about it.
+
+    Args:
+        config: as asked for.
+        device: the learner's.
+        plain: whether observations are vectors and the networks are the built-in ones, which can be compiled for sure.
+        resumed: whether a run goes on, perhaps on another machine: then it goes on eagerly where it must.
+
+    Raises:
+        UsageError: if a new run asks for what cannot run here.
+    """
+    agent = config.agent  # type: ignore[attr-defined]
+    asked, remark = agent.execution, ""
+    if asked != "auto":
+        reason = unavailable(asked, device)
+        if reason is None:
+            return config, ""
+        if not resumed:
+            raise UsageError(f"--agent.execution {asked}: {reason}. Or take --agent.execution eager")
+        chosen, remark = "eager", f"updates run eagerly and not {asked}, which changes last bits: {reason}"
+    elif device.type != "cpu" or not plain or agent.utd * (config.steps - config.learning_starts) < COMPILE_FROM:
+        chosen = "eager"
+    elif reason := unavailable("compiled", device):
+        chosen, remark = "eager", f"updates run eagerly, at three quarters of the speed: {reason}"
+    else:
+        chosen, remark = "compiled", "updates are compiled, the first one takes up to a minute"
+    return replace(config, agent=replace(agent, execution=chosen)), remark  # type: ignore[call-arg]
 
 
 def read_config(folder: RunFolder) -> tuple[str, OffPolicyConfig]:
