@@ -7,7 +7,9 @@
 Every training has its own process (peers in virtual environments of their own, made at the first run), the same
 networks (2x256), batch 256, one update per environment step, and no presets. All are warmed up first; then, round by
 round, each trains for --segment environment steps while the others wait. A ratio is the median over the rounds of the
-ratios within a round, since the machine's speed drifts; a peer counts with its better number of threads.
+ratios within a round, since the machine's speed drifts; both sides count with their better number of threads. Ours
+appears twice, with its update compiled (as `ctrlrl train` does by itself in trainings of 50,000 updates and more, where
+there is a C++ compiler) and eager.
 
 The floor is the time the update's matrix products take at the rate of one 256x256x256 float32 product, plus the raw
 simulation: once at the rate of PyTorch's default BLAS, once at the best float32 rate there is here.
@@ -30,8 +32,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import gymnasium as gym  # noqa: E402
+import torch  # noqa: E402
 from peers.gate import Gate  # noqa: E402
 from peers.venv import python_of  # noqa: E402
+
+from ctrlrl.errors import CtrlrlError  # noqa: E402
+from ctrlrl.nn.execution import unavailable  # noqa: E402
 
 LEARNING_STARTS = 1_000
 NAMES = {"ours": "ctrlrl", "sb3": "Stable-Baselines3", "sbx": "SBX"}
@@ -40,15 +47,18 @@ NAMES = {"ours": "ctrlrl", "sb3": "Stable-Baselines3", "sbx": "SBX"}
 class Worker:
     """A process that waits for its turn."""
 
-    def __init__(self, library: str, num_envs: int, threads: int, options: argparse.Namespace) -> None:
-        self.library, self.num_envs, self.threads = library, num_envs, threads
+    def __init__(
+        self, library: str, num_envs: int, threads: int, options: argparse.Namespace, execution: str = ""
+    ) -> None:
+        self.library, self.threads = library, threads
+        self.name = NAMES.get(library, library) + (f", {execution}" if execution else "")
         if library in ("ours", "floor"):
             command = [sys.executable, str(Path(__file__).resolve()), f"--worker={library}"]
         else:
             command = [str(python_of(library)), str(HERE / "peers" / "speed.py"), "--library", library]
         command += ["--algo", options.algo, "--env", options.env, "--num-envs", str(num_envs)]
         command += ["--threads", str(threads), "--segment", str(options.segment)]
-        command += ["--learning-starts", str(LEARNING_STARTS)]
+        command += ["--learning-starts", str(LEARNING_STARTS), *(["--execution", execution] if execution else [])]
         # XLA has no number of threads; what it may run on decides.
         cores = set(sorted(os.sched_getaffinity(0))[:threads])
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when the process fails
@@ -118,14 +128,12 @@ def train_ours(options: argparse.Namespace) -> None:
             eval_every=0,
             checkpoint_every=10**8,
             out=f"{folder}/run",
-            agent={"hidden": [256, 256], "batch_size": 256, "utd": 1.0},
+            agent={"hidden": [256, 256], "batch_size": 256, "utd": 1.0, "execution": options.execution[0]},
         )
 
 
 def measure_floor(options: argparse.Namespace) -> None:
     """For every line on stdin: matrix product rates (GFLOP/s), and the raw simulation (microseconds per step)."""
-    import gymnasium as gym
-    import torch
 
     from ctrlrl.nn.cpu import prepare_cpu
 
@@ -163,8 +171,6 @@ def _best(work: Callable[[], object], calls: int = 200, tries: int = 5) -> float
 
 def update_flops(algo: str, env: str) -> int:
     """Floating-point operations of the matrix products of one update, as PyTorch counts them."""
-    import gymnasium as gym
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from ctrlrl.algorithms.registry import find_algorithm
@@ -194,6 +200,7 @@ def main() -> None:
     parser.add_argument("--num-envs", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, min(2, cores)}))
     parser.add_argument("--peers", nargs="*", default=["sb3", "sbx"], choices=["sb3", "sbx"])
+    parser.add_argument("--execution", nargs="+", default=["compiled", "eager"], choices=["compiled", "eager"])
     parser.add_argument("--segment", type=int, default=1_000, help="environment steps of a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write everything measured here, as JSON")
@@ -206,14 +213,21 @@ def main() -> None:
     if max(options.threads) > cores:
         parser.error(f"--threads {max(options.threads)}: this machine has {cores} cores")
 
-    flops = update_flops(options.algo, options.env)
+    try:
+        flops = update_flops(options.algo, options.env)
+    except (CtrlrlError, gym.error.Error) as error:
+        parser.error(str(error))
+    if "compiled" in options.execution and (reason := unavailable("compiled", torch.device("cpu"))):
+        parser.error(f"--execution compiled: {reason}. Or take --execution eager")
     results: dict[str, Any] = {"algo": options.algo, "env": options.env, "update_flops": flops, "cases": []}
     for num_envs in options.num_envs:
         workers = []
-        for library in ("ours", *options.peers, "floor"):
+        kinds = [("ours", execution) for execution in options.execution]
+        kinds += [(library, "") for library in (*options.peers, "floor")]
+        for library, execution in kinds:
             for threads in options.threads:
-                print(f"warming up {library}, {num_envs} environments, {threads} threads", file=sys.stderr)
-                workers.append(Worker(library, num_envs, threads, options))
+                print(f"warming up {library} {execution}, {num_envs} environments, {threads} threads", file=sys.stderr)
+                workers.append(Worker(library, num_envs, threads, options, execution))
         for i in range(options.rounds):
             for worker in workers:
                 worker.go()
@@ -233,13 +247,12 @@ def case(num_envs: int, workers: list[Worker], flops: int) -> dict[str, Any]:
         return statistics.median(worker.rates(what))
 
     trainings = [w for w in workers if w.library != "floor"]
-    ours = max((w for w in trainings if w.library == "ours"), key=median)
     rows = []
     for worker in trainings:
         rates = worker.rates()
         rows.append(
             {
-                "library": NAMES[worker.library],
+                "library": worker.name,
                 "threads": worker.threads,
                 "steps_per_s": median(worker),
                 "steps_per_s_range": [min(rates), max(rates)],
@@ -249,13 +262,17 @@ def case(num_envs: int, workers: list[Worker], flops: int) -> dict[str, Any]:
             }
         )
     ratios = {}
-    for library in dict.fromkeys(w.library for w in trainings if w.library != "ours"):
-        best = max((w for w in trainings if w.library == library), key=median)
-        pairs = [a / b for a, b in zip(ours.rates(), best.rates(), strict=True)]
-        ratios[NAMES[library]] = {"median": statistics.median(pairs), "range": [min(pairs), max(pairs)]}
+    best = {name: max((w for w in trainings if w.name == name), key=median) for name in {w.name: 0 for w in trainings}}
+    for ours in (w for w in best.values() if w.library == "ours"):
+        for peer in (w for w in best.values() if w.library != "ours"):
+            pairs = [a / b for a, b in zip(ours.rates(), peer.rates(), strict=True)]
+            ratios[f"{ours.name} / {peer.name}"] = {
+                "median": statistics.median(pairs),
+                "range": [min(pairs), max(pairs)],
+            }
     floors = {}
     for floor in (w for w in workers if w.library == "floor"):
-        same = next(w for w in trainings if w.library == "ours" and w.threads == floor.threads)
+        same = max((w for w in trainings if w.library == "ours" and w.threads == floor.threads), key=median)
         entry = {
             name: statistics.median(r[name] for r in floor.rounds) for name in ("blas", "float32", "simulation_us")
         }
@@ -284,10 +301,10 @@ def table(result: dict[str, Any], options: argparse.Namespace) -> str:
             f"| {row['updates_per_s']:.0f} | {row['peak_mib']:.0f} MiB | {row['warm_up_s']:.1f} s |"
         )
     lines.append("")
-    for peer, ratio in result["ours_to_peer"].items():
+    for pair, ratio in result["ours_to_peer"].items():
         low, high = ratio["range"]
         times = f"{ratio['median']:.2f} ({low:.2f} to {high:.2f})"
-        lines.append(f"ctrlrl / {peer}, each at its better number of threads: {times}")
+        lines.append(f"{pair}, each at its better number of threads: {times}")
     for threads, floor in result["floor"].items():
         lines.append(
             f"floor, {threads} thread(s): float32 products {floor['blas']:.0f} GFLOP/s by the default BLAS, "
