@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
@@ -87,6 +88,8 @@ class Compiled:
         tracing.recompile_limit = tracing.accumulated_recompile_limit = 100_000  # each agent is a new graph
         compiling.compile_threads = 1
         compiled = torch.compile(self._step, fullgraph=True, dynamic=False)
+        # A Ctrl-C would reach the C++ compiler too, and end it: it is heard when the compiler is done.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
             metrics: dict[str, Tensor] = compiled(*arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
@@ -94,6 +97,8 @@ class Compiled:
             raise UsageError(
                 f"torch.compile cannot compile the update here: {summary} ... Take --agent.execution eager"
             ) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self._compiled = compiled
         return metrics
 
