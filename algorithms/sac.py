@@ -120,7 +120,7 @@ class SAC:
         self.actor_optimizer = Adam(self._actor, c.actor_lr)
         self.critic_optimizer = Adam(self._critic, c.critic_lr)
         self.alpha_optimizer = Adam([self.log_alpha], c.alpha_lr)
-        self._step = executed(self.step, c.execution, self.device)
+        self._step = executed(self.step, c.execution, self.device, self._changing)
 
     def observe(self, obs: Obs, valid: Tensor) -> None:
         """Take observations (N, ...) of valid rows into the running statistics, each once."""
@@ -186,6 +186,11 @@ class SAC:
         seen = encoder.see(obs)
         with torch.no_grad():
             return seen, map_obs(Tensor.detach, seen), encoder.see(next_obs), self.target_critics.encoder.see(next_obs)
+
+    def _changing(self) -> list[Tensor]:
+        optimizers = (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer)
+        moments = [value for optimizer in optimizers for part in optimizer.state_dict().values() for value in part]
+        return [*self._actor, *self._critic, *self._target, self.log_alpha, *moments]
 
     def state_dict(self) -> dict[str, Any]:
         """Weights (the policy's hold the normalizer), optimizers, temperature and the generator."""

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Evaluation returns of one algorithm over environments x seeds, one single-threaded training per core.
 
-    scripts/bench_returns.py --algo sac --env HalfCheetah-v5 Hopper-v5 --seeds 0 1 2 --out runs/returns
-    scripts/bench_returns.py --algo sac --env Hopper-v5 --seeds 0 --out runs/returns-utd4 -- --agent.utd 4
-    scripts/bench_returns.py --peer sbx --env Walker2d-v5 --seeds 1 2 --out runs/returns
+    python scripts/bench_returns.py --algo sac --env HalfCheetah-v5 Hopper-v5 --seeds 0 1 2 --out runs/returns
+    python scripts/bench_returns.py --algo sac --env Hopper-v5 --seeds 0 --out runs/returns-utd4 -- --agent.utd 4
+    python scripts/bench_returns.py --peer sbx --env Walker2d-v5 --seeds 1 2 --out runs/returns
+
+(with the interpreter of .venv)
 
 Each cell is one `ctrlrl train` in OUT/ALGO-ENV-SEED, its output in OUT/ALGO-ENV-SEED.log; flags after `--` go to it.
 The same command again goes on: cells that are finished are skipped, the others resumed. At the end, and with
@@ -35,19 +37,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from peers import venv as peers
-from peers.venv import PEERS, python_of
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 
-from ctrlrl.algorithms.registry import Preset, find_algorithm
-from ctrlrl.cli.train import describe_preset, resolve
-from ctrlrl.config import OffPolicyConfig
-from ctrlrl.errors import CtrlrlError, UsageError
-from ctrlrl.runs.comparison import compare, console_summary, write_comparison, write_picture, write_table
-from ctrlrl.runs.files import write_json
-from ctrlrl.runs.page import duration
-from ctrlrl.runs.peers import load_peers
-from ctrlrl.runs.record import RunRecord, flatten, load_run
+import numpy as np  # noqa: E402
+from peers import venv as peers  # noqa: E402
+from peers.venv import PEERS, python_of  # noqa: E402
+
+from ctrlrl.algorithms.registry import Preset, find_algorithm  # noqa: E402
+from ctrlrl.cli.train import describe_preset, resolve  # noqa: E402
+from ctrlrl.config import OffPolicyConfig  # noqa: E402
+from ctrlrl.errors import CtrlrlError, UsageError  # noqa: E402
+from ctrlrl.runs.comparison import compare, console_summary, write_comparison, write_picture, write_table  # noqa: E402
+from ctrlrl.runs.files import write_json  # noqa: E402
+from ctrlrl.runs.page import duration  # noqa: E402
+from ctrlrl.runs.peers import load_peers  # noqa: E402
+from ctrlrl.runs.record import RunRecord, flatten, load_run  # noqa: E402
 
 RANDOM_EPISODES = 20
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC"), "1")
@@ -149,6 +153,8 @@ class OwnCell(Cell):
         config, preset = self.resolved
         asked = flatten({"algo": self.algo, "preset": preset.name if preset else None, **config.to_dict()})
         there = record.flat_config
+        if asked.get("agent.execution") == "auto":  # the run has settled it
+            asked["agent.execution"] = there.get("agent.execution")
         differs = [
             f"{key} is {json.dumps(there[key]) if key in there else 'not recorded'} there, "
             f"{json.dumps(asked[key]) if key in asked else 'no setting'} asked for"

@@ -1,6 +1,7 @@
 """One switch for how an update runs: the same results, and a reason where it cannot."""
 
-import shutil
+import os
+import signal
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from ctrlrl.algorithms.registry import train_config_class
 from ctrlrl.algorithms.sac import SAC
 from ctrlrl.algorithms.sac_config import SACConfig
 from ctrlrl.errors import UsageError
-from ctrlrl.nn.execution import Captured
+from ctrlrl.nn.execution import Captured, _compile, unavailable
 from ctrlrl.runs.checkpoint import pack
 from ctrlrl.training.setup import settle_execution
 from tests.test_sac import ACT, OBS, make_batch
 
 CONFIG = SACConfig(hidden=(32,), layer_norm=True)
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+cannot = unavailable("compiled", torch.device("cpu"))
+needs_compiler = pytest.mark.skipif(cannot is not None, reason=str(cannot))
 
 
 @needs_compiler
@@ -37,13 +39,15 @@ def test_compiled_updates_equal_eager_ones():
 
 
 def rerun(work):
-    """Stands for a CUDA graph: recording runs nothing, and a replay does the same work on the same buffers."""
+    """Stands for a CUDA graph: runs to warm up, and a replay does the same work on the same buffers."""
+    work()
+    work()
     return work
 
 
 def test_captured_steps_equal_eager_ones_each_done_once():
     eager, captured = SAC(OBS, ACT, CONFIG, seed=1), SAC(OBS, ACT, CONFIG, seed=1)
-    step = Captured(captured.step, rerun)
+    step = Captured(captured.step, captured._changing, rerun)
     recorded = []
     for i in range(6):
         batch, noise = make_batch(i)[0], torch.randn(2, 32, 2, generator=torch.Generator().manual_seed(i))
@@ -70,18 +74,34 @@ def test_captured_records_once_on_buffers_that_stay():
         captures.append(work)
         return work
 
-    captured = Captured(step, capture)
+    captured = Captured(step, list, capture)
     for i in range(7):
-        assert float(captured(torch.tensor(float(i)), None)["double"]) == 2 * i
-    assert len(captures) == 1 and len(seen) == 7
-    assert len(set(seen[3:])) == 1
+        assert captured(torch.full((2,), float(i)), None)["double"].tolist() == [2 * i] * 2
+    assert len(captures) == 1 and len(seen) == 7 and len(set(seen)) == 1
+    with pytest.raises(ValueError, match=r"captured with \(2,\), called with \(1,\)"):
+        captured(torch.ones(1), None)
+
+
+def test_a_ctrl_c_is_heard_when_the_compiler_is_done(monkeypatch):
+    events = []
+    former = signal.signal(signal.SIGINT, lambda *_: events.append("heard"))
+
+    def compiled(x):
+        os.kill(os.getpid(), signal.SIGINT)
+        events.append("compiled")
+        return {"x": x}
+
+    monkeypatch.setattr(torch, "compile", lambda step, **_: compiled)
+    try:
+        _compile(lambda x: x, torch.ones(1))
+    finally:
+        signal.signal(signal.SIGINT, former)
+    assert events == ["compiled", "heard"]
 
 
 def test_a_graph_needs_cuda_but_only_to_learn():
     agent = SAC(OBS, ACT, SACConfig(execution="captured", hidden=(8,)))  # of a run trained on a GPU, to act here
     assert agent.policy.act(torch.zeros(1, 5))[0].shape == (1, 2)
-    for i in range(3):
-        agent.update(make_batch(i))
     with pytest.raises(UsageError, match=r"--agent.execution captured: a CUDA graph needs --device cuda.*eager"):
         agent.update(make_batch())
 

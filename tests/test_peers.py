@@ -92,8 +92,7 @@ def test_what_cannot_be_judged_is_left_out_and_said(tmp_path: Path) -> None:
     finals = {"A-v0": many, "B-v0": many, "C-v0": [10.0], "D-v0": [10.0], "E-v0": many}
     theirs = finals | {"D-v0": many}
     del theirs["E-v0"]
-    random = {env: {"returns": [10.5 if env == "B-v0" else 0.0, 0.0]} for env in ("B-v0", "C-v0", "D-v0")}
-    random["B-v0"] = {"returns": [10.5, 10.9]}
+    random = {env: {"returns": [0.0, 0.0]} for env in ("C-v0", "D-v0")} | {"B-v0": {"returns": [10.5, 12.9]}}
     comparison = compared(tmp_path, finals, theirs, random=random)
     (verdict,) = comparison.verdicts
     assert [one.env for one in verdict.envs] == ["A-v0", "B-v0", "C-v0", "D-v0"]
@@ -108,6 +107,16 @@ def test_what_cannot_be_judged_is_left_out_and_said(tmp_path: Path) -> None:
     assert verdict.envs[2].final is not None and math.isnan(verdict.envs[2].final.low)
     (verdict,) = compared(tmp_path / "none", {CHEETAH: many}, {CHEETAH: many}, random={}).verdicts
     assert verdict.word == "no verdict" and "no environment allows one" in verdict.sentence
+
+
+def test_who_learned_nothing_beside_one_that_did_stays_in(tmp_path: Path) -> None:
+    nothing, much = [1.0, 0.0, -1.0], [90.0, 100.0, 110.0]
+    (verdict,) = compared(tmp_path, {CHEETAH: nothing, HOPPER: much}, {CHEETAH: much, HOPPER: much}).verdicts
+    assert verdict.envs[0].final is not None
+    # All together learned 301 above random in 6 runs there (the run below random counts as 0): 100 / (301 / 6) = 1.99.
+    assert verdict.envs[0].final.value == pytest.approx(-100 / (301 / 6))
+    assert verdict.final is not None and verdict.final.value == pytest.approx(verdict.envs[0].final.value / 2)
+    assert verdict.word == "below"
 
 
 def test_random_returns_may_come_from_elsewhere_but_the_file_comes_first(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import signal
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -26,21 +26,23 @@ class Mappable(Protocol):
     def map(self, fn: Callable[[Tensor], Tensor]) -> Any: ...
 
 
-_EAGER_CALLS = 3
-"""Steps run before a graph is captured, as CUDA asks for: libraries set themselves up in them."""
+_WARM_UPS = 3
 
 
-def executed(step: StepFunction, execution: str, device: torch.device) -> StepFunction:
+def executed(
+    step: StepFunction, execution: str, device: torch.device, changes: Callable[[], Sequence[Tensor]]
+) -> StepFunction:
     """`step`, as `execution` says: the same results within rounding.
 
     - `eager` (or `auto`, which the training decides): as it is written.
     - `compiled`: by `torch.compile`, the whole step as one graph; the first call takes up to a minute.
     - `captured`: replayed as one CUDA graph, which removes the time between its kernels.
 
+    `changes` gives all tensors that the step changes in place.
     The first call raises `UsageError` if it cannot run so here; `unavailable` says so before.
     """
     if execution == "captured":
-        return Captured(step, lambda work: _capture(work, device))
+        return Captured(step, changes, lambda work: _capture(work, device))
     if execution == "compiled":
         return Compiled(step, device)
     return step
@@ -62,15 +64,15 @@ def unavailable(execution: str, device: torch.device) -> str | None:
             return "compiling for a CPU needs a C++ compiler, and none was found (on Debian: apt install g++)"
         if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
             return "compiling for a CPU needs Python's header files (on Debian: apt install python3-dev)"
+        try:
+            _compile(torch.neg, torch.ones(8))
+        except torch._dynamo.exc.TorchDynamoException as error:
+            return f"the C++ compiler fails here: {' '.join(str(error).split())[:300]} ..."
     return None
 
 
 class Compiled:
-    """Runs a step as one graph by `torch.compile`, which is made at the first call.
-
-    Everything is compiled in this process (PyTorch's default are helper processes, which would see a Ctrl-C too), and
-    steps that make graphs of gradients are traced whole. Both are settings of the process.
-    """
+    """Runs a step as one graph by `torch.compile`, which is made at the first call."""
 
     def __init__(self, step: StepFunction, device: torch.device) -> None:
         self._step, self._device = step, device
@@ -81,61 +83,74 @@ class Compiled:
             return self._compiled(*arguments)
         if reason := unavailable("compiled", self._device):
             raise UsageError(f"--agent.execution compiled: {reason}. Or take --agent.execution eager")
-        import torch._dynamo.config as tracing
-        import torch._inductor.config as compiling
-
-        tracing.trace_autograd_ops = True
-        tracing.recompile_limit = tracing.accumulated_recompile_limit = 100_000  # each agent is a new graph
-        compiling.compile_threads = 1
-        compiled = torch.compile(self._step, fullgraph=True, dynamic=False)
-        # A Ctrl-C would reach the C++ compiler too, and end it: it is heard when the compiler is done.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         try:
-            metrics: dict[str, Tensor] = compiled(*arguments)
+            self._compiled, metrics = _compile(self._step, *arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             summary = " ".join(str(error).split())[:400]
             raise UsageError(
                 f"torch.compile cannot compile the update here: {summary} ... Take --agent.execution eager"
             ) from error
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        self._compiled = compiled
-        return metrics
+        return dict(metrics)
+
+
+def _compile(function: Callable[..., Any], *arguments: Any) -> tuple[Callable[..., Any], Any]:
+    """`function` compiled, and what it gives for `arguments`."""
+    import torch._dynamo.config as tracing
+    import torch._inductor.config as compiling
+
+    # Settings of the process. Steps take gradients themselves; each agent is a graph of its own; and PyTorch's helper
+    # processes for compiling would hear a Ctrl-C.
+    tracing.trace_autograd_ops = True
+    tracing.recompile_limit = tracing.accumulated_recompile_limit = 100_000
+    compiling.compile_threads = 1
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    # So would the C++ compiler, and end: a Ctrl-C is heard when it is done.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return compiled, compiled(*arguments)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Captured:
-    """Runs a step on buffers of its own, which `capture` may record once and replay from then on.
-
-    The first calls run the step as it is, so nothing is stepped twice.
+    """Runs a step on buffers of its own, recorded once by `capture` and replayed from then on.
 
     Args:
         step: what to run.
-        capture: `capture(work)` records the calls that `work()` makes, without running them, and gives a function that
-            runs them again.
+        changes: gives all tensors that the step changes in place.
+        capture: `capture(work)` runs `work()` a few times to warm up, then records it, and gives a function that runs
+            it again. What the runs changed is taken back: every step is a replay, and a resumed run has its bits.
     """
 
-    def __init__(self, step: StepFunction, capture: Callable[[Callable[[], None]], Callable[[], None]]) -> None:
-        self._step, self._capture = step, capture
-        self._calls = 0
+    def __init__(
+        self,
+        step: StepFunction,
+        changes: Callable[[], Sequence[Tensor]],
+        capture: Callable[[Callable[[], None]], Callable[[], None]],
+    ) -> None:
+        self._step, self._changes, self._capture = step, changes, capture
         self._arguments: list[Any] = []
         self._metrics: dict[str, Tensor] = {}
         self._replay: Callable[[], None] | None = None
 
     def __call__(self, *arguments: Mappable | Tensor | None) -> dict[str, Tensor]:
-        self._calls += 1
-        if self._calls <= _EAGER_CALLS:
-            return self._step(*arguments)
         if self._replay is None:
             self._arguments = [_map(torch.clone, a) for a in arguments]
+            changing = list(self._changes())
+            before = [value.detach().clone() for value in changing]
 
             def work() -> None:
                 self._metrics = self._step(*self._arguments)
 
             self._replay = self._capture(work)
-        else:
-            for ours, given in zip(self._arguments, arguments, strict=True):
-                for buffer, value in zip(_tensors(ours), _tensors(given), strict=True):
-                    buffer.copy_(value)
+            with torch.no_grad():
+                for value, saved in zip(changing, before, strict=True):
+                    value.copy_(saved)
+        for ours, given in zip(self._arguments, arguments, strict=True):
+            for buffer, value in zip(_tensors(ours), _tensors(given), strict=True):
+                if buffer.shape != value.shape:
+                    raise ValueError(f"captured with {tuple(buffer.shape)}, called with {tuple(value.shape)}")
+                buffer.copy_(value)
         self._replay()
         return {name: value.clone() for name, value in self._metrics.items()}  # the next replay overwrites them
 
@@ -143,10 +158,22 @@ class Captured:
 def _capture(work: Callable[[], None], device: torch.device) -> Callable[[], None]:
     if reason := unavailable("captured", device):
         raise UsageError(f"--agent.execution captured: {reason}. Or take --agent.execution eager or compiled")
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize(device)
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        work()
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # libraries set themselves up in the first runs, which cannot be recorded
+            for _ in range(_WARM_UPS):
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                work()
+        except RuntimeError as error:
+            raise UsageError(
+                f"the update cannot be captured as a CUDA graph: {' '.join(str(error).split())[:400]} ... A network of "
+                "yours may read values on the host (.item()). Take --agent.execution eager"
+            ) from error
     return graph.replay
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ctrlrl.errors import UsageError
+
 
 class Adam:
     """Adam (Kingma and Ba 2015, arXiv:1412.6980) with its default moments, one fused kernel per step.
@@ -18,6 +20,9 @@ class Adam:
     Args:
         parameters: what is stepped, on one device.
         lr: step size.
+
+    Raises:
+        UsageError: if a parameter has gaps in memory (a part of a larger tensor), which the kernel would step too.
     """
 
     def __init__(self, parameters: Sequence[Tensor], lr: float) -> None:
@@ -26,6 +31,12 @@ class Adam:
         self.first = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self.second = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self.steps = torch.zeros((), device=self.parameters[0].device)
+        for p, moment in zip(self.parameters, self.first, strict=True):
+            if p.stride() != moment.stride():
+                raise UsageError(
+                    f"a parameter {tuple(p.shape)} with strides {p.stride()} is part of a larger tensor; "
+                    "make it one of its own: nn.Parameter(value.clone())"
+                )
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor]) -> None:

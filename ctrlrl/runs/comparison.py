@@ -26,9 +26,9 @@ from ctrlrl.runs.verdict import Verdict, console_lines, difference_text, judge, 
 
 _NOT_LEARNING = frozenset(
     {"seed", "steps", "out", "preset", "device", "threads", "env_python", "worker_timeout"}
-    | {"video", "log_every", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints"}
+    | {"agent.execution", "video", "log_every", "eval_every", "eval_episodes", "checkpoint_every", "keep_checkpoints"}
 )
-"""Settings in which runs of one group may differ: which run it is, how long, where, how closely watched."""
+"""Settings in which runs of one group may differ: which run it is, how long, where and how run, how closely watched."""
 
 
 @dataclass(frozen=True, slots=True)

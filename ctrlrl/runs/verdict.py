@@ -1,11 +1,11 @@
 """Ours against peers over several environments: the pooled normalized difference of returns, and what it says.
 
-Per environment the difference is (mean of our runs - mean of the peers') / scale, where scale is the mean of all these
-runs minus the return of a random policy: what is learned there. It is of both sides and not of the peers alone, so that
-exchanging the sides changes the sign and nothing else: with the peers' three runs alone below the line, ours came out 6
-to 12 % above peers that were no worse, on average over simulations with the spread that SAC has over seeds, and was
-called above them nearly twice as often as below. Environments have equal weights; the interval is that of
-`pooled_difference`.
+Per environment the difference is (mean of our runs - mean of the peers') / scale, where scale is what all these runs
+learned there: the mean of their returns above that of a random policy (none where a run is below it). It is of both
+sides and not of the peers alone, so that exchanging the sides changes the sign and nothing else: with the peers' three
+runs alone below the line, ours came out 6 to 12 % above peers that were no worse, on average over simulations with the
+spread that SAC has over seeds, and was called above them nearly twice as often as below. Environments have equal
+weights; the interval is that of `pooled_difference`.
 
 The return compared is that of the last evaluation up to which all runs went, not an average of the last few: on the
 peers' own curves (SBX's SAC, 100,000 steps) the standard deviation over seeds is 22 % and 87 % of the mean on
@@ -142,15 +142,16 @@ def _judge(ours: str, peers: str, comparisons: Sequence[EnvComparison], random: 
 def _task(
     ours: list[float], peers: list[float], random: npt.ArrayLike
 ) -> tuple[list[float], list[float], float] | None:
-    """What `pooled_difference` takes, or None where the scale is not above twice its own standard error."""
+    """What `pooled_difference` takes, or None where neither side learned anything.
+
+    A side that learned nothing beside one that did stays in: that is the largest difference there is.
+    """
     baseline = np.asarray(random, np.float64)
     if not len(baseline):
         return None
-    scale = float(np.mean([*ours, *peers]) - baseline.mean())
-    runs = len(ours) + len(peers)
-    squares = sum(float(np.square(np.subtract(side, np.mean(side))).sum()) for side in (ours, peers))
-    variance = squares / max(runs - 2, 1) / runs + float(baseline.var()) / len(baseline)
-    return (ours, peers, scale) if scale > 2 * math.sqrt(variance) else None
+    clearly = baseline.mean() + 2 * float(baseline.std()) / math.sqrt(len(baseline))
+    scale = float(np.maximum(np.subtract([*ours, *peers], baseline.mean()), 0).mean())
+    return (ours, peers, scale) if max(np.mean(ours), np.mean(peers)) > clearly else None
 
 
 def _why_not(ours: Group, peers: Group, random: Floats, scaled: bool) -> str | None:
@@ -160,7 +161,7 @@ def _why_not(ours: Group, peers: Group, random: Floats, scaled: bool) -> str | N
             "no return of a random policy is known (scripts/bench_returns.py measures it): no scale, so it is left out."
         )
     if not scaled:
-        return "the runs are not clearly above the random policy, so there is no scale, and it is left out."
+        return "neither side is clearly above the random policy, so there is no scale, and it is left out."
     if len(ours.finals) == len(peers.finals) == 1:
         return "one run on each side does not say how much runs differ; it is left out of the pooled figures."
     single = [group.label for group in (ours, peers) if len(group.finals) == 1]

@@ -174,7 +174,7 @@ class OffPolicyLoop:
             batch = self.buffer.sample(groups, c.batch_size, gamma=c.gamma, n_step=self.config.buffer.n_step)
             metrics = self.agent.update(batch)
             self._recent.append((self.updates, batch.index))
-            for name in metrics.keys() - self._sums.keys():
+            for name in [name for name in metrics if name not in self._sums]:
                 self._sums[name] = torch.zeros_like(metrics[name])
             torch._foreach_add_([self._sums[name] for name in metrics], list(metrics.values()), alpha=groups)
             self._summed += groups

@@ -106,7 +106,7 @@ def train(
 
     session = _Session(algo, config, env, eval_env, network, encoder, quiet=quiet)
     try:
-        config = session.config
+        asked, config = config, session.config
         session.begin(callbacks)
         require_space(out, session.disk_needed())
         folder = RunFolder.create(out)
@@ -117,7 +117,7 @@ def train(
                 {"command": command_line(), "started": now()}
                 | describe_machine(session.device, session.threads)
                 | {"git": describe_source(), "environment": describe_environment(session.env)}
-                | {"changed": changed_fields(config, cls(env=config.env, out=config.out))}
+                | {"changed": changed_fields(asked, cls(env=config.env, out=config.out))}
                 | {
                     "custom": {
                         k: name_of(v)
@@ -295,9 +295,12 @@ class _Session:
             notes.append(f"device {state['device']} -> {self.device.type}: random numbers start from a new seed")
         try:
             self.agent.load_state_dict(state["agent"])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
             text = " ".join(str(error).split())
-            raise UsageError(f"the checkpoint does not fit the agent (another network or encoder?): {text}") from None
+            raise UsageError(
+                "the checkpoint does not fit the agent (another network or encoder, or a run of an older ctrlrl, which "
+                f"can be evaluated but not resumed?): {text}"
+            ) from None
         self.collector.load_state_dict(state["collector"])
         folder.load_replay(self.buffer, state["replay"]["segments"], state["replay"]["total_rows"])
         self.buffer.generator.set_state(state["replay"]["generator"])
