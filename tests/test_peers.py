@@ -100,7 +100,7 @@ def test_what_cannot_be_judged_is_left_out_and_said(tmp_path: Path) -> None:
     assert verdict.final == verdict.envs[3].final  # the one environment that is left
     assert [note.partition(":")[0] for note in verdict.notes] == ["A-v0", "B-v0", "C-v0", "D-v0"]
     for note, what in zip(
-        verdict.notes, ["no return of a random", "not clearly above", "one run on each side"], strict=False
+        verdict.notes, ["no return of a random", "neither side is clearly above", "one run on each side"], strict=False
     ):
         assert what in note
     assert "sac has one run, which has no spread of its own" in verdict.notes[3]
