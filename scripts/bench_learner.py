@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.append(str(HERE.parent))  # where ctrlrl is not installed
 
 import gymnasium as gym  # noqa: E402
 import torch  # noqa: E402

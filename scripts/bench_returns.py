@@ -37,21 +37,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # where ctrlrl is not installed
 
-import numpy as np  # noqa: E402
-from peers import venv as peers  # noqa: E402
-from peers.venv import PEERS, python_of  # noqa: E402
+import numpy as np
+from peers import venv as peers
+from peers.venv import PEERS, python_of
 
-from ctrlrl.algorithms.registry import Preset, find_algorithm  # noqa: E402
-from ctrlrl.cli.train import describe_preset, resolve  # noqa: E402
-from ctrlrl.config import OffPolicyConfig  # noqa: E402
-from ctrlrl.errors import CtrlrlError, UsageError  # noqa: E402
-from ctrlrl.runs.comparison import compare, console_summary, write_comparison, write_picture, write_table  # noqa: E402
-from ctrlrl.runs.files import write_json  # noqa: E402
-from ctrlrl.runs.page import duration  # noqa: E402
-from ctrlrl.runs.peers import load_peers  # noqa: E402
-from ctrlrl.runs.record import RunRecord, flatten, load_run  # noqa: E402
+from ctrlrl.algorithms.registry import Preset, find_algorithm
+from ctrlrl.cli.train import describe_preset, resolve
+from ctrlrl.config import OffPolicyConfig
+from ctrlrl.errors import CtrlrlError, UsageError
+from ctrlrl.runs.comparison import compare, console_summary, write_comparison, write_picture, write_table
+from ctrlrl.runs.files import write_json
+from ctrlrl.runs.page import duration
+from ctrlrl.runs.peers import load_peers
+from ctrlrl.runs.record import RunRecord, flatten, load_run
 
 RANDOM_EPISODES = 20
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NPROC"), "1")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -9,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
 SCRIPT = ROOT / "scripts" / "bench_learner.py"
+HERE = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
+"""What is tested is what is installed, or lies here."""
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +21,7 @@ def bench():
     spec = importlib.util.spec_from_file_location("bench_learner", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     before = sys.path.copy()
+    sys.path.insert(0, str(SCRIPT.parent))
     spec.loader.exec_module(module)
     yield module
     sys.path[:] = before
@@ -70,7 +74,7 @@ def test_a_run_of_our_side_writes_what_it_measured(tmp_path):
     out = tmp_path / "bench.json"
     command = [sys.executable, str(SCRIPT), "--peers", "--env", "Pendulum-v1", "--num-envs", "2", "--threads", "1"]
     command += ["--segment", "40", "--rounds", "2", "--out", str(out), "--execution", "eager"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=HERE)
     assert done.returncode == 0, done.stderr
     case = json.loads(out.read_text())["cases"][0]
     row = case["rows"][0]
