@@ -5,12 +5,11 @@
     python scripts/bench_learner.py --num-envs 1 --rounds 10 --out bench.json
 
 with the interpreter of .venv. Every training has its own process (peers in virtual environments of their own, made at
-the first run), the same
-networks (2x256), batch 256, one update per environment step, and no presets. All are warmed up first; then, round by
-round, each trains for --segment environment steps while the others wait. A ratio is the median over the rounds of the
-ratios within a round, since the machine's speed drifts; both sides count with their better number of threads. Ours
-appears twice, with its update compiled (as `ctrlrl train` does by itself in trainings of 50,000 updates and more, where
-there is a C++ compiler) and eager.
+the first run), the same networks (2x256), batch 256, one update per environment step, and no presets. All are warmed up
+first; then, round by round, each trains for --segment environment steps while the others wait. A ratio is the median
+over the rounds of the ratios within a round, since the machine's speed drifts; both sides count with their better
+number of threads. Ours appears twice, with its update compiled (as `ctrlrl train` does by itself in trainings of 50,000
+updates and more, where there is a C++ compiler) and eager.
 
 The floor is the time the update's matrix products take at the rate of one 256x256x256 float32 product, plus the raw
 simulation: once at the rate of PyTorch's default BLAS, once at the best float32 rate there is here.

@@ -28,7 +28,7 @@ def _keep_freed_memory() -> None:
     """Have freed memory reused instead of handed back to the kernel.
 
     An update frees a few MiB of temporaries. Where they lie at the end of the heap, glibc returns them to the kernel
-    and faults them in again page by page at the next update: up to a thousand page faults, a third of its time.
+    and faults them in again page by page at the next update.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
