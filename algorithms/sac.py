@@ -36,7 +36,7 @@ from ctrlrl.nn.encoder import (
     policy_groups,
 )
 from ctrlrl.nn.execution import executed
-from ctrlrl.nn.mlp import Ensemble, EnsembleMLP, NetworkFactory, mlp
+from ctrlrl.nn.mlp import Ensemble, EnsembleMLP, NetworkFactory, at_least_float32, mlp
 from ctrlrl.nn.optim import Adam, polyak
 from ctrlrl.nn.policy import SquashedGaussianPolicy, require_bounded_box
 from ctrlrl.replay.batch import Batch
@@ -52,7 +52,7 @@ class Critics(nn.Module):
 
     def forward(self, obs: Obs, action: Tensor) -> Tensor:
         out: Tensor = self.ensemble(torch.cat([self.encoder(obs), action], -1))
-        return out.squeeze(-1)
+        return at_least_float32(out.squeeze(-1))
 
 
 class SAC:
@@ -120,7 +120,7 @@ class SAC:
         self.actor_optimizer = Adam(self._actor, c.actor_lr)
         self.critic_optimizer = Adam(self._critic, c.critic_lr)
         self.alpha_optimizer = Adam([self.log_alpha], c.alpha_lr)
-        self._step = executed(self.step, c.execution, self.device, self._changing)
+        self._step = executed(self.step, c.execution, c.precision, self.device, self._changing)
 
     def observe(self, obs: Obs, valid: Tensor) -> None:
         """Take observations (N, ...) of valid rows into the running statistics, each once."""

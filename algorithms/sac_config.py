@@ -46,6 +46,9 @@ class SACConfig(Config):
     execution: Literal["auto", "eager", "compiled", "captured"] = "auto"
     """How an update runs: as written, by torch.compile, or as a CUDA graph; the same results within rounding. auto
     compiles trainings of 50,000 updates and more on a CPU, where a C++ compiler is installed, and says so."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the factors in the hidden layers' products during updates; weights, outputs, log-probabilities, targets and
+    Adam are float32 in any case. auto takes bfloat16 for compiled updates on CPUs that multiply it natively."""
     policy_obs: tuple[str, ...] | None = None
     """Observation entries the policy reads; by default `policy` where there is such a group, else all."""
     critic_obs: tuple[str, ...] | None = None

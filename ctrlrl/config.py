@@ -171,12 +171,16 @@ class OffPolicyConfig(TrainConfig):
 
     learning_starts: int = 5_000
     """Environment steps with uniformly random actions before the first update."""
+    update_every: int = 8
+    """Environment steps between two turns of updates, each of which makes all that are owed (agent.utd). Several in a
+    row find code and data in the processor's caches; the policy acts with weights up to so many updates old."""
     buffer: ReplayConfig = field(default_factory=ReplayConfig)
     """The replay memory."""
 
     def check(self) -> None:
         super().check()
         self.require("learning_starts", self.learning_starts >= 0, "0 or more")
+        self.require("update_every", self.update_every >= 1, "1 or more")
         capacity = self.buffer.capacity
         if capacity < self.num_envs:
             raise UsageError(f"buffer.capacity must be at least num_envs = {self.num_envs}, got {capacity}")

@@ -8,8 +8,12 @@ with the interpreter of .venv. Every training has its own process (peers in virt
 the first run), the same networks (2x256), batch 256, one update per environment step, and no presets. All are warmed up
 first; then, round by round, each trains for --segment environment steps while the others wait. A ratio is the median
 over the rounds of the ratios within a round, since the machine's speed drifts; both sides count with their better
-number of threads. Ours appears twice, with its update compiled (as `ctrlrl train` does by itself in trainings of 50,000
-updates and more, where there is a C++ compiler) and eager.
+number of threads.
+
+Ours appears in each of --ways, EXECUTION/PRECISION of its updates: compiled/bfloat16 is what `ctrlrl train` does by
+itself in trainings of 50,000 updates and more, where there is a C++ compiler and the processor multiplies bfloat16.
+EXECUTION/PRECISION/N makes the updates owed every N environment steps instead of the default 8; the peers' default is
+every step.
 
 The floor is the time the update's matrix products take at the rate of one 256x256x256 float32 product, plus the raw
 simulation: once at the rate of PyTorch's default BLAS, once at the best float32 rate there is here.
@@ -38,7 +42,7 @@ from peers.gate import Gate  # noqa: E402
 from peers.venv import python_of  # noqa: E402
 
 from ctrlrl.errors import CtrlrlError  # noqa: E402
-from ctrlrl.nn.execution import unavailable  # noqa: E402
+from ctrlrl.nn.execution import PRECISIONS, unavailable  # noqa: E402
 
 LEARNING_STARTS = 1_000
 NAMES = {"ours": "ctrlrl", "sb3": "Stable-Baselines3", "sbx": "SBX"}
@@ -47,18 +51,16 @@ NAMES = {"ours": "ctrlrl", "sb3": "Stable-Baselines3", "sbx": "SBX"}
 class Worker:
     """A process that waits for its turn."""
 
-    def __init__(
-        self, library: str, num_envs: int, threads: int, options: argparse.Namespace, execution: str = ""
-    ) -> None:
+    def __init__(self, library: str, num_envs: int, threads: int, options: argparse.Namespace, way: str = "") -> None:
         self.library, self.threads = library, threads
-        self.name = NAMES.get(library, library) + (f", {execution}" if execution else "")
+        self.name = NAMES.get(library, library) + (f", {way}" if way else "")
         if library in ("ours", "floor"):
             command = [sys.executable, str(Path(__file__).resolve()), f"--worker={library}"]
         else:
             command = [str(python_of(library)), str(HERE / "peers" / "speed.py"), "--library", library]
         command += ["--algo", options.algo, "--env", options.env, "--num-envs", str(num_envs)]
         command += ["--threads", str(threads), "--segment", str(options.segment)]
-        command += ["--learning-starts", str(LEARNING_STARTS), *(["--execution", execution] if execution else [])]
+        command += ["--learning-starts", str(LEARNING_STARTS), *(["--ways", way] if way else [])]
         # XLA has no number of threads; what it may run on decides.
         cores = set(sorted(os.sched_getaffinity(0))[:threads])
         begun = time.perf_counter()
@@ -116,6 +118,8 @@ def train_ours(options: argparse.Namespace) -> None:
         def on_step(self, loop: OffPolicyLoop) -> None:
             self.gate(loop.env_steps, loop.updates)
 
+    execution, precision, *every = options.ways[0].split("/")
+    agent = {"hidden": [256, 256], "batch_size": 256, "utd": 1.0, "execution": execution, "precision": precision}
     with tempfile.TemporaryDirectory() as folder:
         ctrlrl.train(
             options.algo,
@@ -131,7 +135,8 @@ def train_ours(options: argparse.Namespace) -> None:
             eval_every=0,
             checkpoint_every=10**8,
             out=f"{folder}/run",
-            agent={"hidden": [256, 256], "batch_size": 256, "utd": 1.0, "execution": options.execution[0]},
+            agent=agent,
+            **({"update_every": int(every[0])} if every else {}),
         )
 
 
@@ -194,6 +199,15 @@ def update_flops(algo: str, env: str) -> int:
     return int(counter.get_total_flops())
 
 
+def way_of(text: str) -> str:
+    """`text`, if it is EXECUTION/PRECISION or EXECUTION/PRECISION/N."""
+    execution, _, rest = text.partition("/")
+    precision, _, every = rest.partition("/")
+    if execution not in ("compiled", "eager") or precision not in PRECISIONS or not (every or "1").isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not like compiled/bfloat16 or eager/float32/1")
+    return text
+
+
 def main() -> None:
     """Run the rounds and print the table."""
     cores = len(os.sched_getaffinity(0))
@@ -203,7 +217,8 @@ def main() -> None:
     parser.add_argument("--num-envs", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, min(2, cores)}))
     parser.add_argument("--peers", nargs="*", default=["sb3", "sbx"], choices=["sb3", "sbx"])
-    parser.add_argument("--execution", nargs="+", default=["compiled", "eager"], choices=["compiled", "eager"])
+    ours = ["compiled/bfloat16", "compiled/bfloat16/1", "compiled/float32", "eager/float32"]
+    parser.add_argument("--ways", nargs="+", type=way_of, default=ours, metavar="EXECUTION/PRECISION[/N]")
     parser.add_argument("--segment", type=int, default=1_000, help="environment steps of a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write everything measured here, as JSON")
@@ -220,17 +235,17 @@ def main() -> None:
         flops = update_flops(options.algo, options.env)
     except (CtrlrlError, gym.error.Error) as error:
         parser.error(str(error))
-    if "compiled" in options.execution and (reason := unavailable("compiled", torch.device("cpu"))):
-        parser.error(f"--execution compiled: {reason}. Or take --execution eager")
+    if any("compiled" in way for way in options.ways) and (reason := unavailable("compiled", torch.device("cpu"))):
+        parser.error(f"--ways compiled/...: {reason}. Or take --ways eager/float32")
     results: dict[str, Any] = {"algo": options.algo, "env": options.env, "update_flops": flops, "cases": []}
     for num_envs in options.num_envs:
         workers = []
-        kinds = [("ours", execution) for execution in options.execution]
+        kinds = [("ours", way) for way in options.ways]
         kinds += [(library, "") for library in (*options.peers, "floor")]
-        for library, execution in kinds:
+        for library, way in kinds:
             for threads in options.threads:
-                print(f"warming up {library} {execution}, {num_envs} environments, {threads} threads", file=sys.stderr)
-                workers.append(Worker(library, num_envs, threads, options, execution))
+                print(f"warming up {library} {way}, {num_envs} environments, {threads} threads", file=sys.stderr)
+                workers.append(Worker(library, num_envs, threads, options, way))
         for i in range(options.rounds):
             for j in range(len(workers)):
                 workers[(i + j) % len(workers)].go()  # another one first each time

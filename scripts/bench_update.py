@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """One agent's update by itself: eager, compiled and captured, in turns, and where its time goes.
 
-    python scripts/bench_update.py                                    # eager and compiled, on this machine's CPU
-    python scripts/bench_update.py --device cuda --execution eager compiled captured
-    python scripts/bench_update.py --execution eager --profile        # the operations it consists of
+    python scripts/bench_update.py                                    # on this machine's CPU
+    python scripts/bench_update.py --device cuda --ways eager/float32 compiled/float32 captured/float32
+    python scripts/bench_update.py --ways compiled/bfloat16 --profile # the operations it consists of
 
-with the interpreter of .venv. Each way of running starts from the same weights and gets the same batches. After 20
-updates the weights must agree with
-those of the first way named within a tenth of the distance that they moved, or the exit code is 1: Adam turns last bits
-of gradients near zero into whole steps.
+with the interpreter of .venv. A way is EXECUTION/PRECISION, as in --agent.execution and --agent.precision. Each starts
+from the same weights and gets the same batches. After 20 updates in float32 the weights must agree with those of the
+first such way within a tenth of the distance that they moved, or the exit code is 1: Adam turns last bits of gradients
+near zero into whole steps. In bfloat16 the difference is only told.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 
 from ctrlrl.algorithms.registry import find_algorithm
 from ctrlrl.nn.cpu import prepare_cpu
-from ctrlrl.nn.execution import EXECUTIONS
+from ctrlrl.nn.execution import EXECUTIONS, PRECISIONS
 from ctrlrl.replay.batch import Batch
 from ctrlrl.runs.checkpoint import pack
 
@@ -69,7 +69,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algo", default="sac")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--execution", nargs="+", choices=EXECUTIONS, default=["eager", "compiled"])
+    ways = [f"{execution}/{precision}" for execution in EXECUTIONS for precision in PRECISIONS]
+    cpu = ["eager/float32", "compiled/float32", "compiled/bfloat16"]
+    parser.add_argument("--ways", nargs="+", choices=ways, default=cpu, metavar="EXECUTION/PRECISION")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--threads", type=int, help="of the CPU; by default PyTorch's choice")
     parser.add_argument("--updates", type=int, default=200, help="of a turn")
@@ -84,48 +86,53 @@ def main() -> int:
     make = find_algorithm(options.algo).load_agent_class()
     agents, weights, ready = {}, {}, {}
     start: dict[str, torch.Tensor] = {}
-    for execution in options.execution:
+    for way in options.ways:
+        execution, precision = way.split("/")
         begun = time.perf_counter()
         agent = make(OBS, ACT, device=device)
-        config = replace(agent.config, execution=execution, batch_size=options.batch_size)
-        agents[execution] = agent = make(OBS, ACT, config, device=device)
+        config = replace(agent.config, execution=execution, precision=precision, batch_size=options.batch_size)
+        agents[way] = agent = make(OBS, ACT, config, device=device)
         start = start or networks(agent)
         for i in range(COMPARED):
             agent.update(batches[i % 10])
         wait()
-        ready[execution] = time.perf_counter() - begun
-        weights[execution] = networks(agent)
+        ready[way] = time.perf_counter() - begun
+        weights[way] = networks(agent)
         for i in range(20):
             agent.update(batches[i % 10])
 
-    rates: dict[str, list[float]] = {execution: [] for execution in agents}
+    rates: dict[str, list[float]] = {way: [] for way in agents}
     for _ in range(options.rounds):
-        for execution, agent in agents.items():
+        for way, agent in agents.items():
             wait()
             begun = time.perf_counter()
             for i in range(options.updates):
                 agent.update(batches[i % 10])
             wait()
-            rates[execution].append(options.updates / (time.perf_counter() - begun))
+            rates[way].append(options.updates / (time.perf_counter() - begun))
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{options.algo}, batch {options.batch_size}, torch {torch.__version__}, {name}\n")
-    first = options.execution[0]
-    print(f"| execution | updates/s (range) | to {first} | ready after | weights' difference to {first} |")
+    first = options.ways[0]
+    print(f"| execution/precision | updates/s (range) | to {first} | ready after | weights' difference to {first} |")
     print("|---|---|---|---|---|")
     agree = True
-    for execution, values in rates.items():
+    for way, values in rates.items():
         ratio = statistics.median(a / b for a, b in zip(values, rates[first], strict=True))
-        apart = max(
-            float((weights[execution][k] - v).abs().max() / (v - start[k]).abs().max())
-            for k, v in weights[first].items()
-        )
-        agree = agree and apart <= AGREEMENT
+
+        def apart(other: str, way: str = way) -> float:
+            """Largest difference of a weight, as a share of how far the farthest of its tensor went."""
+            pairs = ((weights[way][name] - value, value - start[name]) for name, value in weights[other].items())
+            return max(float(difference.abs().max() / gone.abs().max()) for difference, gone in pairs)
+
+        if way.endswith("/float32"):
+            agree = agree and apart(next(other for other in options.ways if other.endswith("/float32"))) <= AGREEMENT
         spread = f"{statistics.median(values):.0f} ({min(values):.0f} to {max(values):.0f})"
-        print(f"| {execution} | {spread} | {ratio:.2f} | {ready[execution]:.1f} s | {apart:.1%} of their way |")
+        print(f"| {way} | {spread} | {ratio:.2f} | {ready[way]:.1f} s | {apart(first):.1%} of their way |")
     if not agree:
         print(
-            f"\nweights differ by more than {AGREEMENT:.0%} of the way they went in {COMPARED} updates", file=sys.stderr
+            f"\nfloat32 weights differ by more than {AGREEMENT:.0%} of the way they went in {COMPARED} updates",
+            file=sys.stderr,
         )
     if options.profile:
         profile(lambda i: agents[first].update(batches[i % 10]), wait, device)

@@ -12,14 +12,18 @@ trap 'rm -rf "$out"' EXIT
 "$python" -c 'import torch, sys; sys.exit(0 if torch.cuda.is_available() else "no GPU that PyTorch can use")'
 
 failed=0
-ways="eager captured"
-if "$python" -c 'import triton' 2>/dev/null; then ways="eager compiled captured"; else echo "no triton: not compiled"; fi
+ways="eager/float32 captured/float32"
+if "$python" -c 'import triton' 2>/dev/null; then
+    ways="eager/float32 compiled/float32 captured/float32 eager/bfloat16 compiled/bfloat16 captured/bfloat16"
+else
+    echo "no triton: not compiled"
+fi
 for batch in 256 4096; do
     # shellcheck disable=SC2086
-    "$python" scripts/bench_update.py --device cuda --batch-size $batch --execution $ways || failed=1
+    "$python" scripts/bench_update.py --device cuda --batch-size $batch --ways $ways || failed=1
     echo
 done
-"$python" scripts/bench_update.py --device cuda --execution eager --rounds 1 --profile || failed=1
+"$python" scripts/bench_update.py --device cuda --ways eager/float32 --rounds 1 --profile || failed=1
 
 echo
 echo "a training on the GPU, captured, in two halves, the second by resuming, against one in one go:"

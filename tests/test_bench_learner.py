@@ -73,12 +73,12 @@ def test_ratios_are_paired_by_round_with_the_peers_better_threads(bench):
 def test_a_run_of_our_side_writes_what_it_measured(tmp_path):
     out = tmp_path / "bench.json"
     command = [sys.executable, str(SCRIPT), "--peers", "--env", "Pendulum-v1", "--num-envs", "2", "--threads", "1"]
-    command += ["--segment", "40", "--rounds", "2", "--out", str(out), "--execution", "eager"]
+    command += ["--segment", "40", "--rounds", "2", "--out", str(out), "--ways", "eager/float32"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=HERE)
     assert done.returncode == 0, done.stderr
     case = json.loads(out.read_text())["cases"][0]
     row = case["rows"][0]
-    assert row["library"] == "ctrlrl, eager" and row["threads"] == 1 and case["num_envs"] == 2
+    assert row["library"] == "ctrlrl, eager/float32" and row["threads"] == 1 and case["num_envs"] == 2
     assert row["updates_per_s"] == pytest.approx(row["steps_per_s"])  # UTD 1, whatever the number of environments
     assert row["warm_up_s"] > 0 and row["peak_mib"] > 50
     assert case["floor"]["1"]["float32"] >= case["floor"]["1"]["blas"] > 0

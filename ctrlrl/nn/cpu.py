@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import platform
+from collections.abc import Iterator
 
 import torch
 
+FEW = 16
+"""Rows of a product up to which the default BLAS is quicker than oneDNN, which takes 15 us to set a product up."""
+
+_BY_ONEDNN = "bf16"
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -22,6 +28,20 @@ def prepare_cpu(threads: int | None = None) -> None:
         torch.set_num_threads(threads)
     _keep_freed_memory()
     _products_by_onednn()
+
+
+@contextlib.contextmanager
+def products_of(rows: int) -> Iterator[None]:
+    """Inside, products of `rows` rows are made the quicker way: one row of 256 in 5 us instead of 25."""
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    if rows > FEW or setting.fp32_precision != _BY_ONEDNN:
+        yield
+        return
+    setting.fp32_precision = "none"
+    try:
+        yield
+    finally:
+        setting.fp32_precision = _BY_ONEDNN
 
 
 def _keep_freed_memory() -> None:
@@ -49,6 +69,6 @@ def _products_by_onednn() -> None:
     before = setting.fp32_precision
     factor = torch.rand(256, 256, generator=torch.Generator().manual_seed(0))
     exact = factor.double() @ factor.double()
-    setting.fp32_precision = "bf16"
+    setting.fp32_precision = _BY_ONEDNN
     if (factor @ factor - exact).abs().max() > 1e-3:  # 4e-5 in float32, 0.05 with factors in bfloat16
         setting.fp32_precision = before

@@ -18,6 +18,7 @@ StepFunction: TypeAlias = Callable[..., dict[str, Tensor]]
 """`step(batch, *draws) -> metrics`: changes weights in place, and depends on nothing but them and its arguments."""
 
 EXECUTIONS = ("eager", "compiled", "captured")
+PRECISIONS = ("float32", "bfloat16")
 
 
 class Mappable(Protocol):
@@ -30,22 +31,45 @@ _WARM_UPS = 3
 
 
 def executed(
-    step: StepFunction, execution: str, device: torch.device, changes: Callable[[], Sequence[Tensor]]
+    step: StepFunction,
+    execution: str,
+    precision: str,
+    device: torch.device,
+    changes: Callable[[], Sequence[Tensor]],
 ) -> StepFunction:
-    """`step`, as `execution` says: the same results within rounding.
+    """`step`, as `execution` and `precision` say: the same results within rounding.
 
     - `eager` (or `auto`, which the training decides): as it is written.
     - `compiled`: by `torch.compile`, the whole step as one graph; the first call takes up to a minute.
     - `captured`: replayed as one CUDA graph, which removes the time between its kernels.
 
+    With the precision `bfloat16`, matrix products round their factors to 8 bits and sum in float32 (`torch.autocast`);
+    networks give float32 (`ctrlrl.nn.mlp`), and everything after them is float32. `float32` and `auto` change nothing.
     `changes` gives all tensors that the step changes in place.
     The first call raises `UsageError` if it cannot run so here; `unavailable` says so before.
     """
+    if precision == "bfloat16":
+        step = _in_bfloat16(step, device)
     if execution == "captured":
         return Captured(step, changes, lambda work: _capture(work, device))
     if execution == "compiled":
         return Compiled(step, device)
     return step
+
+
+def _in_bfloat16(step: StepFunction, device: torch.device) -> StepFunction:
+    def reduced(*arguments: Any) -> dict[str, Tensor]:
+        # Without the cache of rounded weights: one update changes them and uses them again.
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            return step(*arguments)
+
+    return reduced
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products in bfloat16; without them these are slower than float32's."""
+    able = torch.cpu.get_capabilities()
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
 
 
 def unavailable(execution: str, device: torch.device) -> str | None:

@@ -14,6 +14,16 @@ NetworkFactory = Callable[[int, int], nn.Module]
 """`factory(in_features, out_features)` gives a module that maps (B, in_features) to (B, out_features)."""
 
 
+class Float32Linear(nn.Linear):
+    """A linear layer that computes in float32 also where `torch.autocast` has others compute in less: for outputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
 def mlp(sizes: Sequence[int], *, layer_norm: bool = False) -> nn.Sequential:
     """Linear layers of the given sizes with ReLU between them, and LayerNorm before each ReLU if asked.
 
@@ -21,11 +31,18 @@ def mlp(sizes: Sequence[int], *, layer_norm: bool = False) -> nn.Sequential:
     """
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
-        layers.append(nn.Linear(inputs, outputs))
-        if i < len(sizes) - 2:
+        if i == len(sizes) - 2:
+            layers.append(Float32Linear(inputs, outputs))
+        else:
+            layers.append(nn.Linear(inputs, outputs))
             layers += [nn.LayerNorm(outputs)] if layer_norm else []
             layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, in float32 if it is of fewer bits: what a network of the user gives under `torch.autocast`."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class EnsembleLinear(nn.Module):
@@ -40,7 +57,7 @@ class EnsembleLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 2:
             x = x.expand(len(self.weight), *x.shape)
-        if self.weight.shape[-1] == 1:  # a third of the time of a matrix product with one column
+        if self.weight.shape[-1] == 1:  # a third of the time of a matrix product with one column; float32 in any case
             return (x * self.weight.transpose(1, 2)).sum(-1, keepdim=True) + self.bias
         return torch.baddbmm(self.bias, x, self.weight)
 

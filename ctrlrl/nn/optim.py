@@ -43,11 +43,13 @@ class Adam:
         """Step down `gradients`, one for each parameter and of its shape."""
         self.steps += 1
         if torch.compiler.is_compiling():  # which cannot trace the fused kernel, and fuses this
+            # Both moments' bias corrections as two numbers, which leaves one root and one quotient for each weight.
+            root = (1 - 0.999**self.steps).sqrt()
+            size, eps = self.lr * root / (1 - 0.9**self.steps), 1e-8 * root
             for p, gradient, first, second in zip(self.parameters, gradients, self.first, self.second, strict=True):
                 first.lerp_(gradient, 0.1)
                 second.lerp_(gradient * gradient, 0.001)
-                spread = (second / (1 - 0.999**self.steps)).sqrt() + 1e-8
-                p.sub_(self.lr * (first / (1 - 0.9**self.steps)) / spread)
+                p.sub_(size * first / (second.sqrt() + eps))
             return
         # The fused kernel walks through memory: it takes a gradient of another layout for one of the parameter's own.
         same = [

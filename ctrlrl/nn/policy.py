@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.distributions import TanhNormal
 from ctrlrl.nn.encoder import Encoder, ObservationNormalizer
+from ctrlrl.nn.mlp import at_least_float32
 from ctrlrl.tree import Obs
 
 PolicyState = dict[str, Tensor]
@@ -61,21 +62,25 @@ class ActionScaling(nn.Module):
 
     low: Tensor
     high: Tensor
+    center: Tensor
+    half_range: Tensor
 
     def __init__(self, space: gym.spaces.Box) -> None:
         super().__init__()
         self.register_buffer("low", torch.as_tensor(space.low, dtype=torch.float32))
         self.register_buffer("high", torch.as_tensor(space.high, dtype=torch.float32))
+        low, high = self.low.double(), self.high.double()  # whose sum and difference may be beyond float32
+        self.register_buffer("center", ((low + high) / 2).float(), persistent=False)
+        self.register_buffer("half_range", ((high - low) / 2).float(), persistent=False)
 
     def to_unit(self, action: Tensor) -> Tensor:
         """(..., *shape) in the environment's units to (..., A) in [-1, 1]."""
-        half = (self.high - self.low) / 2
-        return ((action - self.low) / half - 1).flatten(-self.low.dim()).to(torch.float32)
+        return ((action - self.center) / self.half_range).flatten(-self.low.dim()).to(torch.float32)
 
     def to_environment(self, unit: Tensor) -> Tensor:
         """(..., A) in [-1, 1] to (..., *shape) within the bounds, which rounding alone could miss."""
         unit = unit.reshape(*unit.shape[:-1], *self.low.shape)
-        return (self.low + (unit + 1) * ((self.high - self.low) / 2)).clamp(self.low, self.high)
+        return torch.addcmul(self.center, unit, self.half_range).clamp_(self.low, self.high)
 
 
 def require_bounded_box(space: gym.Space[Any], algorithm: str, discrete: str) -> gym.spaces.Box:
@@ -112,7 +117,7 @@ class SquashedGaussianPolicy(Policy):
 
     def distribution(self, obs: Obs, state: PolicyState | None = None) -> TanhNormal:
         """Distribution over actions (B, A) in [-1, 1]."""
-        mean, log_std = self.trunk(self.encoder(obs)).chunk(2, dim=-1)
+        mean, log_std = at_least_float32(self.trunk(self.encoder(obs))).chunk(2, dim=-1)
         return TanhNormal(mean, log_std.clamp(*self.log_std_bounds))
 
     @torch.no_grad()

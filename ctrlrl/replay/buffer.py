@@ -97,6 +97,8 @@ class ReplayBuffer:
         for prefix in ("extras", "next_extras") if next_extras else ("extras",):
             for name, example in (extras or {}).items():
                 self._columns[f"{prefix}/{name}"] = zeros(r, *example.shape, dtype=example.dtype)
+        columns = {f"obs/{key}": value for key, value in self._obs.items()} | self._columns
+        self._flat = {name: value.view(r * n, *value.shape[2:]) for name, value in columns.items()}  # the same memory
         # Final observations, in the order of their rows, entry i at i % len; grows by doubling.
         self._finals = {k: zeros(max(64, 2 * n), *v.shape[2:], dtype=v.dtype) for k, v in self._obs.items()}
         self._finals_head = self._finals_tail = 0
@@ -173,58 +175,58 @@ class ReplayBuffer:
         """
         if not len(self):
             raise ValueError("sample() from an empty replay buffer")
-        shape = (groups, batch_size)
-        drawn = torch.randint(len(self), shape, generator=self.generator, device=self.device)
-        first = self._order[(drawn + self._order_tail) % len(self._order)]
-        # Transitions are meant by their place in the columns laid flat: slot * N + environment.
-        column = {name: value.flatten(0, 1) for name, value in self._columns.items()}
-        size, n = self.slots * self.num_envs, self.num_envs
+        drawn = torch.randint(len(self), (groups * batch_size,), generator=self.generator, device=self.device)
+        entry = (drawn + self._order_tail) % len(self._order) if self._order_tail else drawn
+        first = self._order.index_select(0, entry)
+        # Transitions are meant by their place in the columns laid flat, slot * N + environment, and (G * B) in one row.
+        flat, size, n = self._flat, self.slots * self.num_envs, self.num_envs
 
         def look(at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             """What follows, whether it was terminated or ended, and whether a trace stops there."""
             following = (at + n) % size  # after the newest row, never valid
-            terminated = column["terminated"][at]
-            ended = terminated | column["truncated"][at]
-            return following, terminated, ended, ended | ~column["valid"][following]
+            terminated = flat["terminated"].index_select(0, at)
+            ended = terminated | flat["truncated"].index_select(0, at)
+            return following, terminated, ended, ended | ~flat["valid"].index_select(0, following)
 
-        last, reward = first, column["reward"][first]
+        last, reward = first, flat["reward"].index_select(0, first)
         following, terminated, ended, end = look(first)
         discount = torch.where(terminated, 0.0, gamma)
         if n_step > 1:
-            length = torch.ones(shape, device=self.device)
+            length = torch.ones_like(reward)
             for k in range(1, n_step):
                 last = torch.where(end, last, following)
-                reward = reward + torch.where(end, 0.0, gamma**k * column["reward"][last])
+                reward = reward + torch.where(end, 0.0, gamma**k * flat["reward"].index_select(0, last))
                 length += ~end
                 following, terminated, ended, stop = look(last)
                 end = end | stop
             discount = torch.pow(gamma, length) * ~terminated
 
-        final = column["final"][last] % self._finals_capacity
+        final = flat["final"].index_select(0, last) % self._finals_capacity
         obs, next_obs = {}, {}
-        for key, value in self._obs.items():
-            flat = value.flatten(0, 1)
-            mask = ended.view(*shape, *[1] * (flat.dim() - 1))
-            after = torch.where(mask, self._finals[key][final], flat[following])
+        for key, finals in self._finals.items():
+            frames = flat[f"obs/{key}"]
+            mask = ended.view(-1, *[1] * (frames.dim() - 1))
+            after = torch.where(mask, finals.index_select(0, final), frames.index_select(0, following))
             if key in self._stacked:
-                obs[key] = self._stack(flat, first)
-                past = obs[key] if n_step == 1 else self._stack(flat, last)
-                next_obs[key] = torch.cat([past[:, :, 1:], after[:, :, None]], 2)
+                obs[key] = self._stack(frames, first)
+                past = obs[key] if n_step == 1 else self._stack(frames, last)
+                next_obs[key] = torch.cat([past[:, 1:], after[:, None]], 1)
             else:
-                obs[key], next_obs[key] = flat[first], after
+                obs[key], next_obs[key] = frames.index_select(0, first), after
 
         oldest = self._slot(0) * n  # where the ring begins, in rows that may have been forgotten
-        return Batch(
+        batch = Batch(
             obs=self._wrap(obs),
-            action=column["action"][first],
+            action=flat["action"].index_select(0, first),
             reward=reward,
             discount=discount,
             next_obs=self._wrap(next_obs),
             end=end,
             index=(first - oldest) % size + (self.total_rows * n - size),
-            extras={name: value[first] for name, value in _part(column, "extras/").items()},
-            next_extras={name: value[last] for name, value in _part(column, "next_extras/").items()},
+            extras={name: value.index_select(0, first) for name, value in _part(flat, "extras/").items()},
+            next_extras={name: value.index_select(0, last) for name, value in _part(flat, "next_extras/").items()},
         )
+        return batch.map(lambda value: value.view(groups, batch_size, *value.shape[1:]))
 
     # Saving. Rows are written once, in segments [start, stop) of all rows ever added, and loaded into an empty buffer.
 
@@ -307,7 +309,7 @@ class ReplayBuffer:
             self._obs[key][slot] = value
 
     def _stack(self, frames: Tensor, at: Tensor) -> Tensor:
-        """The stacks (G, B, K, ...) of the observations at the flat places `at` (G, B), the oldest frame first."""
+        """The stacks (M, K, ...) of the observations at the flat places `at` (M,), the oldest frame first."""
         back = torch.arange(self.frame_stack - 1, -1, -1, device=self.device)
         back = torch.minimum(back, self._reach.view(-1)[at][..., None])
         return frames[(at[..., None] - back * self.num_envs) % len(frames)]

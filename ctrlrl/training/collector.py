@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ctrlrl.envs.vector import Step, VectorEnv
 from ctrlrl.errors import NonFiniteError, UsageError
+from ctrlrl.nn.cpu import products_of
 from ctrlrl.nn.policy import Policy, PolicyState
 from ctrlrl.tree import Obs, obs_items, obs_to
 
@@ -52,14 +53,16 @@ class Collector:
         """
         # Before learning starts the policy acts too, so that its state and extras exist from the first step on.
         device = self.policy.device
-        action, state, extras = self.policy.act(obs_to(self.obs, device), self.policy_state, explore=True)
+        with products_of(self.env.num_envs):
+            action, state, extras = self.policy.act(obs_to(self.obs, device), self.policy_state, explore=True)
         if random:
             action = random_actions(self.env.action_space, self.env.num_envs, self.generator)
         step = self.env.step(action.to(self.env.device))
         require_finite(self.env, step, step.valid, self.lengths)
         next_extras: dict[str, Tensor] = {}
         if self.policy.extras_at_next:
-            next_extras = self.policy.act(obs_to(step.final_obs, device), state, explore=False)[2]
+            with products_of(self.env.num_envs):
+                next_extras = self.policy.act(obs_to(step.final_obs, device), state, explore=False)[2]
         if state:
             state = self.policy.reset(state, (step.terminated | step.truncated | ~step.valid).to(device))
         self.policy_state = state

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ctrlrl.envs.vector import VectorEnv
+from ctrlrl.nn.cpu import products_of
 from ctrlrl.nn.policy import Policy
 from ctrlrl.training.collector import require_finite
 from ctrlrl.tree import obs_to
@@ -79,7 +80,8 @@ def _evaluate(
         for _ in range(MAX_STEPS):
             if before_step is not None and first == 0 and bool(running[0]):
                 before_step()
-            action, state, _ = policy.act(obs_to(obs, policy.device), state, explore=False)
+            with products_of(n):
+                action, state, _ = policy.act(obs_to(obs, policy.device), state, explore=False)
             step = env.step(action.to(env.device))
             counted = running & step.valid
             require_finite(env, step, counted, count)

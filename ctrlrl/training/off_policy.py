@@ -149,7 +149,8 @@ class OffPolicyLoop:
         self.env_steps += int(step.valid.sum()) if self.env.may_be_invalid else self.env.num_envs
         episodes = self.collector.finished(step)
 
-        self._learn()
+        if _passed(before, self.env_steps, self.config.update_every) or self._finished():
+            self._learn()
 
         for episode in episodes:
             record = {"kind": "episode", "step": self.env_steps, "time": self._time(), "env": episode.env}
@@ -166,7 +167,7 @@ class OffPolicyLoop:
         self.progress.update(self.env_steps, episodes)
 
     def _learn(self) -> None:
-        """The updates owed: `utd` per environment step since learning started, whatever the number of environments."""
+        """All updates owed: `utd` per environment step since learning started, whatever the number of environments."""
         c = self.agent.config
         owed = int(c.utd * (self.env_steps - self.config.learning_starts)) - self.updates
         while owed > 0 and len(self.buffer):

@@ -16,7 +16,7 @@ from ctrlrl.envs.frame_stack import FrameStack
 from ctrlrl.envs.make import make_env
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
-from ctrlrl.nn.execution import unavailable
+from ctrlrl.nn.execution import multiplies_bfloat16, unavailable
 from ctrlrl.runs.folder import RunFolder
 
 EnvLike = str | gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any] | VectorEnv | Callable[[], gym.Env[Any, Any]]
@@ -76,7 +76,7 @@ def pick_device(name: str) -> torch.device:
 def settle_execution(
     config: OffPolicyConfig, device: torch.device, *, plain: bool, resumed: bool
 ) -> tuple[OffPolicyConfig, str]:
-    """`config` with the agent's `execution` decided, and what to tell about it.
+    """`config` with the agent's `execution` and `precision` decided, and what to tell about it.
 
     Args:
         config: as asked for.
@@ -91,18 +91,23 @@ def settle_execution(
     asked, remark = agent.execution, ""
     if asked != "auto":
         reason = unavailable(asked, device)
-        if reason is None:
-            return config, ""
-        if not resumed:
+        if reason is not None and not resumed:
             raise UsageError(f"--agent.execution {asked}: {reason}. Or take --agent.execution eager")
-        chosen, remark = "eager", f"updates run eagerly and not {asked}, which changes last bits: {reason}"
+        chosen = asked
+        if reason is not None:
+            chosen, remark = "eager", f"updates run eagerly and not {asked}, which changes last bits: {reason}"
     elif device.type != "cpu" or not plain or agent.utd * (config.steps - config.learning_starts) < COMPILE_FROM:
         chosen = "eager"
     elif reason := unavailable("compiled", device):
         chosen, remark = "eager", f"updates run eagerly, at three quarters of the speed: {reason}"
     else:
         chosen, remark = "compiled", "updates are compiled, the first one takes up to a minute"
-    return replace(config, agent=replace(agent, execution=chosen)), remark  # type: ignore[call-arg]
+    precision = agent.precision
+    if precision == "auto":
+        reduced = device.type == "cpu" and plain and chosen == "compiled" and multiplies_bfloat16()
+        precision = "bfloat16" if reduced else "float32"
+    agent = replace(agent, execution=chosen, precision=precision)
+    return replace(config, agent=agent), remark  # type: ignore[call-arg]
 
 
 def read_config(folder: RunFolder) -> tuple[str, OffPolicyConfig]:
