@@ -173,7 +173,8 @@ class OffPolicyConfig(TrainConfig):
     """Environment steps with uniformly random actions before the first update."""
     update_every: int = 8
     """Environment steps between two turns of updates, each of which makes all that are owed (agent.utd). Several in a
-    row find code and data in the processor's caches; the policy acts with weights up to so many updates old."""
+    row find code and data in the processor's caches; the policy acts with weights that are so many steps old at most.
+    A training that ends between two turns leaves the updates to whoever resumes it."""
     buffer: ReplayConfig = field(default_factory=ReplayConfig)
     """The replay memory."""
 

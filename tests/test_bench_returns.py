@@ -154,7 +154,7 @@ def test_a_cell_is_named_and_single_threaded(script: ModuleType, tmp_path: Path)
     command = cell.command()
     assert command[:5] == [sys.executable, "-m", "ctrlrl", "train", "sac"]
     assert command[command.index("--threads") + 1] == "1"
-    assert script.ONE_THREAD["OMP_NUM_THREADS"] == "1"
+    assert sys.modules["cells"].ONE_THREAD["OMP_NUM_THREADS"] == "1"
 
 
 def test_what_was_stopped_before_its_first_checkpoint_starts_anew(script: ModuleType, tmp_path: Path) -> None:
@@ -181,7 +181,8 @@ def test_a_peer_runs_by_the_same_scheduling(
     script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Stable-Baselines3 is there for tests, so its own environment is not made here."""
-    monkeypatch.setattr(script, "python_of", lambda peer: Path(sys.executable))
+    for module in (script, sys.modules["cells"]):
+        monkeypatch.setattr(module, "python_of", lambda peer: Path(sys.executable))
     ask = f"--peer sb3 --env Pendulum-v1 --seeds 4 --steps 40 --eval-every 20 --eval-episodes 2 --out {tmp_path}"
     assert script.main(ask.split()) == 0
     assert "sb3-sac-Pendulum-v1-4: step 40 of 40, return -" in capsys.readouterr().out

@@ -80,6 +80,7 @@ def test_the_verdict_goes_by_the_whole_interval(tmp_path: Path, ours: list[float
     (verdict,) = comparison.verdicts
     assert verdict.word == word
     assert f"verdict: sac is {word} SAC (X 1.0): pooled normalized difference" in console_summary(comparison)
+    assert verdict.sentence.endswith("] over 2 environments, 90 % interval.")
     # Exchanged, the difference changes its sign and nothing else.
     (other,) = compared(tmp_path / "b", {CHEETAH: theirs, HOPPER: theirs}, {CHEETAH: ours, HOPPER: ours}).verdicts
     assert verdict.final is not None and other.final is not None
@@ -98,6 +99,7 @@ def test_what_cannot_be_judged_is_left_out_and_said(tmp_path: Path) -> None:
     assert [one.env for one in verdict.envs] == ["A-v0", "B-v0", "C-v0", "D-v0"]
     assert [one.final is None for one in verdict.envs] == [True, True, False, False]
     assert verdict.final == verdict.envs[3].final  # the one environment that is left
+    assert verdict.sentence.endswith(" over 1 of 4 environments, 90 % interval.")
     assert [note.partition(":")[0] for note in verdict.notes] == ["A-v0", "B-v0", "C-v0", "D-v0"]
     for note, what in zip(
         verdict.notes, ["no return of a random", "neither side is clearly above", "one run on each side"], strict=False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import signal
 import sysconfig
@@ -88,10 +89,17 @@ def unavailable(execution: str, device: torch.device) -> str | None:
             return "compiling for a CPU needs a C++ compiler, and none was found (on Debian: apt install g++)"
         if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
             return "compiling for a CPU needs Python's header files (on Debian: apt install python3-dev)"
-        try:
-            _compile(torch.neg, torch.ones(8))
-        except torch._dynamo.exc.TorchDynamoException as error:
-            return f"the C++ compiler fails here: {' '.join(str(error).split())[:300]} ..."
+        return _trial()
+    return None
+
+
+@functools.cache
+def _trial() -> str | None:
+    """Why the smallest compilation for a CPU fails here, if it does."""
+    try:
+        _compile(torch.neg, torch.ones(8))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        return f"the C++ compiler fails here: {' '.join(str(error).split())[:300]} ..."
     return None
 
 

@@ -59,6 +59,8 @@ class Verdict:
     envs: list[EnvDifference]
     final: Difference | None
     """Pooled; None where no environment allows it."""
+    pooled: int
+    """How many of the environments it is pooled over."""
     area: Difference | None
     notes: list[str]
 
@@ -76,8 +78,13 @@ class Verdict:
             return f"{self.ours} against {self.peers}: no verdict, since no environment allows one."
         return (
             f"{self.ours} is {self.word} {self.peers}: pooled normalized difference of the final return "
-            f"{difference_text(self.final)}, {100 * CONFIDENCE:.0f} % interval."
+            f"{difference_text(self.final)} over {self._pooled}, {100 * CONFIDENCE:.0f} % interval."
         )
+
+    @property
+    def _pooled(self) -> str:
+        of = f"{self.pooled} of " if self.pooled < len(self.envs) else ""
+        return f"{of}{len(self.envs)} environment{'s' * (len(self.envs) != 1)}"
 
 
 def judge(comparisons: Sequence[EnvComparison], random: Mapping[str, Floats]) -> list[Verdict]:
@@ -134,6 +141,7 @@ def _judge(ours: str, peers: str, comparisons: Sequence[EnvComparison], random: 
         peers=peers,
         envs=envs,
         final=pooled_difference(finals, CONFIDENCE) if finals else None,
+        pooled=len(finals),
         area=pooled_difference(areas, CONFIDENCE) if areas else None,
         notes=notes,
     )

@@ -149,7 +149,7 @@ class OffPolicyLoop:
         self.env_steps += int(step.valid.sum()) if self.env.may_be_invalid else self.env.num_envs
         episodes = self.collector.finished(step)
 
-        if _passed(before, self.env_steps, self.config.update_every) or self._finished():
+        if _passed(before, self.env_steps, self.config.update_every):
             self._learn()
 
         for episode in episodes:
