@@ -44,11 +44,11 @@ class SACConfig(Config):
     random_shift: int = 4
     """Images: shift each sampled one by up to so many pixels, at random (DrQ, arXiv:2004.13649); 0 turns it off."""
     execution: Literal["auto", "eager", "compiled", "captured"] = "auto"
-    """How an update runs: as written, by torch.compile, or as a CUDA graph; the same results within rounding. auto
-    compiles trainings of 50,000 updates and more on a CPU, where a C++ compiler is installed, and says so."""
+    """How an update runs: as written, by torch.compile, or as a CUDA graph; the same within the precision's rounding.
+    auto compiles trainings of 50,000 updates and more on a CPU, where a C++ compiler is installed, and says so."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the factors in the hidden layers' products during updates; weights, outputs, log-probabilities, targets and
-    Adam are float32 in any case. auto takes bfloat16 for compiled updates on CPUs that multiply it natively."""
+    """Of the factors in hidden layers' products during updates; weights, the built-in networks' outputs and all that is
+    computed from them are float32. auto takes bfloat16 for compiled updates on CPUs that multiply it natively."""
     policy_obs: tuple[str, ...] | None = None
     """Observation entries the policy reads; by default `policy` where there is such a group, else all."""
     critic_obs: tuple[str, ...] | None = None

@@ -16,7 +16,8 @@ EXECUTION/PRECISION/N makes the updates owed every N environment steps instead o
 every step.
 
 The floor is the time the update's matrix products take at the rate of one 256x256x256 float32 product, plus the raw
-simulation: once at the rate of PyTorch's default BLAS, once at the best float32 rate there is here.
+simulation: once at the rate of PyTorch's default BLAS, once at the best float32 rate there is here. Both are floors of
+float32: products in bfloat16 may go below.
 """
 
 from __future__ import annotations
@@ -294,6 +295,7 @@ def case(num_envs: int, workers: list[Worker], flops: int) -> dict[str, Any]:
         entry = {
             name: statistics.median(r[name] for r in floor.rounds) for name in ("blas", "float32", "simulation_us")
         }
+        entry["fastest"] = same.name
         entry["bfloat16"] = statistics.median(r["bfloat16"] for r in floor.rounds)
         for name in ("blas", "float32"):
             shares = [
@@ -327,7 +329,7 @@ def table(result: dict[str, Any], options: argparse.Namespace) -> str:
         lines.append(
             f"floor, {threads} thread(s): float32 products {floor['blas']:.0f} GFLOP/s by the default BLAS, "
             f"{floor['float32']:.0f} at best (bfloat16 {floor['bfloat16']:.0f}); "
-            f"simulation {floor['simulation_us']:.0f} us a step; ctrlrl runs at "
+            f"simulation {floor['simulation_us']:.0f} us a step; {floor['fastest']} runs at "
             f"{floor['share_of_blas_floor']:.0%} of the floor with the default BLAS, "
             f"{floor['share_of_float32_floor']:.0%} of the one with the best rate"
         )

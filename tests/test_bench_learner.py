@@ -82,7 +82,7 @@ def test_a_run_of_our_side_writes_what_it_measured(tmp_path):
     assert row["updates_per_s"] == pytest.approx(row["steps_per_s"])  # UTD 1, whatever the number of environments
     assert row["warm_up_s"] > 0 and row["peak_mib"] > 50
     assert case["floor"]["1"]["float32"] >= case["floor"]["1"]["blas"] > 0
-    assert "ctrlrl runs at" in done.stdout
+    assert "ctrlrl, eager/float32 runs at" in done.stdout
 
 
 def test_an_unknown_environment_is_named(tmp_path):

@@ -62,6 +62,13 @@ def test_scaling_covers_any_bounds_and_comes_back(half):
     assert all(space.contains(a.numpy()) for a in scaling.to_environment(torch.rand(1000, 2) * 2 - 1))
 
 
+def test_loaded_bounds_take_the_place_of_the_environments():
+    wide, narrow = ActionScaling(Box(-2.0, 2.0, (1,))), ActionScaling(Box(-1.0, 1.0, (1,)))
+    wide.load_state_dict(narrow.state_dict())
+    assert wide.to_environment(torch.tensor([[0.5]])).item() == 0.5
+    assert wide.to_unit(torch.tensor([[0.5]])).item() == 0.5
+
+
 def test_log_prob_does_not_depend_on_the_actuator_range():
     """SAC's entropy, Jacobian and target live in [-1, 1]^A: Humanoid's 0.4 changes none of them."""
     distribution = TanhNormal(torch.zeros(1, 17), torch.zeros(1, 17))

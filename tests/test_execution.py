@@ -11,7 +11,7 @@ from ctrlrl.algorithms.registry import train_config_class
 from ctrlrl.algorithms.sac import SAC
 from ctrlrl.algorithms.sac_config import SACConfig
 from ctrlrl.errors import UsageError
-from ctrlrl.nn.execution import Captured, _compile, unavailable
+from ctrlrl.nn.execution import Captured, _compile, multiplies_bfloat16, unavailable
 from ctrlrl.nn.mlp import EnsembleMLP, mlp
 from ctrlrl.runs.checkpoint import pack
 from ctrlrl.training.setup import settle_execution
@@ -44,9 +44,6 @@ def first_gradients(config, execution="eager", precision="float32"):
     agent = SAC(OBS, ACT, SACConfig(**changed), seed=1)
     metrics = agent.update(make_batch(size=256))
     assert all(value.dtype == torch.float32 for value in metrics.values())
-    tensors = pack(agent.state_dict())[0]
-    floats = {value.dtype for value in tensors.values() if value.is_floating_point()}
-    assert floats == {torch.float32}  # weights, moments and targets
     parts = agent.actor_optimizer.first, agent.critic_optimizer.first
     return [torch.cat([value.flatten() for value in part]) for part in parts], metrics
 
@@ -56,7 +53,7 @@ def distance(left, right):
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
-def test_bfloat16_rounds_gradients_and_nothing_else(layer_norm):
+def test_bfloat16_gradients_are_float32s_within_its_rounding(layer_norm):
     config = SACConfig(hidden=(64, 64), layer_norm=layer_norm)
     exact, theirs = first_gradients(config)
     rounded, ours = first_gradients(config, precision="bfloat16")
@@ -79,6 +76,8 @@ def test_compiled_bfloat16_is_eager_bfloat16():
 def test_outputs_are_computed_in_float32():
     network, x = mlp((5, 8, 3)), torch.randn(4, 5)
     with torch.autocast("cpu", torch.bfloat16):
+        assert mlp((5, 3)).double()(x.double()).dtype == torch.float64  # of a float64 reference
+    with torch.autocast("cpu", torch.bfloat16):
         hidden = network[:2](x)
         out = network(x)
     assert hidden.dtype == torch.bfloat16 and out.dtype == torch.float32
@@ -90,9 +89,14 @@ def test_outputs_are_computed_in_float32():
 
 
 def test_a_network_that_gives_bfloat16_is_taken_in_float32():
-    agent = SAC(OBS, ACT, SACConfig(precision="bfloat16"), network=torch.nn.Linear)
-    metrics = agent.update(make_batch())
-    assert all(value.dtype == torch.float32 for value in metrics.values())
+    def network(inputs, outputs):
+        return torch.nn.Linear(inputs, outputs, bias=False)
+
+    agent, batch = SAC(OBS, ACT, SACConfig(precision="bfloat16"), network=network), make_batch()[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert agent.policy.trunk(batch.obs).dtype == torch.bfloat16
+        assert agent.policy.distribution(batch.obs).log_std.dtype == torch.float32
+        assert agent.critics(batch.obs, batch.action).dtype == torch.float32
 
 
 def rerun(work):
@@ -208,6 +212,7 @@ def test_long_trainings_on_a_cpu_are_compiled():
     chosen, remark = settled()
     assert chosen == "compiled"
     assert "the first one takes up to a minute" in remark
+    assert ("bfloat16" in remark) == multiplies_bfloat16()
     assert settled(steps=54_999) == ("eager", "")
     assert settled({"utd": 0.5}) == ("eager", "")
     assert settled(plain=False) == ("eager", "")

@@ -103,6 +103,37 @@ def test_prepare_leaves_a_precision_that_the_user_chose():
         torch.backends.mkldnn.matmul.fp32_precision = before
 
 
+def test_products_of_few_rows_take_the_default_blas_meanwhile():
+    out = in_new_process(
+        "import torch\n"
+        "from ctrlrl.nn import cpu\n"
+        "setting = torch.backends.mkldnn.matmul\n"
+        "cpu.prepare_cpu(1)\n"
+        "print(setting.fp32_precision, cpu._switched)\n"
+        "with cpu.products_of(cpu.FEW): print(setting.fp32_precision)\n"
+        "with cpu.products_of(cpu.FEW + 1): print(setting.fp32_precision)\n"
+        "try:\n"
+        "    with cpu.products_of(1): raise KeyError\n"
+        "except KeyError: print(setting.fp32_precision)\n"
+        "setting.fp32_precision = 'ieee'  # the user decides\n"
+        "with cpu.products_of(1): print(setting.fp32_precision)\n"
+    ).split()
+    ours, switched, few, many, after, users = out
+    assert many == after == ours and users == "ieee"
+    assert few == ("none" if switched == "True" else ours)
+
+
+def test_products_of_few_rows_leave_a_precision_that_the_user_chose():
+    out = in_new_process(
+        "import torch\n"
+        "from ctrlrl.nn import cpu\n"
+        "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'\n"
+        "cpu.prepare_cpu(1)\n"
+        "with cpu.products_of(1): print(torch.backends.mkldnn.matmul.fp32_precision)\n"
+    )
+    assert out.strip() == "bf16"
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="about glibc's allocator")
 def test_prepared_memory_is_reused_instead_of_faulted_in_again():
     code = (

@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 import ctrlrl
+from ctrlrl.algorithms.sac import SAC
 from ctrlrl.errors import EnvironmentFailure, Interrupted, NonFiniteError, UsageError
-from ctrlrl.runs.checkpoint import load_checkpoint, save_checkpoint
+from ctrlrl.runs.checkpoint import load_checkpoint, pack, save_checkpoint
 from ctrlrl.runs.folder import RunFolder
 from tests.runs import SMALL, assert_same, contents
 from tests.standins import MODULE, WalkEnv, native_vector
@@ -57,6 +58,51 @@ def test_updates_are_counted_per_environment_step(tmp_path, num_envs, utd):
     state = load_checkpoint(RunFolder(tmp_path / "r").find_checkpoint("last"))
     assert state["loop"]["env_steps"] == 240
     assert state["loop"]["updates"] == int(utd * (240 - 60))
+
+
+@pytest.mark.parametrize(("num_envs", "utd", "every"), [(3, 0.3, 8), (1, 3.0, 8), (5, 1.0, 3)])
+def test_stopped_between_turns_of_updates_and_resumed_equals_uninterrupted(tmp_path, num_envs, utd, every):
+    settings = SMALL | {"num_envs": num_envs, "update_every": every, "eval_every": 0, "checkpoint_every": 10_000}
+    settings |= {"buffer": {"capacity": 300, "n_step": 3}, "agent": SMALL["agent"] | {"utd": utd}}
+    ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "whole"), **settings | {"steps": 240})
+    ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "parts"), **settings | {"steps": 93})
+    ctrlrl.resume(tmp_path / "parts", steps=151, quiet=True)
+    ctrlrl.resume(tmp_path / "parts", steps=240, quiet=True)
+    left, right = (load_checkpoint(RunFolder(tmp_path / name).find_checkpoint("last")) for name in ("whole", "parts"))
+    assert left["loop"]["updates"] == right["loop"]["updates"] > 0
+    left, right = pack(left["agent"])[0], pack(right["agent"])[0]
+    assert all(torch.equal(value, right[name]) for name, value in left.items())
+
+
+def test_a_turn_of_updates_is_sampled_within_bounds(tmp_path, monkeypatch):
+    sizes = []
+    update = SAC.update
+    monkeypatch.setattr(SAC, "update", lambda agent, batch: sizes.append(len(batch)) or update(agent, batch))
+    settings = SMALL | {"steps": 76, "eval_every": 0}
+    ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "a"), **settings)
+    assert sizes == [4, 8]  # at steps 64 and 72; those of the last four steps stay owed
+    sizes.clear()
+    group = 2 * SMALL["agent"]["batch_size"] * 3 * 4
+    monkeypatch.setattr("ctrlrl.training.off_policy.MAX_SAMPLED_BYTES", 3 * group)
+    ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "b"), **settings)
+    assert sizes == [3, 1, 3, 3, 2]
+
+
+def test_a_run_of_before_a_setting_goes_on_as_it_was(tmp_path):
+    run = ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), **SMALL | {"steps": 80, "eval_every": 0})
+    config = json.loads((run.path / "config.json").read_text())
+    del config["update_every"], config["agent"]["precision"]
+    (run.path / "config.json").write_text(json.dumps(config))
+    ctrlrl.resume(run.path, steps=90, quiet=True)
+    config = json.loads((run.path / "config.json").read_text())
+    assert config["update_every"] == 1 and config["agent"]["precision"] == "float32"
+    assert load_checkpoint(RunFolder(run.path).find_checkpoint("last"))["loop"]["updates"] == 30  # none stay owed
+
+
+def test_a_run_without_updates_says_so(tmp_path):
+    how = SMALL | {"steps": 130, "learning_starts": 125, "update_every": 100, "eval_every": 0}
+    run = ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "r"), **how)
+    assert "the last turn of updates (every 100 steps) is at step 100" in records(run.path, "note")[0]["text"]
 
 
 def test_actions_are_random_before_learning_starts_and_the_policys_after(tmp_path):

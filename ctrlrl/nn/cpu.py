@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import torch
 
 FEW = 16
-"""Rows of a product up to which the default BLAS is quicker than oneDNN, which takes 15 us to set a product up."""
+"""Rows of a product up to which the default BLAS is quicker than oneDNN, which takes longer to set a product up."""
 
 _BY_ONEDNN = "bf16"
+_switched = False
+"""Whether the setting is ours and not the user's."""
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -32,9 +34,9 @@ def prepare_cpu(threads: int | None = None) -> None:
 
 @contextlib.contextmanager
 def products_of(rows: int) -> Iterator[None]:
-    """Inside, products of `rows` rows are made the quicker way: one row of 256 in 5 us instead of 25."""
+    """Inside, products of `rows` rows are made the quicker way: where they are few, by the default BLAS."""
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    if rows > FEW or setting.fp32_precision != _BY_ONEDNN:
+    if rows > FEW or not _switched or setting.fp32_precision != _BY_ONEDNN:  # or the user has decided since
         yield
         return
     setting.fp32_precision = "none"
@@ -63,6 +65,7 @@ def _products_by_onednn() -> None:
     to oneDNN allows it to round the factors to bfloat16, which it does on processors with matrix units (Intel AMX;
     there MKL is fast anyway) and nowhere else. So it is tried, and taken back where precision is lost.
     """
+    global _switched
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     if not torch.backends.mkldnn.is_available() or setting.fp32_precision not in ("none", "ieee"):  # type: ignore[no-untyped-call]
         return  # not there, or the user has decided
@@ -70,5 +73,6 @@ def _products_by_onednn() -> None:
     factor = torch.rand(256, 256, generator=torch.Generator().manual_seed(0))
     exact = factor.double() @ factor.double()
     setting.fp32_precision = _BY_ONEDNN
+    _switched = True
     if (factor @ factor - exact).abs().max() > 1e-3:  # 4e-5 in float32, 0.05 with factors in bfloat16
-        setting.fp32_precision = before
+        setting.fp32_precision, _switched = before, False

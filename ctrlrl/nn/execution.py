@@ -38,14 +38,15 @@ def executed(
     device: torch.device,
     changes: Callable[[], Sequence[Tensor]],
 ) -> StepFunction:
-    """`step`, as `execution` and `precision` say: the same results within rounding.
+    """`step`, as `execution` and `precision` say: the same results within the precision's rounding.
 
     - `eager` (or `auto`, which the training decides): as it is written.
     - `compiled`: by `torch.compile`, the whole step as one graph; the first call takes up to a minute.
     - `captured`: replayed as one CUDA graph, which removes the time between its kernels.
 
     With the precision `bfloat16`, matrix products round their factors to 8 bits and sum in float32 (`torch.autocast`);
-    networks give float32 (`ctrlrl.nn.mlp`), and everything after them is float32. `float32` and `auto` change nothing.
+    built-in networks compute their outputs in float32 (`ctrlrl.nn.mlp`), and everything after a network is float32.
+    `float32` and `auto` change nothing.
     `changes` gives all tensors that the step changes in place.
     The first call raises `UsageError` if it cannot run so here; `unavailable` says so before.
     """

@@ -14,6 +14,11 @@ NetworkFactory = Callable[[int, int], nn.Module]
 """`factory(in_features, out_features)` gives a module that maps (B, in_features) to (B, out_features)."""
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """`x`, in float32 if it is of fewer bits: what a network of the user gives under `torch.autocast`."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
 class Float32Linear(nn.Linear):
     """A linear layer that computes in float32 also where `torch.autocast` has others compute in less: for outputs."""
 
@@ -21,7 +26,7 @@ class Float32Linear(nn.Linear):
         if not torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
+            return super().forward(at_least_float32(x))
 
 
 def mlp(sizes: Sequence[int], *, layer_norm: bool = False) -> nn.Sequential:
@@ -38,11 +43,6 @@ def mlp(sizes: Sequence[int], *, layer_norm: bool = False) -> nn.Sequential:
             layers += [nn.LayerNorm(outputs)] if layer_norm else []
             layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """`x`, in float32 if it is of fewer bits: what a network of the user gives under `torch.autocast`."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class EnsembleLinear(nn.Module):

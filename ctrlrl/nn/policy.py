@@ -69,9 +69,16 @@ class ActionScaling(nn.Module):
         super().__init__()
         self.register_buffer("low", torch.as_tensor(space.low, dtype=torch.float32))
         self.register_buffer("high", torch.as_tensor(space.high, dtype=torch.float32))
+        self.register_buffer("center", torch.empty_like(self.low), persistent=False)
+        self.register_buffer("half_range", torch.empty_like(self.low), persistent=False)
+        self._derive()
+        self.register_load_state_dict_post_hook(ActionScaling._derive)  # type: ignore[no-untyped-call]
+
+    def _derive(self, *loading: object) -> None:
+        """Make the other two numbers of the bounds, which may just have been loaded."""
         low, high = self.low.double(), self.high.double()  # whose sum and difference may be beyond float32
-        self.register_buffer("center", ((low + high) / 2).float(), persistent=False)
-        self.register_buffer("half_range", ((high - low) / 2).float(), persistent=False)
+        self.center.copy_((low + high) / 2)
+        self.half_range.copy_((high - low) / 2)
 
     def to_unit(self, action: Tensor) -> Tensor:
         """(..., *shape) in the environment's units to (..., A) in [-1, 1]."""

@@ -1,7 +1,8 @@
 """The off-policy loop: collect, update, evaluate, checkpoint.
 
-One iteration is one control step in each of N environments followed by the gradient updates it pays for. Everything
-between two iterations is consistent and can be saved; a run that goes on from there does what it would have done.
+One iteration is one control step in each of N environments; every `update_every` environment steps the gradient updates
+follow that are owed by then. Everything between two iterations is consistent and can be saved, updates owed included: a
+run that goes on from there does what it would have done.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,7 +35,9 @@ from ctrlrl.training.interrupt import Interrupt
 from ctrlrl.tree import obs_to
 
 MAX_GROUPS = 64
-"""Gradient steps sampled at once; bounds the memory of a batch when many environments owe many updates."""
+"""Gradient steps sampled at once."""
+MAX_SAMPLED_BYTES = 16 * 2**20
+"""Of the observations sampled at once: more is slower, since the memory of larger blocks is given back when freed."""
 CHECK_EVERY = 100
 """Updates between two looks at whether the losses are still finite: each look waits for the device."""
 KEPT_BATCHES = 16
@@ -64,6 +68,10 @@ class OffPolicyLoop:
         self.config, self.folder, self.env, self.eval_env = config, folder, env, eval_env
         self.agent, self.buffer, self.collector = agent, buffer, collector
         self.callbacks, self.progress = list(callbacks), progress
+        sampled = (
+            2 * agent.config.batch_size * _bytes_of(env.observation_space)
+        )  # obs and next_obs of one gradient step
+        self._max_groups = max(1, min(MAX_GROUPS, MAX_SAMPLED_BYTES // max(sampled, 1)))
         counters = (state or {}).get("loop", {})
         self.env_steps: int = counters.get("env_steps", 0)
         self.updates: int = counters.get("updates", 0)
@@ -171,7 +179,7 @@ class OffPolicyLoop:
         c = self.agent.config
         owed = int(c.utd * (self.env_steps - self.config.learning_starts)) - self.updates
         while owed > 0 and len(self.buffer):
-            groups = min(owed, MAX_GROUPS)
+            groups = min(owed, self._max_groups)
             batch = self.buffer.sample(groups, c.batch_size, gamma=c.gamma, n_step=self.config.buffer.n_step)
             metrics = self.agent.update(batch)
             self._recent.append((self.updates, batch.index))
@@ -299,6 +307,12 @@ class OffPolicyLoop:
 
     def _go_on(self) -> str:
         return f"Go on with: ctrlrl resume {self.folder.path}"
+
+
+def _bytes_of(space: gym.Space[Any]) -> int:
+    """Bytes of one observation as it is sampled: numbers in float32, images as they are."""
+    spaces = space.spaces.values() if isinstance(space, gym.spaces.Dict) else [space]
+    return sum(int(np.prod(s.shape or ())) * (1 if s.dtype == np.uint8 else 4) for s in spaces)
 
 
 def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -345,8 +345,11 @@ class _Session:
         try:
             if state is not None:
                 loop.note(f"resumed at step {step:,}; {'; '.join(notes)}")
-            elif config.steps <= config.learning_starts:
-                loop.note(f"no update will run: learning starts at step {config.learning_starts:,}, after the last one")
+            elif (last := config.steps // config.update_every * config.update_every) <= config.learning_starts:
+                loop.note(
+                    f"no update will run: learning starts after step {config.learning_starts:,}, and the last turn of "
+                    f"updates (every {config.update_every:,} steps) is at step {last:,}"
+                )
             if self.remark:
                 loop.note(self.remark)
             status("running")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,11 @@ EnvLike = str | gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any] | Vector
 """An ID, an environment, a vector environment, or a function that makes one environment."""
 
 COMPILE_FROM = 50_000
-"""Updates from which on compiling them pays for itself: it takes up to a minute, and saves about a millisecond each."""
+"""Updates from which on compiling them pays for itself: it takes up to a minute, and saves one to three milliseconds
+each."""
+_FORMER = {"update_every": 1}
+_FORMER_AGENT = {"execution": "eager", "precision": "float32"}
+"""What runs did that were written before there was such a setting: a run goes on as what it was."""
 MAX_EVAL_ENVS = 16
 """Environments that evaluation steps together at most."""
 
@@ -99,13 +104,16 @@ def settle_execution(
     elif device.type != "cpu" or not plain or agent.utd * (config.steps - config.learning_starts) < COMPILE_FROM:
         chosen = "eager"
     elif reason := unavailable("compiled", device):
-        chosen, remark = "eager", f"updates run eagerly, at three quarters of the speed: {reason}"
+        chosen, remark = "eager", f"updates run eagerly, at about half the speed: {reason}"
     else:
-        chosen, remark = "compiled", "updates are compiled, the first one takes up to a minute"
+        chosen = "compiled"
     precision = agent.precision
     if precision == "auto":
         reduced = device.type == "cpu" and plain and chosen == "compiled" and multiplies_bfloat16()
         precision = "bfloat16" if reduced else "float32"
+    if asked == "auto" and chosen == "compiled":
+        products = " with products in bfloat16" if precision == "bfloat16" else ""
+        remark = f"updates are compiled{products}; the first one takes up to a minute"
     agent = replace(agent, execution=chosen, precision=precision)
     return replace(config, agent=agent), remark  # type: ignore[call-arg]
 
@@ -122,7 +130,12 @@ def read_config(folder: RunFolder) -> tuple[str, OffPolicyConfig]:
     data.pop("preset", None)
     if not isinstance(algo, str) or algo not in ALGORITHMS:
         raise UsageError(f"{source} names the algorithm {algo!r}, which this version does not have")
-    return algo, train_config_class(algo).from_dict(data, source=source)
+    made = train_config_class(algo)
+    fields = {field.name for field in dataclasses.fields(made)}
+    data = {name: value for name, value in _FORMER.items() if name in fields} | data
+    if isinstance(data.get("agent"), dict):
+        data["agent"] = _FORMER_AGENT | data["agent"]
+    return algo, made.from_dict(data, source=source)
 
 
 def read_provenance(folder: RunFolder) -> dict[str, Any]:
