@@ -32,7 +32,7 @@ from ctrlrl.training.callbacks import Callback
 from ctrlrl.training.collector import Collector
 from ctrlrl.training.evaluation import evaluate, evaluation_seeds
 from ctrlrl.training.interrupt import Interrupt
-from ctrlrl.tree import obs_to
+from ctrlrl.tree import is_image, obs_to
 
 MAX_GROUPS = 64
 """Gradient steps sampled at once."""
@@ -68,10 +68,8 @@ class OffPolicyLoop:
         self.config, self.folder, self.env, self.eval_env = config, folder, env, eval_env
         self.agent, self.buffer, self.collector = agent, buffer, collector
         self.callbacks, self.progress = list(callbacks), progress
-        sampled = (
-            2 * agent.config.batch_size * _bytes_of(env.observation_space)
-        )  # obs and next_obs of one gradient step
-        self._max_groups = max(1, min(MAX_GROUPS, MAX_SAMPLED_BYTES // max(sampled, 1)))
+        group = 2 * agent.config.batch_size * _bytes_of(env.observation_space)  # obs and next_obs
+        self._max_groups = max(1, min(MAX_GROUPS, MAX_SAMPLED_BYTES // group))
         counters = (state or {}).get("loop", {})
         self.env_steps: int = counters.get("env_steps", 0)
         self.updates: int = counters.get("updates", 0)
@@ -310,9 +308,9 @@ class OffPolicyLoop:
 
 
 def _bytes_of(space: gym.Space[Any]) -> int:
-    """Bytes of one observation as it is sampled: numbers in float32, images as they are."""
+    """Bytes of one observation as it is sampled: images as they are, other numbers in 4 bytes."""
     spaces = space.spaces.values() if isinstance(space, gym.spaces.Dict) else [space]
-    return sum(int(np.prod(s.shape or ())) * (1 if s.dtype == np.uint8 else 4) for s in spaces)
+    return sum(int(np.prod(s.shape or ())) * (1 if is_image(s) else 4) for s in spaces)
 
 
 def _non_finite(tensors: Mapping[str, Tensor]) -> list[str]:

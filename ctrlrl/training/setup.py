@@ -11,8 +11,8 @@ from typing import Any
 import gymnasium as gym
 import torch
 
-from ctrlrl.algorithms.registry import ALGORITHMS, train_config_class
-from ctrlrl.config import OffPolicyConfig
+from ctrlrl.algorithms.registry import ALGORITHMS, find_algorithm, train_config_class
+from ctrlrl.config import Config, OffPolicyConfig
 from ctrlrl.envs.frame_stack import FrameStack
 from ctrlrl.envs.make import make_env
 from ctrlrl.envs.vector import VectorEnv
@@ -130,12 +130,17 @@ def read_config(folder: RunFolder) -> tuple[str, OffPolicyConfig]:
     data.pop("preset", None)
     if not isinstance(algo, str) or algo not in ALGORITHMS:
         raise UsageError(f"{source} names the algorithm {algo!r}, which this version does not have")
-    made = train_config_class(algo)
-    fields = {field.name for field in dataclasses.fields(made)}
-    data = {name: value for name, value in _FORMER.items() if name in fields} | data
+    made, agent = train_config_class(algo), find_algorithm(algo).load_config_class()
+    data = _of(made, _FORMER) | data
     if isinstance(data.get("agent"), dict):
-        data["agent"] = _FORMER_AGENT | data["agent"]
+        data["agent"] = _of(agent, _FORMER_AGENT) | data["agent"]
     return algo, made.from_dict(data, source=source)
+
+
+def _of(config: type[Config], values: dict[str, Any]) -> dict[str, Any]:
+    """Those of `values` that are fields of `config`."""
+    fields = {field.name for field in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if name in fields}
 
 
 def read_provenance(folder: RunFolder) -> dict[str, Any]:
