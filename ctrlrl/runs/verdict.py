@@ -2,15 +2,13 @@
 
 Per environment the difference is (mean of our runs - mean of the peers') / scale, where scale is what all these runs
 learned there: the mean of their returns above that of a random policy (none where a run is below it). It is of both
-sides and not of the peers alone, so that exchanging the sides changes the sign and nothing else: with the peers' three
-runs alone below the line, ours came out 6 to 12 % above peers that were no worse, on average over simulations with the
-spread that SAC has over seeds, and was called above them nearly twice as often as below. Environments have equal
+sides and not of the peers alone, so that exchanging the sides changes the sign and nothing else: a divisor that is the
+mean of three runs of one side alone is as uncertain as they are, and favours the other. Environments have equal
 weights; the interval is that of `pooled_difference`.
 
-The return compared is that of the last evaluation up to which all runs went, not an average of the last few: on the
-peers' own curves (SBX's SAC, 100,000 steps) the standard deviation over seeds is 22 % and 87 % of the mean on
-HalfCheetah and Hopper with the last evaluation alone, 22 % and 87 % with the last three. Averaging removes the noise
-of one policy's episodes, but what differs is the policies; and it looks back to where less had been learned.
+The return compared is that of the last evaluation up to which all runs went, not an average of the last few. Averaging
+removes the noise of one policy's episodes, but what differs between seeds is the policies; and it looks back to where
+less had been learned.
 """
 
 from __future__ import annotations
