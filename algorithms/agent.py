@@ -1,43 +1,187 @@
-"""What the off-policy loop asks of an agent."""
+"""What agents share. An algorithm's own file has the rest, its step in the order of its paper.
+
+Shapes: G gradient steps, B batch.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from ctrlrl.algorithms.agent_config import OffPolicyAgentConfig
+from ctrlrl.nn.encoder import ObservationNormalizer
+from ctrlrl.nn.execution import executed
+from ctrlrl.nn.networks import Critics
+from ctrlrl.nn.optim import Adam
 from ctrlrl.nn.policy import Policy
 from ctrlrl.replay.batch import Batch
-from ctrlrl.tree import Obs
+from ctrlrl.tree import Obs, map_obs
+
+Draws = tuple[Tensor | None, ...]
+"""The random numbers of one gradient step, or, with a first dimension G, of G of them."""
 
 
-class LearnerConfig(Protocol):
-    """The numbers that the loop itself reads."""
+class Agent(ABC):
+    """A policy, and the learner that improves it.
 
-    @property
-    def gamma(self) -> float: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def utd(self) -> float: ...
+    Attributes:
+        policy: what acts.
+        device: where weights and batches lie.
+        generator: of every draw after the weights'.
+    """
 
+    policy: Policy
 
-class OffPolicyAgent(Protocol):
-    """A policy, and the learner that improves it."""
+    def __init__(self, seed: int, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self._kept: dict[str, nn.Module | Adam | Tensor] = {}
 
-    @property
-    def policy(self) -> Policy: ...
-    @property
-    def config(self) -> LearnerConfig: ...
+    @contextmanager
+    def _weights_from(self, seed: int) -> Iterator[None]:
+        """Draw the weights of the networks that are made inside from `seed`, and leave the global generator alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # the CPU's alone: weights are made there
+            yield
 
-    def update(self, batch: Batch) -> dict[str, Tensor]:
-        """One gradient step per group of `batch` [G, B, ...]; metrics are 0-d tensors, the mean over the groups."""
-
-    def observe(self, obs: Obs, valid: Tensor) -> None:
-        """Take observations (N, ...) of valid rows into the normalizers; called once per environment step."""
+    def _keep(self, **parts: nn.Module | Adam | Tensor) -> None:
+        """Name what changes while learning, for `state_dict`."""
+        self._kept |= parts
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that changes while learning, as nested dicts, lists, numbers and tensors."""
+        """Everything that changes while learning: weights (the policy's hold the normalizer), optimizers, counters and
+        the generator, as nested dicts, lists and tensors."""
+        return {
+            name: part.detach() if isinstance(part, Tensor) else part.state_dict() for name, part in self._kept.items()
+        } | {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to what `state_dict` returned."""
+        for name, part in self._kept.items():
+            if isinstance(part, Tensor):
+                with torch.no_grad():
+                    part.copy_(state[name])
+            else:
+                part.load_state_dict(state[name])
+        self.generator.set_state(state["generator"].cpu())
+
+
+class OffPolicyAgent(Agent):
+    """An actor, a critic ensemble and target critics, which learn from replayed transitions.
+
+    An algorithm makes its networks, names in `_keep` what changes, draws the random numbers of its steps (`draw`) and
+    writes one gradient step down (`step`); everything else is here.
+
+    Attributes:
+        config: every number that changes the result.
+        critics: of [-1, 1]^A actions.
+        target_critics: their moving average.
+        normalizer: of observations, if any; it belongs to the policy's state.
+        updates: gradient steps so far, 0-d; which of them improve the policy too follows from it.
+    """
+
+    critics: Critics
+    target_critics: Critics
+    normalizer: ObservationNormalizer | None
+
+    def __init__(self, config: OffPolicyAgentConfig, seed: int, device: torch.device | str) -> None:
+        super().__init__(seed, device)
+        self.config = config
+        self.updates = 0
+        self._steps = {
+            improve: executed(
+                functools.partial(self.step, improve=improve),
+                config.execution,
+                config.precision,
+                self.device,
+                self._changing,
+            )
+            for improve in (True, False)
+        }
+
+    @abstractmethod
+    def draw(self, groups: int, rows: int) -> Draws:
+        """Random numbers for `groups` gradient steps on batches of `rows`, from the generator; each [G, ...]."""
+
+    @abstractmethod
+    def step(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """`step(batch, *draws, improve=True)`: one gradient step on `batch` [B, ...], a pure function of weights, batch
+        and draws; with `improve` the policy's too. Metrics are 0-d."""
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        """One gradient step for each of the G groups of `batch` [G, B, ...].
+
+        Every `policy_delay`-th step of the whole training improves the policy too. Metrics are 0-d, means over the
+        steps that gave them; those of the policy are missing where no step improved it.
+        """
+        draws = self.draw(len(batch), batch.reward.shape[1])
+        metrics: list[dict[str, Tensor]] = []
+        for g in range(len(batch)):
+            self.updates += 1
+            step = self._steps[self.updates % self.config.policy_delay == 0]
+            metrics.append(step(batch[g], *(None if value is None else value[g] for value in draws)))
+        if len(metrics) == 1:
+            return metrics[0]
+        names = dict.fromkeys(name for given in metrics for name in given)
+        return {name: torch.stack([given[name] for given in metrics if name in given]).mean() for name in names}
+
+    def observe(self, obs: Obs, valid: Tensor) -> None:
+        """Take observations (N, ...) of valid rows into the running statistics; once per environment step."""
+        if self.normalizer is not None:
+            self.normalizer.update(obs, valid)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"updates": self.updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.updates = state.get("updates", 0)  # runs of before there were delayed policies do not count them
+
+    def normal(self, *shape: int) -> Tensor:
+        """Standard normal numbers of the agent's generator."""
+        return torch.randn(shape, generator=self.generator, device=self.device)
+
+    def draw_shift(self, groups: int, rows: int) -> Tensor | None:
+        """How far images are shifted, (G, 2, B, 2): of obs and next_obs, down and to the right; None without images."""
+        pad = self.config.random_shift
+        if not pad or not self.critics.encoder.sees:
+            return None
+        shape = (groups, 2, rows, 2)
+        return torch.randint(0, 2 * pad + 1, shape, generator=self.generator, device=self.device)
+
+    def see(self, batch: Batch, shift: Tensor | None) -> tuple[Obs, Obs, Obs, Obs]:
+        """The observations with images shifted and seen, once for all networks.
+
+        Returns those for the critics' loss, the same without its gradient, the next ones for the policy, and for the
+        target critics, which see through convolutions of their own.
+        """
+        obs, next_obs, encoder = batch.obs, batch.next_obs, self.critics.encoder
+        if shift is not None:
+            pad = self.config.random_shift
+            obs, next_obs = encoder.shifted(obs, shift[0], pad), encoder.shifted(next_obs, shift[1], pad)
+        seen = encoder.see(obs)
+        with torch.no_grad():
+            return seen, map_obs(Tensor.detach, seen), encoder.see(next_obs), self.target_critics.encoder.see(next_obs)
+
+    def actor_parameters(self) -> list[nn.Parameter]:
+        """The policy's, without the convolutions that it shares with the critics, whose loss trains them."""
+        shared = set(self.critics.parameters())
+        return [parameter for parameter in self.policy.parameters() if parameter not in shared]
+
+    def _changing(self) -> Sequence[Tensor]:
+        """All tensors that a step changes in place."""
+        tensors: list[Tensor] = []
+        for part in self._kept.values():
+            if isinstance(part, Tensor):
+                tensors.append(part)
+            elif isinstance(part, Adam):
+                tensors += [value for values in part.state_dict().values() for value in values]
+            else:
+                tensors += part.parameters()
+        return list(dict.fromkeys(tensors))

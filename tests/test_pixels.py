@@ -173,7 +173,7 @@ def test_update_draws_shifts_for_each_image_and_step_is_pure():
     agent, other = (SAC(MIXED, ACT, SMALLER, seed=4) for _ in range(2))
     drawn = []
     step = agent.step
-    agent._step = lambda batch, noise, shift: drawn.append((noise, shift)) or step(batch, noise, shift)
+    agent._steps[True] = lambda batch, noise, shift: drawn.append((noise, shift)) or step(batch, noise, shift)
     batch = make_batch(MIXED, groups=3)
     agent.update(batch)
     shifts = torch.stack([shift for _, shift in drawn])
@@ -217,19 +217,19 @@ def test_the_critics_alone_train_the_convolutions_which_the_policy_shares():
     assert len(policy) == 6
     assert all(a is b for a, b in zip(policy, critics, strict=True))
     assert not {id(p) for p in targets} & {id(p) for p in critics}
-    optimized = [*agent._actor, *agent._critic]
+    optimized = [*agent.actor_parameters(), *agent._critic]
     assert len({id(p) for p in optimized}) == len(optimized)  # nothing twice
     assert {id(p) for p in policy} <= {id(p) for p in agent._critic}
     everything = {*agent.policy.parameters(), *agent.critics.parameters()}
     assert {id(p) for p in everything} == {id(p) for p in optimized}  # and all of it
 
     batch = make_batch(MIXED)[0]
-    critic_obs, obs, next_obs, target_obs = agent._see(batch, None)
+    critic_obs, obs, next_obs, target_obs = agent.see(batch, None)
     assert not any(value.requires_grad for seen in (obs, next_obs, target_obs) for value in seen.values())
     action, log_prob, _ = agent.policy.distribution(obs).rsample(torch.zeros(6, 2))
     actor_loss = (log_prob.sum(-1) - agent.critics(obs, action).amin(0)).mean()
     assert all(g is None for g in torch.autograd.grad(actor_loss, policy, allow_unused=True, retain_graph=True))
-    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(actor_loss, agent._actor))
+    assert all(g.abs().sum() > 0 for g in torch.autograd.grad(actor_loss, agent.actor_parameters()))
     critic_loss = agent.critics(critic_obs, batch.action).square().mean()
     assert all(g.abs().sum() > 0 for g in torch.autograd.grad(critic_loss, critics))
 

@@ -291,12 +291,12 @@ def test_state_dict_continues_bit_for_bit():
 
 def test_the_policy_loss_leaves_the_critics_alone():
     agent = SAC(OBS, ACT, SACConfig(hidden=(16,)))
-    critics, actor = copy.deepcopy(agent._critic), copy.deepcopy(agent._actor)
+    critics, actor = copy.deepcopy(agent._critic), copy.deepcopy(agent.actor_parameters())
     obs = torch.randn(8, 5)
     action, log_prob, _ = agent.policy.distribution(obs).rsample(torch.zeros(8, 2))
     agent.actor_optimizer.descend((log_prob.sum(-1) - agent.critics(obs, action).amin(0)).mean())
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(critics, agent._critic, strict=True))
-    assert not any(torch.equal(a, b) for a, b in zip(actor, agent._actor, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(actor, agent.actor_parameters(), strict=True))
 
 
 def test_privileged_observations_reach_the_critics_only():

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
+Members: TypeAlias = slice | Tensor | None
+"""Which of an ensemble's K members to evaluate: a slice, int64 indices (M,), or None for all of them."""
 NetworkFactory = Callable[[int, int], nn.Module]
 """`factory(in_features, out_features)` gives a module that maps (B, in_features) to (B, out_features)."""
 
@@ -54,12 +57,13 @@ class EnsembleLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(members, 1, outputs).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, members: Members = None) -> Tensor:
+        weight, bias = _pick(self.weight, members), _pick(self.bias, members)
         if x.dim() == 2:
-            x = x.expand(len(self.weight), *x.shape)
-        if self.weight.shape[-1] == 1:  # a third of the time of a matrix product with one column; float32 in any case
-            return (x * self.weight.transpose(1, 2)).sum(-1, keepdim=True) + self.bias
-        return torch.baddbmm(self.bias, x, self.weight)
+            x = x.expand(len(weight), *x.shape)
+        if weight.shape[-1] == 1:  # a third of the time of a matrix product with one column; float32 in any case
+            return (x * weight.transpose(1, 2)).sum(-1, keepdim=True) + bias
+        return torch.baddbmm(bias, x, weight)
 
 
 class EnsembleLayerNorm(nn.Module):
@@ -71,8 +75,9 @@ class EnsembleLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(members, 1, features))
         self.bias = nn.Parameter(torch.zeros(members, 1, features))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.bias, nn.functional.layer_norm(x, (self.features,)), self.weight)
+    def forward(self, x: Tensor, members: Members = None) -> Tensor:
+        weight, bias = _pick(self.weight, members), _pick(self.bias, members)
+        return torch.addcmul(bias, nn.functional.layer_norm(x, (self.features,)), weight)
 
 
 class EnsembleMLP(nn.Module):
@@ -89,9 +94,18 @@ class EnsembleMLP(nn.Module):
                 layers.append(nn.ReLU(inplace=True))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(x)
-        return out
+    def forward(self, x: Tensor, *, members: Members = None, masks: Sequence[Tensor] | None = None) -> Tensor:
+        """Of `members` alone where given. `masks`, one (K, B, width) for each hidden layer, multiply what the layer
+        gives before LayerNorm and ReLU: dropout, drawn by the caller."""
+        hidden = iter(masks or ())
+        for layer in self.layers:
+            if isinstance(layer, nn.ReLU):
+                x = layer(x)
+                continue
+            x = layer(x, members)
+            if isinstance(layer, EnsembleLinear) and (mask := next(hidden, None)) is not None:
+                x = x * mask
+        return x
 
 
 class Ensemble(nn.Module):
@@ -112,7 +126,13 @@ class Ensemble(nn.Module):
             self.register_buffer(name.replace(".", "/"), value)
         self._skeleton = [networks[0].to("meta")]  # in a list, so that its parameters are not ours
 
-    def forward(self, x: Tensor) -> Tensor:
-        state = {self._names[name]: value for name, value in [*self.named_parameters(), *self.named_buffers()]}
+    def forward(self, x: Tensor, *, members: Members = None) -> Tensor:
+        """Of `members` alone where given."""
+        values = [*self.named_parameters(), *self.named_buffers()]
+        state = {self._names[name]: _pick(value, members) for name, value in values}
         out: Tensor = torch.vmap(lambda s: functional_call(self._skeleton[0], s, (x,)), randomness="different")(state)
         return out
+
+
+def _pick(value: Tensor, members: Members) -> Tensor:
+    return value if members is None else value[members]

@@ -90,10 +90,13 @@ class ActionScaling(nn.Module):
         return torch.addcmul(self.center, unit, self.half_range).clamp_(self.low, self.high)
 
 
-def require_bounded_box(space: gym.Space[Any], algorithm: str, discrete: str) -> gym.spaces.Box:
-    """`space` as a Box with finite bounds, or a `UsageError` that says which algorithm to take instead."""
+def require_bounded_box(space: gym.Space[Any], algorithm: str) -> gym.spaces.Box:
+    """`space` as a Box with finite bounds, or a `UsageError` that says what to do instead."""
     if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
-        raise UsageError(f"{algorithm} needs continuous actions (Box); the environment has {space}. {discrete}")
+        instead = "sac-discrete and ppo" if isinstance(space, gym.spaces.Discrete) else "ppo"
+        raise UsageError(
+            f"{algorithm} needs continuous actions (Box); the environment has {space}, for which there is {instead}"
+        )
     if not isinstance(space, gym.spaces.Box) or not len(space.shape):
         raise UsageError(f"{algorithm} needs a Box of actions with at least one dimension; the environment has {space}")
     if not space.is_bounded("both"):

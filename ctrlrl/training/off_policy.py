@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -77,9 +77,11 @@ class OffPolicyLoop:
         self.best: dict[str, Any] | None = (state or {}).get("best")
         self._evaluated_at: int = counters.get("evaluated_at", 0)
         self._evaluation_due: bool = counters.get("evaluation_due", False)
-        # Sums of metrics since the last training record.
-        self._sums: dict[str, Tensor] = {k: v.to(buffer.device) for k, v in counters.get("sums", {}).items()}
-        self._summed: int = counters.get("summed", 0)
+        # Sums of metrics since the last training record, and of how many updates each. Older runs have one number for
+        # all of them: their next record covers what follows.
+        summed = counters.get("summed")
+        self._summed: Counter[str] = Counter(summed if isinstance(summed, dict) else {})
+        self._sums: dict[str, Tensor] = {k: counters["sums"][k].to(buffer.device) for k in self._summed}
         self._segments: list[dict[str, Any]] = (state or {}).get("replay", {}).get("segments", [])
         self._saved: tuple[Any, ...] = tuple(counters.get("moment", ()))
         self._recent: deque[tuple[int, Tensor]] = deque(maxlen=KEPT_BATCHES)
@@ -184,7 +186,7 @@ class OffPolicyLoop:
             for name in [name for name in metrics if name not in self._sums]:
                 self._sums[name] = torch.zeros_like(metrics[name])
             torch._foreach_add_([self._sums[name] for name in metrics], list(metrics.values()), alpha=groups)
-            self._summed += groups
+            self._summed.update(dict.fromkeys(metrics, groups))
             checked = self.updates // CHECK_EVERY
             self.updates += groups
             owed -= groups
@@ -213,8 +215,8 @@ class OffPolicyLoop:
 
     def _log_training(self) -> None:
         self._require_finite()
-        metrics = {name: float(value) / self._summed for name, value in self._sums.items()} if self._summed else {}
-        self._sums, self._summed = {}, 0
+        metrics = {name: float(value) / self._summed[name] for name, value in self._sums.items()}
+        self._sums, self._summed = {}, Counter()
         steps_per_s, updates_per_s = self._window.rates(self.env_steps, self.updates)
         record = {"kind": "train", "step": self.env_steps, "time": self._time(), "updates": self.updates}
         self.record(record | {"steps_per_s": steps_per_s, "updates_per_s": updates_per_s, "metrics": metrics})
@@ -258,7 +260,7 @@ class OffPolicyLoop:
                     "moment": list(moment),
                     "seconds": self._time(),
                     "sums": self._sums,
-                    "summed": self._summed,
+                    "summed": dict(self._summed),
                 },
                 "agent": agent,
                 "collector": self.collector.state_dict(),

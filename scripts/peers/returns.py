@@ -1,8 +1,9 @@
 """One training of a peer, in the peer's own virtual environment: `bench_returns.py --peer` starts it.
 
-One environment, one update per step, batch 256, networks 2x256, 5,000 random steps first, the library's defaults
-otherwise; evaluations are episodes with the mean action on an environment of their own, with the seeds that ctrlrl
-evaluates on; one thread.
+What learns from a replay: one environment, one update per step (DroQ: 20), batch 256, networks 2x256, 5,000 random
+steps first, exploration noise 0.1 (TD3, DDPG), the library's defaults otherwise; PPO: eight environments, the library's
+defaults. Evaluations are episodes with the mean (or likeliest) action on an environment of their own, with the seeds
+that ctrlrl evaluates on; one thread.
 
 Writes the run as JSON to --out, whole after each evaluation; a run that is cut off starts anew. The variables of
 `bench_returns.ONE_THREAD` must be set before, since XLA and BLAS read them when they are loaded.
@@ -14,6 +15,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,8 +24,12 @@ import gymnasium as gym
 import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 
-PROTOCOL: dict[str, Any] = {"learning_starts": 5_000, "batch_size": 256, "train_freq": 1, "gradient_steps": 1}
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from recipes import ALGORITHMS, LIBRARIES, make_model
+
+LEARNING_STARTS = 5_000
 FIRST_EVALUATION_SEED = 10_000
 
 
@@ -36,7 +42,8 @@ class Evaluations(BaseCallback):
         self.env = gym.make(run["env"])
 
     def _on_step(self) -> bool:
-        if self.num_timesteps % self.run["eval_every"] == 0:
+        before = self.num_timesteps - self.training_env.num_envs
+        if self.num_timesteps // self.run["eval_every"] > before // self.run["eval_every"]:
             returns = [self._episode(FIRST_EVALUATION_SEED + i) for i in range(self.run["eval_episodes"])]
             entry = {
                 "step": self.num_timesteps,
@@ -66,26 +73,22 @@ class Evaluations(BaseCallback):
 def main() -> None:
     """Train and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--library", choices=("sb3", "sbx"), required=True)
+    parser.add_argument("--library", choices=tuple(LIBRARIES), required=True)
+    parser.add_argument("--algo", required=True)
     parser.add_argument("--env", required=True)
     for name in ("seed", "steps", "eval-every", "eval-episodes"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
+    if options.algo not in ALGORITHMS[options.library]:
+        parser.error(f"{options.library} trains {', '.join(ALGORITHMS[options.library])}, not {options.algo}")
     torch.set_num_threads(1)
-    if options.library == "sbx":
-        from sbx import SAC
-
-        package, title = "sbx-rl", "SBX"
-    else:
-        from stable_baselines3 import SAC
-
-        package, title = "stable-baselines3", "Stable-Baselines3"
+    _, package, title = LIBRARIES[options.library]
     packages = (package, "gymnasium", "mujoco", "numpy", "torch", *(("jax",) if options.library == "sbx" else ()))
     versions = {name: importlib.metadata.version(name) for name in packages}
     run = {
         "library": f"{title} {versions[package]}",
-        "algo": "SAC",
+        "algo": options.algo.upper(),
         "env": options.env,
         "seed": options.seed,
         "steps": options.steps,
@@ -98,8 +101,15 @@ def main() -> None:
     }
     evaluations = Evaluations(run, options.out)
     evaluations.write()
-    policy = {"net_arch": [256, 256]}
-    model = SAC("MlpPolicy", options.env, seed=options.seed, device="cpu", policy_kwargs=policy, **PROTOCOL)
+    num_envs = 8 if options.algo == "ppo" else 1
+    model = make_model(
+        options.library,
+        options.algo,
+        make_vec_env(options.env, num_envs),  # which the model seeds
+        num_envs=num_envs,
+        seed=options.seed,
+        learning_starts=LEARNING_STARTS,
+    )
     model.learn(options.steps, callback=evaluations)
     run["complete"] = True
     evaluations.write()

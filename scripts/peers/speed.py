@@ -12,6 +12,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from gate import Gate
+from recipes import LIBRARIES, make_model
 
 
 class Gated(BaseCallback):
@@ -29,27 +30,20 @@ class Gated(BaseCallback):
 def main() -> None:
     """Train until the gate ends the process."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--library", choices=("sb3", "sbx"), required=True)
+    parser.add_argument("--library", choices=tuple(LIBRARIES), required=True)
     parser.add_argument("--algo", required=True)
     parser.add_argument("--env", required=True)
     for name in ("num-envs", "threads", "segment", "learning-starts"):
         parser.add_argument(f"--{name}", type=int, required=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.library == "sbx":
-        import sbx as library
-    else:
-        import stable_baselines3 as library
-    model = getattr(library, options.algo.upper())(
-        "MlpPolicy",
+    model = make_model(
+        options.library,
+        options.algo,
         make_vec_env(options.env, options.num_envs, seed=0),
+        num_envs=options.num_envs,
         seed=0,
-        device="cpu",
-        policy_kwargs={"net_arch": [256, 256]},
         learning_starts=options.learning_starts,
-        batch_size=256,
-        train_freq=1,
-        gradient_steps=options.num_envs,
     )
     model.learn(10**9, callback=Gated(Gate(options.segment)))
 
