@@ -55,6 +55,16 @@ class Algorithm:
         return next((p for p in self.presets if re.match(p.pattern, env.rpartition(":")[2])), None)
 
 
+_SWIMMER = Preset(
+    "swimmer", r"Swimmer-", {"agent": {"gamma": 0.999}}, "0.99 sees too short a way ahead to swim (RL Zoo)"
+)
+_PENDULUM = Preset(
+    "pendulum",
+    r"Pendulum-",
+    {"learning_starts": 1_000, "eval_every": 2_000, "agent": {"actor_lr": 1e-3, "critic_lr": 1e-3}},
+    "solved in a few thousand steps (RL Zoo's step size)",
+)
+
 ALGORITHMS = {
     algorithm.name: algorithm
     for algorithm in (
@@ -66,20 +76,27 @@ ALGORITHMS = {
             paper="Haarnoja et al. 2018, arXiv:1812.05905",
             config="ctrlrl.algorithms.sac_config:SACConfig",
             agent="ctrlrl.algorithms.sac:SAC",
-            presets=(
-                Preset(
-                    "swimmer",
-                    r"Swimmer-",
-                    {"agent": {"gamma": 0.999}},
-                    "0.99 sees too short a way ahead to swim (RL Zoo)",
-                ),
-                Preset(
-                    "pendulum",
-                    r"Pendulum-",
-                    {"learning_starts": 1_000, "eval_every": 2_000, "agent": {"actor_lr": 1e-3, "critic_lr": 1e-3}},
-                    "solved in a few thousand steps (RL Zoo's step size)",
-                ),
-            ),
+            presets=(_SWIMMER, _PENDULUM),
+        ),
+        Algorithm(
+            name="td3",
+            title="Twin delayed deep deterministic policy gradient",
+            actions="Box",
+            data="environment",
+            paper="Fujimoto et al. 2018, arXiv:1802.09477",
+            config="ctrlrl.algorithms.td3_config:TD3Config",
+            agent="ctrlrl.algorithms.td3:TD3",
+            presets=(_SWIMMER, _PENDULUM),
+        ),
+        Algorithm(
+            name="ddpg",
+            title="Deep deterministic policy gradient",
+            actions="Box",
+            data="environment",
+            paper="Lillicrap et al. 2016, arXiv:1509.02971",
+            config="ctrlrl.algorithms.td3_config:DDPGConfig",
+            agent="ctrlrl.algorithms.td3:TD3",
+            presets=(_SWIMMER, _PENDULUM),
         ),
     )
 }

@@ -36,6 +36,12 @@ class Policy(nn.Module, ABC):
         """Where the weights lie."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
+    def require_generator(self) -> torch.Generator:
+        """The generator, or a `UsageError` where there is none."""
+        if self.generator is None:
+            raise UsageError("exploration needs a random generator: set policy.generator = torch.Generator()")
+        return self.generator
+
     def initial_state(self, n: int) -> PolicyState:
         """The memory of `n` environments at the start of an episode; `{}` for a policy without memory."""
         return {}
@@ -136,10 +142,40 @@ class SquashedGaussianPolicy(Policy):
     ) -> tuple[Tensor, PolicyState, dict[str, Tensor]]:
         """A sample if `explore`, else the mode; extras are empty, since SAC learns from the action alone."""
         distribution = self.distribution(obs, state)
+        unit = distribution.sample(self.require_generator()) if explore else distribution.mode
+        return self.scaling.to_environment(unit), state or {}, {}
+
+
+class DeterministicPolicy(Policy):
+    """tanh of a network's output over a bounded Box, with Gaussian noise of standard deviation `noise` to explore.
+
+    The noise is of the action in [-1, 1]^A, whatever the actuators' range, and what leaves the bounds is clipped.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        trunk: nn.Module,
+        space: gym.spaces.Box,
+        noise: float,
+        normalizer: ObservationNormalizer | None = None,
+    ) -> None:
+        super().__init__()
+        self.normalizer = normalizer  # what `encoder` refers to; here, so that it is saved with the policy
+        self.encoder, self.trunk, self.scaling = encoder, trunk, ActionScaling(space)
+        self.noise = noise
+
+    def action(self, obs: Obs) -> Tensor:
+        """The action (B, A) in [-1, 1], with its gradient."""
+        return torch.tanh(at_least_float32(self.trunk(self.encoder(obs))))
+
+    @torch.no_grad()
+    def act(
+        self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
+    ) -> tuple[Tensor, PolicyState, dict[str, Tensor]]:
+        """The policy's action, with noise if `explore`; extras are empty."""
+        unit = self.action(obs)
         if explore:
-            if self.generator is None:
-                raise UsageError("exploration needs a random generator: set policy.generator = torch.Generator()")
-            unit = distribution.sample(self.generator)
-        else:
-            unit = distribution.mode
+            noise = torch.randn(unit.shape, generator=self.require_generator(), device=unit.device)
+            unit = torch.add(unit, noise, alpha=self.noise).clamp_(-1, 1)
         return self.scaling.to_environment(unit), state or {}, {}
