@@ -23,6 +23,7 @@ from ctrlrl.nn.optim import Adam
 from ctrlrl.nn.policy import Policy
 from ctrlrl.nn.vision import Convolution
 from ctrlrl.replay.batch import Batch
+from ctrlrl.replay.rollout import Rollout
 from ctrlrl.tree import Obs, map_obs
 
 P = TypeVar("P", bound=Policy)
@@ -73,6 +74,29 @@ class Agent(ABC):
             else:
                 part.load_state_dict(state[name])
         self.generator.set_state(state["generator"].cpu())
+
+    def _changing(self) -> Sequence[Tensor]:
+        """All tensors that a step changes in place."""
+        tensors: list[Tensor] = []
+        for part in self._kept.values():
+            if isinstance(part, Tensor):
+                tensors.append(part)
+            elif isinstance(part, Adam):
+                tensors += [value for values in part.state_dict().values() for value in values]
+            else:
+                tensors += part.parameters()
+        return list(dict.fromkeys(tensors))
+
+
+class OnPolicyAgent(Agent):
+    """A policy that learns from rollouts, each once."""
+
+    @abstractmethod
+    def update(self, rollout: Rollout) -> tuple[dict[str, Tensor], int]:
+        """Learn from a full rollout; metrics are 0-d tensors, the means over the gradient steps, whose number follows.
+
+        Observation statistics may move when that is done, and at no other time.
+        """
 
 
 class OffPolicyAgent(Agent):
@@ -188,15 +212,3 @@ class OffPolicyAgent(Agent):
         """The policy's, without the convolutions that it shares with the critics, whose loss trains them."""
         shared = set(self.critics.parameters())
         return [parameter for parameter in self.policy.parameters() if parameter not in shared]
-
-    def _changing(self) -> Sequence[Tensor]:
-        """All tensors that a step changes in place."""
-        tensors: list[Tensor] = []
-        for part in self._kept.values():
-            if isinstance(part, Tensor):
-                tensors.append(part)
-            elif isinstance(part, Adam):
-                tensors += [value for values in part.state_dict().values() for value in values]
-            else:
-                tensors += part.parameters()
-        return list(dict.fromkeys(tensors))

@@ -7,9 +7,9 @@ import functools
 import importlib
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from ctrlrl.config import Config, OffPolicyConfig
+from ctrlrl.config import Config, OffPolicyConfig, OnPolicyConfig, TrainConfig
 from ctrlrl.errors import UsageError, nearest
 
 
@@ -39,6 +39,8 @@ class Algorithm:
     """`module:class` of its numbers."""
     agent: str
     """`module:class` of the agent."""
+    loop: Literal["off-policy", "on-policy"] = "off-policy"
+    """How it collects and learns: from a replay memory, or from each rollout once."""
     presets: tuple[Preset, ...] = field(default=())
 
     def load_config_class(self) -> type[Config]:
@@ -98,6 +100,16 @@ ALGORITHMS = {
             agent="ctrlrl.algorithms.td3:TD3",
             presets=(_SWIMMER, _PENDULUM),
         ),
+        Algorithm(
+            name="ppo",
+            title="Proximal policy optimization",
+            actions="Box, Discrete, MultiDiscrete",
+            data="environment",
+            paper="Schulman et al. 2017, arXiv:1707.06347",
+            config="ctrlrl.algorithms.ppo_config:PPOConfig",
+            agent="ctrlrl.algorithms.ppo:PPO",
+            loop="on-policy",
+        ),
     )
 }
 
@@ -115,13 +127,14 @@ def find_algorithm(name: str) -> Algorithm:
 
 
 @functools.cache
-def train_config_class(name: str) -> type[OffPolicyConfig]:
+def train_config_class(name: str) -> type[TrainConfig]:
     """The configuration of a training run with algorithm `name`: the loop's fields and `agent`."""
-    agent = find_algorithm(name).load_config_class()
+    algorithm = find_algorithm(name)
+    agent = algorithm.load_config_class()
     made = dataclasses.make_dataclass(
         f"Train{agent.__name__.removesuffix('Config')}",
         [("agent", agent, field(default_factory=agent))],
-        bases=(OffPolicyConfig,),
+        bases=(OffPolicyConfig if algorithm.loop == "off-policy" else OnPolicyConfig,),
         frozen=True,
         kw_only=True,
     )

@@ -1,8 +1,8 @@
 """Twin delayed deep deterministic policy gradient (Fujimoto et al. 2018, arXiv:1802.09477), and DDPG as its preset.
 
 Shapes: G gradient steps, B batch, A action dimensions, K critics.
-Actions of the networks, and all noise on them, live in [-1, 1]^A; batches hold actions in the environment's
-units, which `policy.scaling` maps there, for bounds of any size. `batch.discount` is gamma^k * (1 - terminated), by the sampler.
+Actions of the networks, and all noise on them, live in [-1, 1]^A; batches hold actions in the environment's units,
+which `policy.scaling` maps there, for bounds of any size. `batch.discount` is gamma^k * (1 - terminated).
 
 Delay (algorithm 1): gradient steps are counted over the whole training, 1, 2, ...; each that is a multiple of
 `policy_delay` improves the policy after the critics, and moves the target critics and the target policy. In between,

@@ -164,6 +164,10 @@ class TrainConfig(Config):
         self.require("checkpoint_every", self.checkpoint_every >= 1, "at least 1")
         self.require("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1")
 
+    def planned_updates(self) -> float:
+        """Gradient updates of the whole training."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True, kw_only=True)
 class OffPolicyConfig(TrainConfig):
@@ -178,6 +182,9 @@ class OffPolicyConfig(TrainConfig):
     buffer: ReplayConfig = field(default_factory=ReplayConfig)
     """The replay memory."""
 
+    def planned_updates(self) -> float:
+        return float(self.agent.utd * (self.steps - self.learning_starts))  # type: ignore[attr-defined]
+
     def check(self) -> None:
         super().check()
         self.require("learning_starts", self.learning_starts >= 0, "0 or more")
@@ -185,6 +192,32 @@ class OffPolicyConfig(TrainConfig):
         capacity = self.buffer.capacity
         if capacity < self.num_envs:
             raise UsageError(f"buffer.capacity must be at least num_envs = {self.num_envs}, got {capacity}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnPolicyConfig(TrainConfig):
+    """What on-policy algorithms take besides."""
+
+    num_envs: int = 8
+    """Environments stepped together."""
+    rollout_steps: int = 2_048
+    """Environment steps between two updates, summed over environments, and rounded up to whole steps of all of them. A
+    training that ends within a rollout leaves it to whoever resumes it."""
+    log_every: int = 10_000
+    """Environment steps between two lines of training metrics."""
+
+    def check(self) -> None:
+        super().check()
+        self.require("rollout_steps", 2 <= self.rollout_steps <= 10**9, "between 2 and 1,000,000,000")
+
+    @property
+    def horizon(self) -> int:
+        """T: control steps of a rollout."""
+        return -(-self.rollout_steps // self.num_envs)
+
+    def planned_updates(self) -> float:
+        agent = self.agent  # type: ignore[attr-defined]
+        return float(self.steps * agent.epochs / agent.minibatch_size)
 
 
 class _Loader(yaml.SafeLoader):

@@ -23,7 +23,7 @@ from peers.venv import python_of
 
 from ctrlrl.algorithms.registry import Preset, find_algorithm
 from ctrlrl.cli.train import resolve
-from ctrlrl.config import OffPolicyConfig
+from ctrlrl.config import TrainConfig
 from ctrlrl.errors import UsageError
 from ctrlrl.runs.page import duration
 from ctrlrl.runs.record import RunRecord, flatten, load_run
@@ -86,7 +86,7 @@ class OwnCell(Cell):
         return [self.algo, *own, "--no-video", "--out", str(self.path), *self.flags]
 
     @cached_property
-    def resolved(self) -> tuple[OffPolicyConfig, Preset | None]:
+    def resolved(self) -> tuple[TrainConfig, Preset | None]:
         """The configuration that `ctrlrl train` makes of the arguments, and the preset in it."""
         return resolve(find_algorithm(self.algo), self.arguments[1:])[1:]
 

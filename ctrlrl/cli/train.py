@@ -12,7 +12,7 @@ import tyro
 
 from ctrlrl.algorithms.registry import ALGORITHMS, Algorithm, Preset, find_algorithm, train_config_class
 from ctrlrl.cli.parse import option, parse
-from ctrlrl.config import OffPolicyConfig, changed_fields, read_config_file
+from ctrlrl.config import TrainConfig, changed_fields, read_config_file
 from ctrlrl.errors import UsageError
 
 
@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
-def resolve(algorithm: Algorithm, arguments: Sequence[str]) -> tuple[Options, OffPolicyConfig, Preset | None]:
+def resolve(algorithm: Algorithm, arguments: Sequence[str]) -> tuple[Options, TrainConfig, Preset | None]:
     """Defaults, then the environment's preset, then the config file, then flags."""
     cls = train_config_class(algorithm.name)
     path = option(arguments, "config")
@@ -81,14 +81,14 @@ def resolve(algorithm: Algorithm, arguments: Sequence[str]) -> tuple[Options, Of
     return parsed, parsed.run, preset
 
 
-def _defaults(base: OffPolicyConfig) -> OffPolicyConfig:
+def _defaults(base: TrainConfig) -> TrainConfig:
     """`base`, with `env` marked as still to be given if nothing gave it."""
     if base.env == "?":
         object.__setattr__(base, "env", tyro.MISSING)  # frozen, and checked to be text: this is for tyro's eyes
     return base
 
 
-def describe(config: OffPolicyConfig, preset: Preset | None) -> str:
+def describe(config: TrainConfig, preset: Preset | None) -> str:
     """The configuration as JSON lines; what differs from the defaults is marked."""
     changed = set(changed_fields(config, type(config)(env="?"))) - {"env"}
     lines = [describe_preset(preset)] if preset else []

@@ -58,6 +58,35 @@ class TanhNormal:
 
 
 @dataclass(frozen=True, slots=True)
+class DiagonalGaussian:
+    """Independent normal numbers that make up one decision."""
+
+    mean: Tensor  # (..., A)
+    log_std: Tensor  # (..., A)
+
+    @property
+    def mode(self) -> Tensor:
+        """The mean (..., A)."""
+        return self.mean
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """A value (..., A), with noise from `generator` and no gradient."""
+        with torch.no_grad():
+            noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
+            return torch.addcmul(self.mean, noise, self.log_std.exp())
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density (..., 1) of `value` (..., A)."""
+        noise = (value - self.mean) * torch.exp(-self.log_std)
+        terms = 0.5 * noise.square() + self.log_std
+        return -terms.sum(-1, keepdim=True) - 0.5 * math.log(2 * math.pi) * value.shape[-1]
+
+    def entropy(self) -> Tensor:
+        """Entropy (..., 1) in nats, exact."""
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1, keepdim=True)
+
+
+@dataclass(frozen=True, slots=True)
 class Categorical:
     """One categorical distribution for each of D decisions, each over the same n choices, some of which may not exist.
 

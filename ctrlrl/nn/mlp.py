@@ -32,10 +32,22 @@ class Float32Linear(nn.Linear):
             return super().forward(at_least_float32(x))
 
 
-def mlp(sizes: Sequence[int], *, layer_norm: bool = False) -> nn.Sequential:
-    """Linear layers of the given sizes with ReLU between them, and LayerNorm before each ReLU if asked.
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": lambda: nn.ReLU(inplace=True),
+    "tanh": nn.Tanh,
+    "elu": lambda: nn.ELU(inplace=True),
+}
+"""By the names that `agent.activation` takes."""
 
-    Initialized as `torch.nn.Linear` is: uniform within 1/sqrt(inputs), weights and biases alike.
+
+def mlp(
+    sizes: Sequence[int], *, layer_norm: bool = False, activation: str = "relu", out_gain: float | None = None
+) -> nn.Sequential:
+    """Linear layers of the given sizes with an activation between them, and LayerNorm before each if asked.
+
+    Initialized as `torch.nn.Linear` is: uniform within 1/sqrt(inputs), weights and biases alike. With `out_gain` as
+    agents that learn on-policy are (Andrychowicz et al. 2021, arXiv:2006.05990): orthogonal weights, with gain sqrt(2)
+    in hidden layers and `out_gain` in the last, and biases of zero.
     """
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
@@ -44,7 +56,12 @@ def mlp(sizes: Sequence[int], *, layer_norm: bool = False) -> nn.Sequential:
         else:
             layers.append(nn.Linear(inputs, outputs))
             layers += [nn.LayerNorm(outputs)] if layer_norm else []
-            layers.append(nn.ReLU(inplace=True))
+            layers.append(ACTIVATIONS[activation]())
+    if out_gain is not None:
+        linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        for layer in linear:
+            nn.init.orthogonal_(layer.weight, out_gain if layer is linear[-1] else math.sqrt(2))
+            nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
 

@@ -20,7 +20,8 @@ from ctrlrl.nn.encoder import (
     policy_groups,
 )
 from ctrlrl.nn.mlp import Ensemble, EnsembleMLP, Members, NetworkFactory, at_least_float32, mlp
-from ctrlrl.tree import Obs
+from ctrlrl.nn.recurrence import Recurrence, State
+from ctrlrl.tree import Obs, map_obs
 
 
 class NetworkSettings(Protocol):
@@ -64,6 +65,34 @@ class Critics(nn.Module):
         return at_least_float32(out.squeeze(-1) if out.shape[-1] == 1 else out)
 
 
+class ValueFunction(nn.Module):
+    """V(s): encoder, recurrent layer if any, and trunk; observations (B, ...) to (B,)."""
+
+    def __init__(self, encoder: Encoder, recurrence: Recurrence | None, trunk: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.recurrence, self.trunk = encoder, recurrence, trunk
+
+    def forward(self, obs: Obs) -> Tensor:
+        """Without memory."""
+        return self._value(self.encoder(obs))
+
+    def step(self, obs: Obs, state: State) -> tuple[Tensor, State]:
+        """V (N,) at observations (N, ...), and the state after it."""
+        assert self.recurrence is not None
+        features, state = self.recurrence(self.encoder(obs), state)
+        return self._value(features), state
+
+    def unroll(self, obs: Obs, state: State, start: Tensor) -> tuple[Tensor, list[State], list[State]]:
+        """V (L, N) at observations (L, N, ...) in a row, and states, as `Recurrence.unroll`."""
+        assert self.recurrence is not None
+        features = self.encoder(map_obs(lambda x: x.flatten(0, 1), obs)).unflatten(0, start.shape)
+        features, before, after = self.recurrence.unroll(features, state, start)
+        return self._value(features), before, after
+
+    def _value(self, features: Tensor) -> Tensor:
+        return at_least_float32(self.trunk(features)).squeeze(-1)
+
+
 class Networks:
     """Makes an agent's networks. Policy and critics get encoders of their own, for the groups that each reads.
 
@@ -90,20 +119,37 @@ class Networks:
         """The policy's network, from its encoder's features to (B, outputs)."""
         return self._make(self.policy_encoder.out_features, outputs)
 
-    def critics(self, members: int, *, actions: int = 0, outputs: int = 1, layer_norm: bool = False) -> Critics:
-        """`members` critics of observations and of `actions` numbers besides, with `outputs` each."""
+    def critic_encoder(self) -> Encoder:
+        """The encoder of what critics read; images that the policy reads too are seen by the same convolution."""
         groups = self._settings.critic_obs or critic_groups(self._space)
         space = group_space(self._space, groups)
-        encoder = make_encoder(space, self._make_encoder, self.normalizer, shared=self.policy_encoder)
+        return make_encoder(space, self._make_encoder, self.normalizer, shared=self.policy_encoder)
+
+    def critics(self, members: int, *, actions: int = 0, outputs: int = 1, layer_norm: bool = False) -> Critics:
+        """`members` critics of observations and of `actions` numbers besides, with `outputs` each."""
+        encoder = self.critic_encoder()
         inputs = encoder.out_features + actions
         if self._network is None:
             sizes = (inputs, *self._settings.hidden, outputs)
             return Critics(encoder, EnsembleMLP(members, sizes, layer_norm=layer_norm))
         return Critics(encoder, Ensemble(members, lambda: self._make(inputs, outputs)))
 
-    def _make(self, inputs: int, outputs: int) -> nn.Module:
+    def recurrent_trunk(
+        self, encoder: Encoder, outputs: int, recurrent: str, size: int, activation: str, *, out_gain: float
+    ) -> tuple[Recurrence | None, nn.Module]:
+        """A recurrent layer of `size` units, unless `recurrent` is none, and a network from there to (B, outputs)."""
+        memory = None if recurrent == "none" else Recurrence(recurrent, encoder.out_features, size)
+        inputs = encoder.out_features if memory is None else size
+        return memory, self._make(inputs, outputs, activation=activation, out_gain=out_gain)
+
+    def value_function(self, recurrent: str, size: int, activation: str, *, out_gain: float) -> ValueFunction:
+        """V(s), with a recurrent layer unless `recurrent` is none."""
+        encoder = self.critic_encoder()
+        return ValueFunction(encoder, *self.recurrent_trunk(encoder, 1, recurrent, size, activation, out_gain=out_gain))
+
+    def _make(self, inputs: int, outputs: int, **how: Any) -> nn.Module:
         if self._network is None:
-            return mlp((inputs, *self._settings.hidden, outputs))
+            return mlp((inputs, *self._settings.hidden, outputs), **how)
         module = self._network(inputs, outputs)
         was_training = module.training
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,21 +14,22 @@ from ctrlrl.errors import UsageError
 class Adam:
     """Adam (Kingma and Ba 2015, arXiv:1412.6980) with its default moments, one fused kernel per step.
 
-    As `torch.optim.Adam(parameters, lr, fused=True)`, bit for bit. Its step costs a tenth: gradients are handed over
-    instead of being looked up, all parameters count their steps in one tensor, and nothing is created at the first
-    step, so the step can be compiled or captured in a CUDA graph.
+    As `torch.optim.Adam(parameters, lr, eps=eps, fused=True)`, bit for bit. Its step costs a tenth: gradients are
+    handed over instead of being looked up, all parameters count their steps in one tensor, and nothing is created at
+    the first step, so the step can be compiled or captured in a CUDA graph.
 
     Args:
         parameters: what is stepped, on one device.
-        lr: step size.
+        lr: step size; a 0-d tensor where it changes.
+        eps: added to the root of the second moment.
 
     Raises:
         UsageError: if a parameter has gaps in memory (a part of a larger tensor), which the kernel would step too.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], lr: float) -> None:
+    def __init__(self, parameters: Sequence[Tensor], lr: float | Tensor, *, eps: float = 1e-8) -> None:
         self.parameters = list(parameters)
-        self.lr = lr
+        self.lr, self.eps = lr, eps
         self.first = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self.second = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self.steps = torch.zeros((), device=self.parameters[0].device)
@@ -45,7 +47,7 @@ class Adam:
         if torch.compiler.is_compiling():  # which cannot trace the fused kernel, and fuses this
             # Both moments' bias corrections as two numbers, which leaves one root and one quotient for each weight.
             root = (1 - 0.999**self.steps).sqrt()
-            size, eps = self.lr * root / (1 - 0.9**self.steps), 1e-8 * root
+            size, eps = self.lr * root / (1 - 0.9**self.steps), self.eps * root
             for p, gradient, first, second in zip(self.parameters, gradients, self.first, self.second, strict=True):
                 first.lerp_(gradient, 0.1)
                 second.lerp_(gradient * gradient, 0.001)
@@ -67,17 +69,21 @@ class Adam:
             beta1=0.9,
             beta2=0.999,
             weight_decay=0.0,
-            eps=1e-8,
+            eps=self.eps,
             amsgrad=False,
             maximize=False,
         )
 
-    def descend(self, loss: Tensor) -> None:
-        """Step down the gradient of `loss` with respect to the parameters alone.
+    def descend(self, loss: Tensor, *, max_norm: float = math.inf) -> None:
+        """Step down the gradient of `loss` with respect to the parameters alone, shortened to `max_norm` in all.
 
         The gradients of whatever else the loss depends on (the critics, in a policy's loss) are never computed.
         """
-        self.step(torch.autograd.grad(loss, self.parameters))
+        gradients = torch.autograd.grad(loss, self.parameters)
+        if max_norm < math.inf:
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            gradients = torch._foreach_mul(gradients, (max_norm / (norm + 1e-6)).clamp(max=1))
+        self.step(gradients)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """Both moments of each parameter, and the number of steps."""

@@ -64,7 +64,10 @@ class Policy(nn.Module, ABC):
 
 
 class ActionScaling(nn.Module):
-    """The affine map between a Box's units and [-1, 1]^A, for finite bounds that may differ per dimension."""
+    """The affine map between a Box's units and [-1, 1]^A, for bounds that may differ per dimension.
+
+    Dimensions without two finite bounds keep the environment's units.
+    """
 
     low: Tensor
     high: Tensor
@@ -83,8 +86,9 @@ class ActionScaling(nn.Module):
     def _derive(self, *loading: object) -> None:
         """Make the other two numbers of the bounds, which may just have been loaded."""
         low, high = self.low.double(), self.high.double()  # whose sum and difference may be beyond float32
-        self.center.copy_((low + high) / 2)
-        self.half_range.copy_((high - low) / 2)
+        bounded = low.isfinite() & high.isfinite()
+        self.center.copy_(torch.where(bounded, (low + high) / 2, 0.0))
+        self.half_range.copy_(torch.where(bounded, (high - low) / 2, 1.0))
 
     def to_unit(self, action: Tensor) -> Tensor:
         """(..., *shape) in the environment's units to (..., A) in [-1, 1]."""

@@ -251,7 +251,7 @@ class RunFolder:
         states = self._states()
         if states is None:
             return
-        used = {segment["file"] for state in states for segment in state["replay"]["segments"]}
+        used = {segment["file"] for state in states for segment in state.get("replay", {}).get("segments", ())}
         for path in self.replay.glob("rows-*"):
             if path.name not in used:
                 path.unlink()

@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Any
 from ctrlrl.runs.metrics import Record
 
 if TYPE_CHECKING:
-    from ctrlrl.training.off_policy import OffPolicyLoop
+    from ctrlrl.training.loop import Loop
 
 
 class Callback:
     """Override what you need. All are called between steps, where everything is consistent."""
 
-    def on_start(self, loop: OffPolicyLoop) -> None:
+    def on_start(self, loop: Loop) -> None:
         """Before the first step of a session (also of a resumed one)."""
 
-    def on_step(self, loop: OffPolicyLoop) -> None:
+    def on_step(self, loop: Loop) -> None:
         """After every control step and the updates that belong to it; `loop.stop(reason)` ends the run."""
 
-    def on_record(self, loop: OffPolicyLoop, record: Record) -> None:
+    def on_record(self, loop: Loop, record: Record) -> None:
         """After each line of `metrics.jsonl`: training metrics, an episode, an evaluation."""
 
-    def on_end(self, loop: OffPolicyLoop) -> None:
+    def on_end(self, loop: Loop) -> None:
         """After the last step, before the last checkpoint; not after a failure, and again whenever a run is resumed."""
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ctrlrl.algorithms.registry import find_algorithm
-from ctrlrl.config import OffPolicyConfig
+from ctrlrl.config import TrainConfig
 from ctrlrl.envs.spaces import build_space
 from ctrlrl.envs.vector import RenderFailure
 from ctrlrl.errors import UsageError
@@ -52,7 +52,7 @@ class Run:
     """
 
     path: Path
-    config: OffPolicyConfig
+    config: TrainConfig
     policy: Policy
 
     @property
@@ -157,7 +157,7 @@ def evaluate_run(
 
 
 def record_video(
-    folder: RunFolder, policy: Policy, source: EnvLike, config: OffPolicyConfig, *, step: int, checkpoint: str
+    folder: RunFolder, policy: Policy, source: EnvLike, config: TrainConfig, *, step: int, checkpoint: str
 ) -> Path:
     """Record the episode of the first evaluation seed, at most `VIDEO_STEPS` of it.
 

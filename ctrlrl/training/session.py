@@ -14,15 +14,14 @@ import gymnasium as gym
 import numpy as np
 import torch
 
-from ctrlrl.algorithms.agent import OffPolicyAgent
+from ctrlrl.algorithms.agent import Agent
 from ctrlrl.algorithms.registry import find_algorithm, train_config_class
-from ctrlrl.config import OffPolicyConfig, changed_fields
+from ctrlrl.config import TrainConfig, changed_fields
 from ctrlrl.envs.vector import EnvState, VectorEnv, derive_seeds
 from ctrlrl.errors import CtrlrlError, Interrupted, UsageError
 from ctrlrl.nn.cpu import prepare_cpu
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
-from ctrlrl.replay.buffer import ReplayBuffer
 from ctrlrl.runs.checkpoint import load_checkpoint, pack
 from ctrlrl.runs.folder import RunFolder, default_path, require_space, require_vacant
 from ctrlrl.runs.metrics import TensorBoard, Writer
@@ -40,7 +39,9 @@ from ctrlrl.training.callbacks import Callback
 from ctrlrl.training.collector import Collector
 from ctrlrl.training.evaluation import evaluation_seeds
 from ctrlrl.training.loading import Run, load_policy, record_video
-from ctrlrl.training.off_policy import OffPolicyLoop, restore_global_generators
+from ctrlrl.training.loop import Loop, restore_global_generators
+from ctrlrl.training.off_policy import OffPolicyLoop
+from ctrlrl.training.on_policy import OnPolicyLoop
 from ctrlrl.training.setup import (
     EnvLike,
     eval_rows,
@@ -54,7 +55,9 @@ from ctrlrl.training.setup import (
     settle_execution,
     step_of,
 )
-from ctrlrl.tree import Obs, is_image, obs_to
+from ctrlrl.tree import Obs, is_image
+
+_LOOPS: dict[str, type[Loop]] = {"off-policy": OffPolicyLoop, "on-policy": OnPolicyLoop}
 
 
 def train(
@@ -66,7 +69,7 @@ def train(
     encoder: EncoderFactory | None = None,
     callbacks: Sequence[Callback] = (),
     writers: Sequence[Writer] = (),
-    config: OffPolicyConfig | None = None,
+    config: TrainConfig | None = None,
     preset: str | bool | None = True,
     quiet: bool = False,
     **fields: Any,
@@ -203,7 +206,7 @@ class _Session:
     def __init__(
         self,
         algo: str,
-        config: OffPolicyConfig,
+        config: TrainConfig,
         env: EnvLike,
         eval_env: EnvLike | None,
         network: NetworkFactory | None,
@@ -212,7 +215,8 @@ class _Session:
         quiet: bool,
         resumed: bool = False,
     ) -> None:
-        self.algo, self.quiet = algo, quiet
+        algorithm = find_algorithm(algo)
+        self.loop_class, self.quiet = _LOOPS[algorithm.loop], quiet
         self.device = pick_device(config.device)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = config.threads or min(cores, 8)
@@ -231,7 +235,7 @@ class _Session:
             plain = network is None and encoder is None and not any(map(is_image, entries))
             config, self.remark = settle_execution(config, self.device, plain=plain, resumed=resumed)
             self.config = config
-            self.agent: OffPolicyAgent = find_algorithm(algo).load_agent_class()(
+            self.agent: Agent = algorithm.load_agent_class()(
                 self.env.observation_space,
                 self.env.action_space,
                 config.agent,  # type: ignore[attr-defined]
@@ -258,28 +262,18 @@ class _Session:
                 env.close()
 
     def disk_needed(self) -> int:
-        """Bytes the run may write: the replay once, and some room for checkpoints and records."""
-        return self._transition_bytes() * min(self.config.steps, self.config.buffer.capacity) + 64 * 2**20
-
-    def _transition_bytes(self) -> int:
-        """Bytes of one transition in the replay: observation (one frame of a stack), action, reward, flags, indices."""
-        out = 24
-        for space in (self.env.observation_space, self.env.action_space):
-            for entry in space.spaces.values() if isinstance(space, gym.spaces.Dict) else [space]:
-                kind, count = np.dtype(entry.dtype), int(np.prod(entry.shape or ()))
-                frames = self.config.frame_stack if is_image(entry) else 1
-                out += count // frames * (4 if kind.kind == "f" else kind.itemsize)
-        return out
+        """Bytes the run may write: what is collected, once, and some room for checkpoints and records."""
+        return self.loop_class.stored_bytes(self.config, self.env) + 64 * 2**20
 
     def begin(self, callbacks: Sequence[Callback]) -> None:
-        """Reset the environments and make an empty replay."""
+        """Reset the environments and make an empty memory."""
         try:
             pack([callback.state_dict() for callback in callbacks])
         except TypeError as error:
             raise UsageError(f"a callback's state_dict cannot be saved: {error}") from None
         obs = self.env.reset(self.config.seed)
-        self._make_buffer(obs)
-        self.buffer.begin(obs)
+        self._make_memory(obs)
+        self.memory.begin(obs)
 
     def restore(self, folder: RunFolder, state: dict[str, Any], callbacks: Sequence[Callback]) -> list[str]:
         """Go back to the checkpoint `state`; returns what is to be said about it. Changes nothing on disk."""
@@ -288,10 +282,12 @@ class _Session:
         fresh_seed = derive_seeds(config.seed, 2)[1] + step  # for what cannot go on where it was
         saved = EnvState(state["env"]["json"], state["env"]["arrays"])
         obs, reasons = self.env.set_state(saved, seed=fresh_seed)
-        self._make_buffer(obs)
+        self._make_memory(obs)
         if state["device"] != self.device.type:
             generator = torch.Generator(self.device).manual_seed(fresh_seed)
-            state["agent"]["generator"] = state["replay"]["generator"] = generator.get_state()
+            state["agent"]["generator"] = generator.get_state()
+            if "replay" in state:
+                state["replay"]["generator"] = generator.get_state()
             notes.append(f"device {state['device']} -> {self.device.type}: random numbers start from a new seed")
         try:
             self.agent.load_state_dict(state["agent"])
@@ -302,14 +298,13 @@ class _Session:
                 f"can be evaluated but not resumed?): {text}"
             ) from None
         self.collector.load_state_dict(state["collector"])
-        folder.load_replay(self.buffer, state["replay"]["segments"], state["replay"]["total_rows"])
-        self.buffer.generator.set_state(state["replay"]["generator"])
+        self.loop_class.restore_memory(self.memory, folder, state)
         for callback, saved_state in zip(callbacks, state["callbacks"], strict=True):
             callback.load_state_dict(saved_state)
-        if any(reasons):
-            self.collector.restart(obs, [reason is not None for reason in reasons])
-        if any(reasons) or not self.buffer.total_rows:  # of a checkpoint of step 0 no observation has been stored yet
-            self.buffer.begin(obs)
+        afresh = [reason is not None for reason in reasons]
+        if any(afresh):
+            self.collector.restart(obs, afresh)
+        self.loop_class.begin_afresh(self.memory, obs, afresh)
         restore_global_generators(state["global_generators"], self.device)
         return [*notes, _continuation(reasons)]
 
@@ -325,13 +320,13 @@ class _Session:
         """Train from `state` (or from the start) to the end, and write video and report."""
         config = self.config
         step = state["loop"]["env_steps"] if state else 0
-        loop = OffPolicyLoop(
+        loop = self.loop_class(
             config=config,
             folder=folder,
             env=self.env,
             eval_env=self.eval_env,
             agent=self.agent,
-            buffer=self.buffer,
+            memory=self.memory,
             collector=self.collector,
             writers=[TensorBoard(folder.tensorboard, resumed_at=step if state else None), *writers],
             callbacks=callbacks,
@@ -345,11 +340,8 @@ class _Session:
         try:
             if state is not None:
                 loop.note(f"resumed at step {step:,}; {'; '.join(notes)}")
-            elif (last := config.steps // config.update_every * config.update_every) <= config.learning_starts:
-                loop.note(
-                    f"no update will run: learning starts after step {config.learning_starts:,}, and the last turn of "
-                    f"updates (every {config.update_every:,} steps) is at step {last:,}"
-                )
+            elif remark := loop.start_remark():
+                loop.note(remark)
             if self.remark:
                 loop.note(self.remark)
             status("running")
@@ -358,9 +350,7 @@ class _Session:
             status("finished")
         except BaseException as error:
             if isinstance(error, torch.OutOfMemoryError):
-                error = UsageError(
-                    f"{self.device} is out of memory: lower --agent.batch-size or --buffer.capacity ({error})"
-                )
+                error = UsageError(f"{self.device} is out of memory: lower {self.loop_class.sizes} ({error})")
             word = "interrupted" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed"
             message = str(error) if isinstance(error, CtrlrlError) else repr(error)
             _regardless(lambda: status(word, message))
@@ -373,31 +363,12 @@ class _Session:
             print(f"report: {report}")
         return Run(folder.path, config, self.agent.policy)
 
-    def _make_buffer(self, obs: Obs) -> None:
-        """Make collector and replay for environments that are at `obs`."""
-        config, policy = self.config, self.agent.policy
-        needed = self._transition_bytes() * config.buffer.capacity
-        there = _memory(self.device)
-        if needed > there:  # allocating may succeed all the same, and the process be killed once it is filled
-            raise UsageError(
-                f"a replay of {config.buffer.capacity:,} transitions takes {needed / 2**30:,.1f} GiB, "
-                f"and {self.device} has {there / 2**30:,.1f} GiB of memory: lower --buffer.capacity"
-            )
-        self.collector = Collector(self.env, policy, obs, seed=config.seed)
-        extras = policy.act(obs_to(obs, self.device), policy.initial_state(config.num_envs), explore=False)[2]
-        self.buffer = ReplayBuffer(
-            self.env.observation_space,
-            self.env.action_space,
-            capacity=config.buffer.capacity,
-            num_envs=config.num_envs,
-            device=self.device,
-            seed=config.seed,
-            extras=extras,
-            next_extras=policy.extras_at_next,
-            frame_stack=config.frame_stack,
-        )
+    def _make_memory(self, obs: Obs) -> None:
+        """Make collector and memory for environments that are at `obs`."""
+        self.memory = self.loop_class.make_memory(self.config, self.env, self.agent, obs)
+        self.collector = Collector(self.env, self.agent.policy, obs, seed=self.config.seed)
 
-    def _video(self, folder: RunFolder, loop: OffPolicyLoop) -> None:
+    def _video(self, folder: RunFolder, loop: Loop) -> None:
         """Record the best policy; that this fails is worth a note, not the loss of a training."""
         if not self.config.video:
             return
@@ -411,13 +382,6 @@ class _Session:
             loop.note(f"no video: {error}")
         finally:
             policy.load_state_dict(weights)
-
-
-def _memory(device: torch.device) -> int:
-    """Bytes of memory: what a GPU has free, what the machine has in all."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _regardless(work: Callable[[], object]) -> None:

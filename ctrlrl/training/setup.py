@@ -12,7 +12,7 @@ import gymnasium as gym
 import torch
 
 from ctrlrl.algorithms.registry import ALGORITHMS, find_algorithm, train_config_class
-from ctrlrl.config import Config, OffPolicyConfig
+from ctrlrl.config import Config, TrainConfig
 from ctrlrl.envs.frame_stack import FrameStack
 from ctrlrl.envs.make import make_env
 from ctrlrl.envs.vector import VectorEnv
@@ -33,7 +33,7 @@ MAX_EVAL_ENVS = 16
 """Environments that evaluation steps together at most."""
 
 
-def make(env: EnvLike, config: OffPolicyConfig, num_envs: int, device: str, *, render: bool = False) -> VectorEnv:
+def make(env: EnvLike, config: TrainConfig, num_envs: int, device: str, *, render: bool = False) -> VectorEnv:
     """`num_envs` environments as `config` wants them; to render, in this process where that is possible."""
     made = make_env(
         env,
@@ -79,8 +79,8 @@ def pick_device(name: str) -> torch.device:
 
 
 def settle_execution(
-    config: OffPolicyConfig, device: torch.device, *, plain: bool, resumed: bool
-) -> tuple[OffPolicyConfig, str]:
+    config: TrainConfig, device: torch.device, *, plain: bool, resumed: bool
+) -> tuple[TrainConfig, str]:
     """`config` with the agent's `execution` and `precision` decided, and what to tell about it.
 
     Args:
@@ -101,24 +101,25 @@ def settle_execution(
         chosen = asked
         if reason is not None:
             chosen, remark = "eager", f"updates run eagerly and not {asked}, which changes last bits: {reason}"
-    elif device.type != "cpu" or not plain or agent.utd * (config.steps - config.learning_starts) < COMPILE_FROM:
+    elif device.type != "cpu" or not plain or config.planned_updates() < COMPILE_FROM:
         chosen = "eager"
     elif reason := unavailable("compiled", device):
         chosen, remark = "eager", f"updates run eagerly, at about half the speed: {reason}"
     else:
         chosen = "compiled"
-    precision = agent.precision
-    if precision == "auto":
-        reduced = device.type == "cpu" and plain and chosen == "compiled" and multiplies_bfloat16()
-        precision = "bfloat16" if reduced else "float32"
-    if asked == "auto" and chosen == "compiled":
+    settled, products = {"execution": chosen}, ""
+    if (precision := getattr(agent, "precision", None)) is not None:  # an agent that has none is of float32
+        if precision == "auto":
+            reduced = device.type == "cpu" and plain and chosen == "compiled" and multiplies_bfloat16()
+            precision = "bfloat16" if reduced else "float32"
+        settled["precision"] = precision
         products = " with products in bfloat16" if precision == "bfloat16" else ""
+    if asked == "auto" and chosen == "compiled":
         remark = f"updates are compiled{products}; the first one takes up to a minute"
-    agent = replace(agent, execution=chosen, precision=precision)
-    return replace(config, agent=agent), remark  # type: ignore[call-arg]
+    return replace(config, agent=replace(agent, **settled)), remark  # type: ignore[call-arg]
 
 
-def read_config(folder: RunFolder) -> tuple[str, OffPolicyConfig]:
+def read_config(folder: RunFolder) -> tuple[str, TrainConfig]:
     """The algorithm's name and the configuration of a run.
 
     Raises:

@@ -1,0 +1,90 @@
+"""The numbers of PPO. Apart from `ppo.py` only so that the command line can read them without importing torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from ctrlrl.config import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(Config):
+    """Proximal policy optimization (Schulman et al. 2017, arXiv:1707.06347). Defaults are the paper's for MuJoCo
+    (table 3) unless noted."""
+
+    section: ClassVar[str] = "agent"
+    gamma: float = 0.99
+    """Discount per environment step, in (0, 1]."""
+    advantage: Literal["gae"] = "gae"
+    """Estimator of advantages."""
+    gae_lambda: float = 0.95
+    """Trace decay of generalized advantage estimation, in [0, 1]."""
+    epochs: int = 10
+    """Passes over each rollout."""
+    minibatch_size: int = 64
+    """Rows per gradient update; a rollout is split into the nearest whole number of minibatches."""
+    lr: float = 3e-4
+    """Adam step size of policy and critic."""
+    lr_schedule: Literal["constant", "adaptive"] = "constant"
+    """adaptive: after each minibatch divided by 1.5 where the policy moved by more than twice desired_kl, multiplied by
+    it where it moved by less than half (rsl_rl)."""
+    desired_kl: float = 0.01
+    """What the adaptive step size aims at."""
+    target_kl: float | None = None
+    """No further epoch on a rollout once the mean divergence of one exceeds 1.5 times this; by default all are made."""
+    clip: float = 0.2
+    """Largest change of the probability ratio that still pays."""
+    value_clip: float | None = None
+    """Largest change of a value that still pays, in units of the (normalized) return; by default there is none."""
+    value_coef: float = 0.5
+    """Weight of the value loss, which is a mean square (Stable-Baselines3)."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    max_grad_norm: float = 0.5
+    """Gradients of policy and critic together are shortened to this (Stable-Baselines3, CleanRL)."""
+    normalize_advantage: bool = True
+    """Standardize advantages within each minibatch."""
+    normalize_obs: bool = True
+    """Standardize observations by statistics of the rollouts before; images are scaled by 255 in any case (CleanRL)."""
+    normalize_reward: bool = True
+    """Divide rewards by the running standard deviation of the discounted return, and clip them at 10 (CleanRL)."""
+    ratio: Literal["joint", "per-decision"] = "joint"
+    """Whether a row with several decisions (MultiDiscrete) has one probability ratio or one for each."""
+    hidden: tuple[int, ...] = (64, 64)
+    """Hidden layers of the policy and of the critic."""
+    activation: Literal["tanh", "relu", "elu"] = "tanh"
+    """Between hidden layers."""
+    log_std: float = 0.0
+    """Initial log standard deviation of Box actions, in half ranges where they are bounded."""
+    recurrent: Literal["none", "gru", "lstm"] = "none"
+    """A layer that remembers, between the observation and the hidden layers, in policy and critic each."""
+    recurrent_size: int = 64
+    """Its units."""
+    sequence_length: int = 32
+    """Steps of the sequences that a recurrent agent learns from; gradients reach no further back."""
+    policy_obs: tuple[str, ...] | None = None
+    """Observation entries the policy reads; by default `policy` where there is such a group, else all."""
+    critic_obs: tuple[str, ...] | None = None
+    """Observation entries the critic reads; by default `policy` and `privileged`, else all."""
+    execution: Literal["auto", "eager", "compiled", "captured"] = "auto"
+    """How an update runs: as written, by torch.compile, or as a CUDA graph; the same within rounding. auto compiles
+    trainings of 50,000 updates and more on a CPU, where a C++ compiler is installed, and says so."""
+
+    def check(self) -> None:
+        self.require("gamma", 0 < self.gamma <= 1, "in (0, 1]")
+        self.require("gae_lambda", 0 <= self.gae_lambda <= 1, "in [0, 1]")
+        self.require("epochs", 1 <= self.epochs <= 1000, "between 1 and 1,000")
+        self.require("minibatch_size", 2 <= self.minibatch_size <= 10**8, "between 2 and 100,000,000")
+        self.require("lr", 0 < self.lr < 1, "in (0, 1)")
+        self.require("desired_kl", self.desired_kl > 0, "above 0")
+        self.require("target_kl", self.target_kl is None or self.target_kl > 0, "above 0, or null for none")
+        self.require("clip", 0 < self.clip < 1, "in (0, 1)")
+        self.require("value_clip", self.value_clip is None or self.value_clip > 0, "above 0, or null for none")
+        self.require("value_coef", self.value_coef >= 0, "0 or more")
+        self.require("entropy_coef", self.entropy_coef >= 0, "0 or more")
+        self.require("max_grad_norm", self.max_grad_norm > 0, "above 0")
+        self.require("hidden", all(1 <= width <= 100_000 for width in self.hidden), "widths between 1 and 100,000")
+        self.require("log_std", -20 <= self.log_std <= 5, "between -20 and 5")
+        self.require("recurrent_size", 1 <= self.recurrent_size <= 100_000, "between 1 and 100,000")
+        self.require("sequence_length", 1 <= self.sequence_length <= 100_000, "between 1 and 100,000")

@@ -1,0 +1,77 @@
+"""Advantage estimators. All advantages of on-policy agents come from here.
+
+Shapes: T control steps, N environments, D decisions (1 for a robot; the tokens of a turn for a language agent).
+Decisions of a row follow each other as rows do: `reward` is earned by the decision it stands at, `discount` is what the
+value after that decision is worth: 1 between the decisions of a row, gamma * (1 - terminated) after its last one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """What estimators look at, each (T, N, D)."""
+
+    reward: Tensor
+    discount: Tensor
+    value: Tensor
+    """V where the decision was made."""
+    next_value: Tensor
+    """V after it: of the next decision, or, where an episode was cut, of its true last observation. Where the discount
+    is 0 it does not matter, but must be finite."""
+    end: Tensor
+    """bool: traces stop here, since what follows is another episode, or no transition."""
+    mask: Tensor
+    """bool: whether there is such a decision."""
+
+
+Estimator = Callable[[Decisions, float], Tensor]
+"""`estimator(decisions, trace)`: advantages (T, N, D), 0 where there is no decision; `trace` is lambda."""
+
+
+def next_values(value: Tensor, last_value: Tensor, final_value: Tensor, cut: Tensor, mask: Tensor) -> Tensor:
+    """V after each decision (T, N, D).
+
+    Args:
+        value: (T, N, D), at the decisions.
+        last_value: (N,), where the rollout stops, of the observation to be acted on next.
+        final_value: (T, N), of the true last observation of rows that were cut.
+        cut: (T, N) bool, rows whose successor is another episode.
+        mask: (T, N, D) bool; the decisions of a row come first.
+    """
+    after_row = torch.cat([value[1:, :, 0], last_value[None]])  # (T, N)
+    after_row = torch.where(cut, final_value, after_row)
+    within = torch.cat([value[:, :, 1:], after_row[..., None]], -1)
+    more = torch.cat([mask[:, :, 1:], torch.zeros_like(mask[:, :, :1])], -1)  # another decision of the row follows
+    return torch.where(more, within, after_row[..., None])
+
+
+def gae(decisions: Decisions, trace: float) -> Tensor:
+    """Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eqs. 11 and 16).
+
+    delta = r + discount * V' - V;  A = delta + lambda * discount * (1 - end) * A'. A time limit ends the trace but not
+    the bootstrap, a termination ends both.
+    """
+    d = decisions
+    delta = d.reward + d.discount * d.next_value - d.value
+    carried = trace * d.discount * ~d.end
+    advantage = torch.zeros_like(delta)
+    following = torch.zeros_like(delta[0, :, 0])
+    whole = bool(d.mask.all())
+    for t in reversed(range(delta.shape[0])):
+        for j in reversed(range(delta.shape[2])):
+            here = torch.addcmul(delta[t, :, j], carried[t, :, j], following)
+            # past a decision that is not there: none in the row's rest, or a row that is no transition
+            following = here if whole else torch.where(d.mask[t, :, j], here, following)
+            advantage[t, :, j] = following
+    return advantage if whole else advantage * d.mask
+
+
+ESTIMATORS: dict[str, Estimator] = {"gae": gae}
+"""By the name that `agent.advantage` takes."""

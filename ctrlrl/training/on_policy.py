@@ -1,0 +1,74 @@
+"""The on-policy loop: collect a rollout with one policy, learn from it, forget it. A rollout that is not full yet is
+part of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ctrlrl.algorithms.agent import OnPolicyAgent
+from ctrlrl.config import OnPolicyConfig
+from ctrlrl.envs.vector import Step, VectorEnv
+from ctrlrl.replay.rollout import Rollout
+from ctrlrl.runs.folder import RunFolder
+from ctrlrl.training.loop import Loop
+from ctrlrl.tree import Obs, obs_to
+
+
+class OnPolicyLoop(Loop):
+    """Trains an agent from rollouts; callbacks may read `rollout`, too."""
+
+    config: OnPolicyConfig
+    agent: OnPolicyAgent
+    sizes = "--rollout-steps, --agent.minibatch-size or --num-envs"
+    advice = "Try a smaller --agent.lr, a smaller --agent.max-grad-norm, or rewards of a smaller scale."
+
+    def __init__(self, **shared: Any) -> None:
+        super().__init__(**shared)
+        self.rollout: Rollout = self.memory
+
+    @staticmethod
+    def make_memory(config: OnPolicyConfig, env: VectorEnv, agent: OnPolicyAgent, obs: Obs) -> Rollout:
+        policy = agent.policy
+        state = policy.initial_state(config.num_envs)
+        return Rollout(
+            env.observation_space,
+            horizon=config.horizon,
+            num_envs=config.num_envs,
+            device=agent.device,
+            extras=policy.act(obs_to(obs, agent.device), state, explore=False)[2],
+            policy_state=state,
+        )
+
+    @staticmethod
+    def restore_memory(memory: Rollout, folder: RunFolder, state: dict[str, Any]) -> None:
+        memory.load_state_dict(state["rollout"])
+
+    @staticmethod
+    def begin_afresh(memory: Rollout, obs: Obs, rows: Sequence[bool]) -> None:
+        if any(rows):
+            memory.begin(obs, rows)
+
+    @staticmethod
+    def stored_bytes(config: OnPolicyConfig, env: VectorEnv) -> int:
+        return 0  # a rollout is part of a checkpoint
+
+    def start_remark(self) -> str:
+        needed = self.config.horizon * self.config.num_envs
+        if self.config.steps >= needed:
+            return ""
+        return f"no update will run: a rollout takes {needed:,} steps, and the training {self.config.steps:,}"
+
+    def _store(self, step: Step, extras: dict[str, Tensor], next_extras: dict[str, Tensor]) -> None:
+        self.rollout.add(step, extras)
+
+    def _learn(self, before: int) -> None:
+        if self.rollout.full:
+            metrics, updates = self.agent.update(self.rollout)
+            self.rollout.clear(self.collector.policy_state)
+            self._take(metrics, updates)
+
+    def _memory(self) -> dict[str, Any]:
+        return {"rollout": self.rollout.state_dict()}
