@@ -31,7 +31,7 @@ def contents(run: Path) -> dict[str, Any]:
     folder = RunFolder.open(run)
     state = load_checkpoint(folder.find_checkpoint("last"))
     del state["loop"]["seconds"], state["loop"]["moment"], state["metrics_offset"]
-    segments = state["replay"].pop("segments")
+    segments = state.get("replay", {}).pop("segments", [])
     tensors, tree = pack(state)
     rows: dict[str, torch.Tensor] = {}
     for segment in segments:

@@ -39,8 +39,8 @@ def make_batch(seed: int = 0, size: int = 32, groups: int = 1, obs: int = 5, act
 class Adam64:
     """Adam as in the paper, Algorithm 1 of Kingma and Ba, in float64."""
 
-    def __init__(self, lr: float) -> None:
-        self.lr, self.t, self.moments = lr, 0, {}
+    def __init__(self, lr: float, eps: float = 1e-8) -> None:
+        self.lr, self.eps, self.t, self.moments = lr, eps, 0, {}
 
     def step(self, params: dict[str, torch.Tensor], grads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         self.t += 1
@@ -49,7 +49,7 @@ class Adam64:
             m, v = self.moments.get(name, (torch.zeros_like(p), torch.zeros_like(p)))
             m, v = 0.9 * m + 0.1 * grads[name], 0.999 * v + 0.001 * grads[name] ** 2
             self.moments[name] = (m, v)
-            out[name] = p - self.lr * (m / (1 - 0.9**self.t)) / ((v / (1 - 0.999**self.t)).sqrt() + 1e-8)
+            out[name] = p - self.lr * (m / (1 - 0.9**self.t)) / ((v / (1 - 0.999**self.t)).sqrt() + self.eps)
         return out
 
 

@@ -77,7 +77,8 @@ class CategoricalHead(Head):
         self.register_buffer("exists", torch.arange(most) < counts[:, None], persistent=False)  # (D, n)
 
     def distribution(self, out: Tensor) -> Categorical:
-        return Categorical.masked(out.view(*out.shape[:-1], *self.exists.shape), self.exists)
+        logits = out.view(*out.shape[:-1], *self.exists.shape)
+        return Categorical.masked(logits, self.exists.expand_as(logits))
 
     def to_environment(self, decision: Tensor) -> Tensor:
         return (decision + self.start).reshape(len(decision), *self.shape)

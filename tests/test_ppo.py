@@ -1,0 +1,558 @@
+"""PPO: an update against a float64 reference and Stable-Baselines3, boundaries, memory, statistics, learning."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import ctrlrl
+from ctrlrl.algorithms.ppo import PPO
+from ctrlrl.algorithms.ppo_config import PPOConfig
+from ctrlrl.envs.vector import Step
+from ctrlrl.errors import UsageError
+from ctrlrl.replay.rollout import Rollout
+from ctrlrl.runs.checkpoint import pack
+from tests.runs import assert_same
+from tests.test_execution import needs_compiler
+from tests.test_sac import Adam64
+
+OBS = gym.spaces.Box(-np.inf, np.inf, (5,))
+ACT = gym.spaces.Box(np.float32([-0.4, 0.0]), np.float32([0.4, 3.0]))
+PLAIN = {"normalize_obs": False, "normalize_reward": False, "hidden": (16, 16)}
+SMALL = {
+    "num_envs": 3,
+    "rollout_steps": 60,
+    "steps": 400,
+    "log_every": 50,
+    "eval_every": 150,
+    "eval_episodes": 2,
+    "checkpoint_every": 70,
+    "threads": 1,
+    "video": False,
+    "quiet": True,
+    "agent": {"hidden": [16, 16], "minibatch_size": 16, "epochs": 2},
+}
+
+
+def collect(agent: PPO, horizon=12, n=4, seed=0, obs_space=OBS, ends=0.2, invalid=0.0) -> Rollout:
+    """A rollout of random observations and rewards, with the agent's own decisions, ends and invalid rows."""
+    g = torch.Generator().manual_seed(seed)
+
+    def observe():
+        spaces = obs_space.spaces.items() if isinstance(obs_space, gym.spaces.Dict) else [("", obs_space)]
+        out = {name: torch.randn(n, *space.shape, generator=g) for name, space in spaces}
+        return out if isinstance(obs_space, gym.spaces.Dict) else out[""]
+
+    state, obs = agent.policy.initial_state(n), observe()
+    extras = agent.policy.act(obs, state)[2]
+    rollout = Rollout(obs_space, horizon=horizon, num_envs=n, extras=extras, policy_state=state)
+    rollout.begin(obs)
+    for _ in range(horizon):
+        action, state, extras = agent.policy.act(obs, state, explore=True)
+        valid = torch.rand(n, generator=g) >= invalid
+        kind = torch.rand(n, generator=g)
+        terminated, truncated = (kind < ends) & valid, (kind > 1 - ends) & valid
+        fresh, final = observe(), observe()
+        done = terminated | truncated
+        obs = fresh
+        if not isinstance(obs, dict):
+            final = torch.where(done[:, None], final, fresh)
+        rollout.add(Step(obs, action, torch.randn(n, generator=g), terminated, truncated, final, valid), extras)
+        state = agent.policy.reset(state, done | ~valid)
+    return rollout
+
+
+class PPOReference:
+    """Value targets, losses, clipped gradients and Adam written out once more in float64, with no code of ours."""
+
+    def __init__(self, agent: PPO) -> None:
+        self.c = agent.config
+        self.policy = {k: v.detach().double().clone() for k, v in agent.policy.trunk.state_dict().items()}
+        self.policy["log_std"] = agent.policy.head.log_std.detach().double().clone()
+        self.critic = {k: v.detach().double().clone() for k, v in agent.critic.trunk.state_dict().items()}
+        self.adam = Adam64(self.c.lr, eps=1e-5)
+
+    @staticmethod
+    def net(p, x):
+        h = torch.tanh(x @ p["0.weight"].T + p["0.bias"])
+        h = torch.tanh(h @ p["2.weight"].T + p["2.bias"])
+        return h @ p["4.weight"].T + p["4.bias"]
+
+    def log_prob(self, p, obs, raw):
+        return torch.distributions.Normal(self.net(p, obs), p["log_std"].exp()).log_prob(raw).sum(-1)
+
+    def prepare(self, rollout: Rollout) -> dict[str, torch.Tensor]:
+        c, horizon, n = self.c, *rollout.reward.shape
+        obs, final = rollout.obs.double(), rollout.final_obs.double()
+        value, last = self.net(self.critic, obs)[..., 0], self.net(self.critic, final)[..., 0]
+        advantage = torch.zeros(horizon, n, dtype=torch.float64)
+        for i in range(n):
+            following = 0.0
+            for t in reversed(range(horizon)):
+                ends = bool(rollout.terminated[t, i] | rollout.truncated[t, i])
+                after = last[t, i] if ends else value[t + 1, i]
+                bootstrap = 0.0 if rollout.terminated[t, i] else c.gamma * after
+                delta = rollout.reward[t, i].double() + bootstrap - value[t, i]
+                following = delta + (0.0 if ends else c.gamma * c.gae_lambda * following)
+                advantage[t, i] = following
+        raw = rollout.extras["decision"].double()
+        data = {"obs": obs[:-1], "raw": raw, "value": value[:-1], "advantage": advantage}
+        data["log_prob"] = self.log_prob(self.policy, obs[:-1], raw)
+        return {name: x.flatten(0, 1) for name, x in data.items()}
+
+    def step(self, data: dict[str, torch.Tensor], rows: torch.Tensor) -> None:
+        c, b = self.c, {name: x[rows] for name, x in data.items()}
+        both = {f"p/{k}": v for k, v in self.policy.items()} | {f"v/{k}": v for k, v in self.critic.items()}
+        both = {k: v.clone().requires_grad_() for k, v in both.items()}
+        policy, critic = ({k[2:]: v for k, v in both.items() if k.startswith(one)} for one in ("p/", "v/"))
+        ratio = torch.exp(self.log_prob(policy, b["obs"], b["raw"]) - b["log_prob"])
+        advantage = (b["advantage"] - b["advantage"].mean()) / (b["advantage"].std() + 1e-8)
+        gain = torch.min(ratio * advantage, ratio.clip(1 - c.clip, 1 + c.clip) * advantage).mean()
+        target, value = b["advantage"] + b["value"], self.net(critic, b["obs"])[:, 0]
+        error = (value - target) ** 2
+        if c.value_clip is not None:
+            near = b["value"] + (value - b["value"]).clip(-c.value_clip, c.value_clip)
+            error = torch.max(error, (near - target) ** 2)
+        entropy = (policy["log_std"] + 0.5 * np.log(2 * np.pi * np.e)).sum()
+        loss = -gain + c.value_coef * error.mean() - c.entropy_coef * entropy
+        grads = dict(zip(both, torch.autograd.grad(loss, list(both.values())), strict=True))
+        norm = torch.sqrt(sum((g**2).sum() for g in grads.values()))
+        scale = min(1.0, c.max_grad_norm / (norm.item() + 1e-6))
+        new = self.adam.step({k: v.detach() for k, v in both.items()}, {k: g * scale for k, g in grads.items()})
+        self.policy, self.critic = ({k[2:]: v for k, v in new.items() if k.startswith(one)} for one in ("p/", "v/"))
+
+
+@pytest.mark.parametrize("more", [{}, {"value_clip": 0.1, "entropy_coef": 0.01, "max_grad_norm": 0.1}])
+def test_three_rollouts_equal_the_float64_reference(more):
+    agent = PPO(OBS, ACT, PPOConfig(**PLAIN, epochs=3, minibatch_size=16, lr=3e-3, **more), seed=1)
+    reference = PPOReference(agent)
+    for i in range(3):
+        rollout = collect(agent, seed=i)
+        orders = torch.Generator()
+        orders.set_state(agent.generator.get_state())
+        data = reference.prepare(rollout)
+        for _ in range(3):
+            for rows in torch.randperm(48, generator=orders).view(3, 16):
+                reference.step(data, rows)
+        _, updates = agent.update(rollout)
+        assert updates == 9
+        for ours, theirs in ((agent.policy.trunk, reference.policy), (agent.critic.trunk, reference.critic)):
+            for name, value in ours.state_dict().items():
+                assert torch.allclose(value.double(), theirs[name], atol=2e-5), (i, name)
+        assert torch.allclose(agent.policy.head.log_std.double(), reference.policy["log_std"], atol=2e-5)
+
+
+def test_one_update_equals_stable_baselines3_on_the_same_weights_and_rollout():
+    import stable_baselines3 as sb3
+    from stable_baselines3.common.logger import configure
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    env = DummyVecEnv([lambda: gym.make("Pendulum-v1")] * 4)
+    theirs = sb3.PPO(
+        "MlpPolicy", env, n_steps=12, batch_size=48, n_epochs=1, gamma=0.9, ent_coef=0.01, device="cpu",
+        policy_kwargs={"net_arch": {"pi": [16, 16], "vf": [16, 16]}},
+    )  # fmt: skip
+    space = gym.spaces.Box(-1.0, 1.0, (1,))
+    config = PPOConfig(**PLAIN, epochs=1, minibatch_size=48, gamma=0.9, entropy_coef=0.01)
+    agent = PPO(gym.spaces.Box(-1, 1, (3,)), space, config)
+    net, head = theirs.policy.mlp_extractor, theirs.policy
+    pairs = [
+        (agent.policy.trunk, [net.policy_net[0], net.policy_net[2], head.action_net]),
+        (agent.critic.trunk, [net.value_net[0], net.value_net[2], head.value_net]),
+    ]
+    with torch.no_grad():
+        head.action_net.weight.mul_(30)  # else the policy's gradient is that of a nearly constant mean
+        for trunk, layers in pairs:
+            for i, layer in zip((0, 2, 4), layers, strict=True):
+                trunk[i].weight.copy_(layer.weight)
+                trunk[i].bias.copy_(layer.bias)
+    rollout = collect(agent, obs_space=gym.spaces.Box(-1, 1, (3,)), ends=0.0)
+    rollout.terminated[4, 1] = rollout.terminated[7, 2] = True
+    with torch.no_grad():
+        values = agent.critic(rollout.obs.flatten(0, 1)).view(13, 4)
+        flat = agent.policy.distribution(rollout.obs[:-1].flatten(0, 1))
+        log_prob = flat.log_prob(rollout.extras["decision"].flatten(0, 1)).view(12, 4)
+    starts = torch.zeros(4)
+    for t in range(12):
+        decision = rollout.extras["decision"][t].numpy()
+        theirs.rollout_buffer.add(
+            rollout.obs[t].numpy(), decision, rollout.reward[t].numpy(), starts.numpy(), values[t], log_prob[t]
+        )
+        starts = rollout.terminated[t].float()
+    theirs.rollout_buffer.compute_returns_and_advantage(values[12], starts.numpy())
+    theirs.set_logger(configure(None, []))
+    before = agent.policy.trunk[2].weight.detach().clone()
+    theirs.train()
+    agent.update(rollout)
+    for trunk, layers in pairs:
+        for i, layer in zip((0, 2, 4), layers, strict=True):
+            assert torch.allclose(trunk[i].weight, layer.weight, atol=2e-6)
+            assert torch.allclose(trunk[i].bias, layer.bias, atol=2e-6)
+    assert torch.allclose(agent.policy.head.log_std, head.log_std, atol=2e-6)
+    assert (agent.policy.trunk[2].weight - before).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("recurrent", ["none", "gru", "lstm"])
+@pytest.mark.parametrize("space", [ACT, gym.spaces.Discrete(3, start=5), gym.spaces.MultiDiscrete([3, 2, 4])])
+def test_the_first_minibatchs_ratio_is_one(space, recurrent):
+    """Also in the second rollout: statistics moved in between, and the recurrent states went on."""
+    config = PPOConfig(hidden=(16,), recurrent=recurrent, recurrent_size=8, sequence_length=5, epochs=2, lr=3e-3)
+    agent = PPO(OBS, space, config)
+    rollout = collect(agent)
+    agent.update(rollout)
+    count = float(agent.normalizer.entry("obs").count)
+    rollout = collect(agent, seed=1)
+    seen = []
+    agent._step = lambda batch: seen.append(agent.step(batch)) or seen[-1]
+    agent.update(rollout)
+    assert abs(float(seen[0]["kl"])) < 1e-9 and float(seen[0]["clipped"]) == 0  # (r - 1)^2 / 2 of r = 1 + 1e-6 is 5e-13
+    assert float(agent.normalizer.entry("obs").count) == count + 48  # each frame once, after the update
+    assert float(seen[-1]["kl"]) > 1e-6
+
+
+def test_ratios_are_of_what_the_collecting_policy_said():
+    """Log-probabilities of a rollout are those its decisions were drawn with, through all episodes' starts."""
+    for recurrent in ("none", "lstm"):
+        agent = PPO(OBS, ACT, PPOConfig(**PLAIN, recurrent=recurrent, recurrent_size=8, sequence_length=12))
+        nn.init.normal_(agent.policy.trunk[-1].weight)
+        n, said = 4, []
+        act, head = agent.policy.act, agent.policy.head
+
+        def spying(obs, state=None, *, explore=False, act=act, agent=agent, said=said):
+            out = act(obs, state, explore=explore)
+            said.append(agent.policy._step(obs, state or {})[0].log_prob(out[2]["decision"]).detach())
+            return out
+
+        agent.policy.act = spying
+        rollout = collect(agent, n=n)
+        batch, _ = agent.prepare(rollout)
+        ours = batch.log_prob.view(n, 12, 1).transpose(0, 1) if recurrent == "lstm" else batch.log_prob.view(12, n, 1)
+        assert torch.allclose(ours, torch.stack(said[1:]), atol=1e-5)
+        assert head.log_std.requires_grad
+
+
+def test_a_time_limit_is_bootstrapped_with_the_value_of_the_true_last_observation():
+    for recurrent in ("none", "gru"):
+        c = PPOConfig(**PLAIN, recurrent=recurrent, recurrent_size=8, sequence_length=3, gamma=0.9)
+        agent = PPO(OBS, ACT, c)
+        nn.init.normal_(agent.critic.trunk[-1].weight)
+        rollout = collect(agent, horizon=3, n=1, ends=0.0)
+        rollout.truncated[1] = True
+        rollout.final_obs[1] = 2.0
+        rollout.start[2] = True
+        with torch.no_grad():
+            if recurrent == "none":
+                v, final = agent.critic(rollout.obs[1]), agent.critic(rollout.final_obs[1])
+            else:
+                state = agent.critic.recurrence.initial(1)
+                _, state = agent.critic.step(rollout.obs[0], state)
+                v, state = agent.critic.step(rollout.obs[1], state)
+                final, _ = agent.critic.step(rollout.final_obs[1], state)  # before the state starts anew
+        batch, _ = agent.prepare(rollout)
+        expected = rollout.reward[1] + 0.9 * final - v
+        assert torch.allclose(batch.advantage.flatten()[1], expected, atol=1e-5)
+        rollout.truncated[1], rollout.terminated[1] = False, True
+        batch, _ = agent.prepare(rollout)
+        assert torch.allclose(batch.advantage.flatten()[1], rollout.reward[1] - v, atol=1e-5)
+
+
+@pytest.mark.parametrize("recurrent", ["none", "gru"])
+def test_rows_that_are_no_transition_have_no_weight(recurrent):
+    c = {"recurrent": recurrent, "recurrent_size": 8, "sequence_length": 5, "minibatch_size": 60, "epochs": 1}
+    agents = [PPO(OBS, ACT, PPOConfig(hidden=(16,), **c), seed=2) for _ in range(2)]
+    results = []
+    for agent, junk in zip(agents, (0.0, 1e3), strict=True):
+        rollout = collect(agent, horizon=12, n=5, invalid=0.3)
+        assert 5 < int((~rollout.valid).sum()) < 40
+        rollout.reward[~rollout.valid] = junk
+        rollout.extras["decision"][~rollout.valid] += junk / 1e3
+        rollout.final_obs[~rollout.valid] = junk
+        agent.update(rollout)
+        results.append(pack(agent.state_dict())[0])
+    assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+    assert float(agents[0].normalizer.entry("obs").count) == int(rollout.valid.sum())
+
+
+def test_a_recurrent_layer_starts_anew_with_each_episode_and_sequences_are_filled_up():
+    agent = PPO(OBS, ACT, PPOConfig(**PLAIN, recurrent="gru", recurrent_size=8, sequence_length=5))
+    rollout = collect(agent)
+    batch, _ = agent.prepare(rollout)
+    assert batch.obs.shape == (12, 5, 5)  # three stretches of 12 steps, four environments
+    assert batch.mask.sum() == 48 and not batch.mask[8:, 2:].any()
+    # The start of each sequence, by hand: step by step from the rollout's start.
+    state = agent.policy.initial_state(4)
+    for t in range(10):
+        if t % 5 == 0:
+            here = {k: v * ~rollout.start[t][:, None] for k, v in state.items()}
+            assert torch.allclose(batch.policy_state["h"][4 * (t // 5) : 4 * (t // 5) + 4], here["h"], atol=1e-6)
+        state = agent.policy.reset(state, rollout.start[t])
+        _, state, _ = agent.policy.act(rollout.obs[t], state)
+    assert rollout.start[1:12].any()
+    # What came before an episode's start does not matter after it.
+    row, env = (int(x[0]) for x in (rollout.start[1:12]).nonzero(as_tuple=True))
+    rollout.obs[row, env] += 1.0  # the last observation before
+    changed, _ = agent.prepare(rollout)
+    ours, theirs = (b.log_prob.view(3, 4, 5).transpose(1, 2).flatten(0, 1)[:12, env] for b in (batch, changed))
+    assert ours[row] != theirs[row] and torch.equal(ours[row + 1 :], theirs[row + 1 :])
+
+
+def test_the_critics_memory_goes_on_from_rollout_to_rollout():
+    agent = PPO(OBS, ACT, PPOConfig(**PLAIN, recurrent="gru", recurrent_size=8, sequence_length=6))
+    whole = collect(agent, horizon=12, ends=0.0)
+    halves = Rollout(OBS, horizon=6, num_envs=4, extras={"decision": torch.zeros(4, 2)}, policy_state={})
+    state = agent.policy.initial_state(4)
+    halves.begin(whole.obs[0])
+    values = agent.prepare(whole)[0].value.view(2, 4, 6).transpose(1, 2).flatten(0, 1)
+    for half in range(2):
+        halves.policy_state = state
+        for t in range(6 * half, 6 * half + 6):
+            obs, no = whole.obs[t + 1], torch.zeros(4, dtype=torch.bool)
+            halves.add(Step(obs, no, whole.reward[t], no, no, obs, ~no), {"decision": whole.extras["decision"][t]})
+            state = agent.policy.act(whole.obs[t], state)[1]
+        batch, _ = agent.prepare(halves)
+        assert torch.allclose(batch.value[..., 0].T, values[6 * half : 6 * half + 6], atol=1e-6)
+        halves.clear(state)
+
+
+def test_joint_and_per_decision_ratios():
+    """Two decisions of which one became twice as likely and the other half: jointly nothing happened."""
+    space = gym.spaces.MultiDiscrete([2, 2])
+    shares = {}
+    for ratio in ("joint", "per-decision"):
+        agent = PPO(OBS, space, PPOConfig(**PLAIN, ratio=ratio, normalize_advantage=False))
+        batch, _ = agent.prepare(collect(agent))
+        shift = torch.tensor([[np.log(2.0), -np.log(2.0)]], dtype=torch.float32)
+        shares[ratio] = float(agent.step(replace(batch, log_prob=batch.log_prob + shift))["clipped"])
+    assert shares == {"joint": 0.0, "per-decision": 1.0}
+
+
+def test_multidiscrete_and_discrete_actions_are_in_the_environments_units():
+    space = gym.spaces.MultiDiscrete([[3, 2], [4, 2]], start=[[1, 0], [7, 0]])
+    agent = PPO(OBS, space, PPOConfig(**PLAIN))
+    action, _, extras = agent.policy.act(torch.randn(500, 5), explore=True)
+    assert action.shape == (500, 2, 2) and extras["decision"].shape == (500, 4)
+    assert all(space.contains(one.numpy()) for one in action)
+    assert action.flatten(1).amax(0).tolist() == [3, 1, 10, 1]  # padded choices are never taken, existing ones are
+    single = PPO(OBS, gym.spaces.Discrete(3, start=5), PPOConfig(**PLAIN)).policy.act(torch.randn(50, 5), explore=True)
+    assert single[0].shape == (50,) and set(single[0].tolist()) == {5, 6, 7}
+
+
+def test_box_actions_are_clipped_for_the_environment_and_not_in_what_is_learned():
+    agent = PPO(OBS, ACT, PPOConfig(**PLAIN, log_std=1.0))
+    action, _, extras = agent.policy.act(torch.randn(2000, 5), explore=True)
+    assert (action >= torch.as_tensor(ACT.low)).all() and (action <= torch.as_tensor(ACT.high)).all()
+    assert extras["decision"].std() > 2 and extras["decision"].abs().max() > 5
+    free = gym.spaces.Box(np.float32([-np.inf, -1]), np.float32([np.inf, 3]))
+    agent = PPO(OBS, free, PPOConfig(**PLAIN, log_std=1.0))
+    action, _, extras = agent.policy.act(torch.randn(2000, 5), explore=True)
+    assert torch.equal(action[:, 0], extras["decision"][:, 0])  # no bounds: the environment's own units
+    assert action[:, 1].min() == -1 and action[:, 1].max() == 3
+
+
+def test_rewards_are_divided_by_the_deviation_of_the_discounted_return():
+    agent = PPO(OBS, ACT, PPOConfig(hidden=(16,), gamma=0.5, normalize_obs=False))
+    rollout = collect(agent, horizon=4, n=1, ends=0.0)
+    rollout.reward[:, 0] = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    rollout.truncated[1] = rollout.start[2] = True
+    returns = np.array([1.0, 2.5, 4.0, 10.0])  # the sum starts anew with the third row
+    scaled = agent._normalized(rollout)
+    assert torch.allclose(scaled[:, 0], torch.tensor([1.0, 2.0, 4.0, 8.0]) / returns.std(), atol=1e-6)
+    assert rollout.carried["return"].item() == 10.0
+
+
+def test_a_divergence_beyond_target_kl_ends_the_epochs():
+    wild = {**PLAIN, "lr": 0.05, "epochs": 10, "minibatch_size": 48}
+    _, free = PPO(OBS, ACT, PPOConfig(**wild)).update(collect(PPO(OBS, ACT, PPOConfig(**wild))))
+    _, stopped = PPO(OBS, ACT, PPOConfig(**wild, target_kl=0.01)).update(collect(PPO(OBS, ACT, PPOConfig(**wild))))
+    assert free == 10 and 2 <= stopped < 10  # one minibatch an epoch; the first one's divergence is 0
+
+
+def test_the_adaptive_step_size_follows_the_divergence_and_is_saved():
+    agent = PPO(OBS, ACT, PPOConfig(**PLAIN, lr=1e-3, lr_schedule="adaptive", epochs=1, minibatch_size=48))
+    agent.update(collect(agent))
+    assert agent.lr.item() == pytest.approx(1.5e-3)  # nothing moved yet
+    batch, _ = agent.prepare(collect(agent))
+    noise = torch.randn(batch.log_prob.shape, generator=torch.Generator().manual_seed(0))
+    agent.step(replace(batch, log_prob=batch.log_prob + noise))
+    assert agent.lr.item() == pytest.approx(1e-3)
+    other = PPO(OBS, ACT, PPOConfig(**PLAIN, lr_schedule="adaptive"))
+    other.load_state_dict(copy.deepcopy(agent.state_dict()))
+    assert other.lr.item() == agent.lr.item() and other.optimizer.lr is other.lr
+
+
+def test_the_step_size_is_what_adam_uses():
+    moves = {}
+    for schedule in ("constant", "adaptive"):
+        agent = PPO(OBS, ACT, PPOConfig(**PLAIN, lr=1e-3, lr_schedule=schedule, epochs=1, minibatch_size=48), seed=3)
+        before = agent.critic.trunk[0].weight.detach().clone()
+        agent.update(collect(agent))
+        moves[schedule] = (agent.critic.trunk[0].weight.detach() - before).abs().max().item()
+    assert moves["adaptive"] == pytest.approx(1.5 * moves["constant"], rel=1e-3)
+
+
+def test_privileged_observations_reach_the_critic_only():
+    space = gym.spaces.Dict({"policy": gym.spaces.Box(-1, 1, (3,)), "privileged": gym.spaces.Box(-1, 1, (2,))})
+    agent = PPO(space, ACT, PPOConfig(hidden=(16,)))
+    assert (agent.policy.encoder.out_features, agent.critic.encoder.out_features) == (3, 5)
+    agent.update(collect(agent, obs_space=space))
+    obs = {"policy": torch.rand(4, 3), "privileged": torch.rand(4, 2)}
+    other = obs | {"privileged": torch.rand(4, 2)}
+    assert torch.equal(agent.policy.act(obs)[0], agent.policy.act(other)[0])
+    assert not torch.equal(agent.critic(obs), agent.critic(other))
+
+
+# Probe environments, in the spirit of andyljones.com/posts/rl-debugging.
+
+
+class Probe(gym.Env):
+    """One step an episode, or two: observation 1 after -1; the reward is a function of observation and action."""
+
+    def __init__(self, reward, length=1, space=None):
+        self.reward, self.length = reward, length
+        self.observation_space = gym.spaces.Box(-1, 1, (1,))
+        self.action_space = space or gym.spaces.Box(-0.4, 0.4, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        self.obs = np.float32([-1.0 if self.length > 1 else self.np_random.choice([-1.0, 1.0])])
+        return self.obs, {}
+
+    def step(self, action):
+        reward, self.t = self.reward(self.obs[0], action), self.t + 1
+        self.obs = np.float32([1.0])
+        return self.obs, float(reward), self.t >= self.length, False, {}
+
+
+def train_probe(tmp_path, reward, length=1, space=None, **agent):
+    fields = {"normalize_reward": False, "normalize_obs": False, "hidden": [32], "lr": 3e-3, "minibatch_size": 64}
+    settings = SMALL | {"num_envs": 4, "rollout_steps": 256, "steps": 4_096, "eval_every": 0, "checkpoint_every": 10**6}
+    env = lambda: Probe(reward, length, space)  # noqa: E731
+    agents = []
+
+    class Keep(ctrlrl.Callback):
+        def on_end(self, loop):
+            agents.append(loop.agent)
+
+    settings |= {"agent": fields | agent, "callbacks": [Keep()]}
+    ctrlrl.train("ppo", env, out=str(tmp_path / "r"), **settings)
+    return agents[0]
+
+
+def values_of(agent: PPO) -> list[float]:
+    return agent.critic(torch.tensor([[-1.0], [1.0]])).tolist()
+
+
+def test_probe_values(tmp_path):
+    agent = train_probe(tmp_path, lambda obs, action: obs)
+    assert values_of(agent) == pytest.approx([-1.0, 1.0], abs=0.1)
+
+
+def test_probe_a_delayed_reward_is_discounted_once(tmp_path):
+    agent = train_probe(tmp_path, lambda obs, action: float(obs > 0), length=2, gamma=0.5)
+    assert values_of(agent) == pytest.approx([0.5, 1.0], abs=0.1)
+
+
+@pytest.mark.parametrize("space", [None, gym.spaces.Discrete(3), gym.spaces.MultiDiscrete([2, 3])])
+def test_probe_the_policy_follows_the_action_that_pays(tmp_path, space):
+    def reward(obs, action):
+        if space is None:
+            return obs * action[0] / 0.4
+        best = 1 if obs > 0 else 0
+        return np.mean(np.asarray(action) == best)
+
+    agent = train_probe(tmp_path, reward, space=space)
+    action = agent.policy.act(torch.tensor([[-1.0], [1.0]]))[0]
+    if space is None:
+        assert action[0] < -0.2 and action[1] > 0.2
+    else:
+        assert (action[0] == 0).all() and (action[1] == 1).all()
+
+
+class Recall(gym.Env):
+    """What is shown at first must be done two steps later; in between nothing is seen."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.shown, self.t = int(self.np_random.integers(2)), 0
+        return np.float32([2 * self.shown - 1]), {}
+
+    def step(self, action):
+        self.t += 1
+        last = self.t == 3
+        return np.float32([0.0]), float(last and action == self.shown), last, False, {}
+
+
+@pytest.mark.parametrize(("recurrent", "low", "high"), [("none", 0.3, 0.7), ("gru", 0.95, 1.0), ("lstm", 0.95, 1.0)])
+def test_probe_only_a_policy_with_memory_can_recall(tmp_path, recurrent, low, high):
+    settings = SMALL | {"num_envs": 8, "rollout_steps": 384, "steps": 7_680, "eval_every": 7_680, "eval_episodes": 60}
+    agent = {"hidden": [16], "lr": 5e-3, "minibatch_size": 96, "epochs": 4, "sequence_length": 6}
+    settings |= {"agent": agent | {"recurrent": recurrent, "recurrent_size": 16}, "checkpoint_every": 10**6}
+    run = ctrlrl.train("ppo", Recall, out=str(tmp_path / "r"), **settings)
+    assert low <= ctrlrl.evaluate(run, env=Recall, checkpoint="last").mean <= high
+
+
+@pytest.mark.parametrize(
+    ("env", "more"),
+    [
+        ("Pendulum-v1", {}),
+        ("CartPole-v1", {"backend": "workers", "num_envs": 2}),
+        ("Pendulum-v1", {"agent": SMALL["agent"] | {"recurrent": "lstm", "recurrent_size": 8, "sequence_length": 8}}),
+        ("Acrobot-v1", {"agent": SMALL["agent"] | {"lr_schedule": "adaptive", "recurrent": "gru"}}),
+    ],
+)
+def test_stopped_in_a_rollout_and_resumed_equals_uninterrupted(tmp_path, env, more):
+    settings = SMALL | more
+    ctrlrl.train("ppo", env, out=str(tmp_path / "whole"), **settings)
+    ctrlrl.train(
+        "ppo", env, out=str(tmp_path / "parts"), **settings | {"steps": 150}
+    )  # an evaluation is due there, too
+    ctrlrl.resume(tmp_path / "parts", steps=400, quiet=True)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_episodes_that_cannot_go_on_are_cut_in_the_rollout():
+    rollout = Rollout(OBS, horizon=4, num_envs=2, extras={"decision": torch.zeros(2, 1)}, policy_state={})
+    first, second, fresh = (torch.full((2, 5), x) for x in (1.0, 2.0, 9.0))
+    no = torch.zeros(2, dtype=torch.bool)
+    rollout.begin(first)
+    rollout.add(Step(second, no, torch.ones(2), no, no, second, ~no), {"decision": torch.zeros(2, 1)})
+    again = Rollout(OBS, horizon=4, num_envs=2, extras={"decision": torch.zeros(2, 1)}, policy_state={})
+    again.load_state_dict(copy.deepcopy(rollout.state_dict()))
+    again.begin(fresh, [True, False])
+    assert again.truncated[0].tolist() == [True, False] and again.start[1].tolist() == [True, False]
+    assert again.obs[1, :, 0].tolist() == [9.0, 2.0] and again.final_obs[0, :, 0].tolist() == [2.0, 2.0]
+
+
+def test_a_training_shorter_than_a_rollout_says_so(tmp_path):
+    run = ctrlrl.train("ppo", "Pendulum-v1", out=str(tmp_path / "r"), **SMALL | {"steps": 30, "eval_every": 0})
+    assert (
+        "no update will run: a rollout takes 60 steps, and the training 30" in (run.path / "metrics.jsonl").read_text()
+    )
+
+
+@needs_compiler
+def test_compiled_updates_equal_eager_ones():
+    config = PPOConfig(hidden=(16,), minibatch_size=24, epochs=2, lr_schedule="adaptive")
+    eager = PPO(OBS, ACT, config, seed=1)
+    compiled = PPO(OBS, ACT, PPOConfig(**(config.to_dict() | {"execution": "compiled"})), seed=1)
+    for agent in (eager, compiled):
+        agent.update(collect(agent))
+    left, right = pack(compiled.state_dict())[0], pack(eager.state_dict())[0]
+    assert all(torch.allclose(left[k].double(), right[k].double(), atol=1e-5) for k in right)
+
+
+def test_unsuitable_action_spaces():
+    for space in (gym.spaces.Box(1.0, 1.0, (2,)), gym.spaces.MultiBinary(3), gym.spaces.Box(-1, 1, ())):
+        with pytest.raises(
+            UsageError, match=r"PPO needs actions of a Box with low < high in every dimension, Discrete"
+        ):
+            PPO(OBS, space)
