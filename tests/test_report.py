@@ -323,6 +323,27 @@ def test_pages_are_written_where_asked_or_refused(tmp_path: Path) -> None:
                 command.run([*folders, "--out", str(tmp_path / "file" / below)])
 
 
+def test_a_learned_return_distribution_is_drawn_from_its_mean_and_deviation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(step: int, **metrics: float) -> dict[str, Any]:
+        return {"kind": "train", "step": step, "time": 1.0, "updates": step, "metrics": metrics}
+
+    drawn: list[tuple[list[float], list[float]]] = []
+    draw = plots.value_distribution
+    monkeypatch.setattr(
+        plots,
+        "value_distribution",
+        lambda name, mean, std: drawn.append((list(mean.values), list(std.values))) or draw(name, mean, std),
+    )
+    lines = [train(2000, q_mean=3.0, q_std=0.5), train(3000, q_mean=4.0, q_std=0.25)]
+    page = write_report(write_run(tmp_path / "a", lines=lines)).read_text()
+    assert drawn == [([3.0, 4.0], [0.5, 0.25])]
+    assert "Value distribution" in page and "Learned return distribution over environment steps" in page
+    plain = write_report(write_run(tmp_path / "b", lines=[train(2000, q_mean=3.0)])).read_text()
+    assert "Value distribution" not in plain and len(drawn) == 1
+
+
 def test_a_long_run_makes_a_small_report(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     lines = [

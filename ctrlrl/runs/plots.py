@@ -279,6 +279,24 @@ def small_panel(name: str, series: Mapping[str, Series], unit: str = "") -> str:
         return _svg(figure, axes, name, f"{', '.join(series)} over environment steps", title=len(series) == 1)
 
 
+def value_distribution(name: str, mean: Series, deviation: Series) -> str:
+    """SVG of a Gaussian return distribution that was learned: its mean, and one and two standard deviations about it.
+
+    Args:
+        name: unique in the page; prefixes every id.
+        mean: of the returns in the batches that were learned from.
+        deviation: mean of the learned standard deviations, at the same steps.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _figure(3.9, 2.3, _STEPS, "return")
+        for times, label in ((2, "2 standard deviations"), (1, "1 standard deviation")):
+            low, high = mean.values - times * deviation.values, mean.values + times * deviation.values
+            axes.fill_between(mean.steps, low, high, color=SERIES[0], alpha=0.16, linewidth=0, label=label)
+        few = len(mean.steps) == 1
+        axes.plot(mean.steps, mean.values, color=SERIES[0], linewidth=1.2, marker="o" if few else None, label="mean")
+        return _svg(figure, axes, name, "Learned return distribution over environment steps")
+
+
 _FAMILIES = (  # title, pattern, whether curves of one scale share a panel, unit
     ("Losses", r"loss", True, "loss"),
     ("Temperature", r"alpha|temperature", True, ""),

@@ -32,6 +32,9 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         (family, Markup(plots.small_panel(f"panel{index}", curves, unit)), idle if curves.keys() & {*RATES} else 0)
         for index, (family, unit, curves) in enumerate(plots.panels(metrics))
     ]
+    if {"q_mean", "q_std"} <= metrics.keys() and len(metrics["q_mean"].steps) == len(metrics["q_std"].steps):
+        learned = plots.value_distribution("values", metrics["q_mean"], metrics["q_std"])
+        panels.insert(0, ("Value distribution", Markup(learned), 0))
     page = template().render(
         kind="run",
         title=f"{run.algo} on {run.env}",

@@ -40,6 +40,7 @@ class Collector:
     def __init__(self, env: VectorEnv, policy: Policy, obs: Obs, *, seed: int) -> None:
         n = env.num_envs
         self.env, self.policy, self.obs = env, policy, obs
+        self._device = policy.device  # looked up once: that takes as long as a small network
         self.generator = torch.Generator().manual_seed(seed)
         self.policy_state: PolicyState = policy.initial_state(n)
         self.returns = torch.zeros(n, dtype=torch.float64, device=env.device)
@@ -52,7 +53,7 @@ class Collector:
             NonFiniteError: if the environment gave NaN or infinity; names what and where.
         """
         # Before learning starts the policy acts too, so that its state and extras exist from the first step on.
-        device = self.policy.device
+        device = self._device
         with products_of(self.env.num_envs):
             action, state, extras = self.policy.act(obs_to(self.obs, device), self.policy_state, explore=True)
         if random:
@@ -95,7 +96,7 @@ class Collector:
         """Go on from `obs`, where the episodes of `rows` were started afresh."""
         mask = torch.tensor(rows, device=self.env.device)
         self.obs = obs
-        self.policy_state = self.policy.reset(self.policy_state, mask.to(self.policy.device))
+        self.policy_state = self.policy.reset(self.policy_state, mask.to(self._device))
         self.returns[mask] = 0
         self.lengths[mask] = 0
 
@@ -111,7 +112,7 @@ class Collector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to what `state_dict` returned."""
         self.generator.set_state(state["generator"])
-        self.policy_state = {k: v.to(self.policy.device) for k, v in state["policy_state"].items()}
+        self.policy_state = {k: v.to(self._device) for k, v in state["policy_state"].items()}
         self.returns.copy_(state["returns"])
         self.lengths.copy_(state["lengths"])
 
