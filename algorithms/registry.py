@@ -55,6 +55,22 @@ class Algorithm:
         return next((p for p in self.presets if re.match(p.pattern, env.rpartition(":")[2])), None)
 
 
+SAC_PRESETS = (
+    Preset(
+        "swimmer",
+        r"Swimmer-",
+        {"agent": {"gamma": 0.999}},
+        "0.99 sees too short a way ahead to swim (RL Zoo)",
+    ),
+    Preset(
+        "pendulum",
+        r"Pendulum-",
+        {"learning_starts": 1_000, "eval_every": 2_000, "agent": {"actor_lr": 1e-3, "critic_lr": 1e-3}},
+        "solved in a few thousand steps (RL Zoo's step size)",
+    ),
+)
+"""Of SAC and its variants."""
+
 ALGORITHMS = {
     algorithm.name: algorithm
     for algorithm in (
@@ -66,20 +82,47 @@ ALGORITHMS = {
             paper="Haarnoja et al. 2018, arXiv:1812.05905",
             config="ctrlrl.algorithms.sac_config:SACConfig",
             agent="ctrlrl.algorithms.sac:SAC",
-            presets=(
-                Preset(
-                    "swimmer",
-                    r"Swimmer-",
-                    {"agent": {"gamma": 0.999}},
-                    "0.99 sees too short a way ahead to swim (RL Zoo)",
-                ),
-                Preset(
-                    "pendulum",
-                    r"Pendulum-",
-                    {"learning_starts": 1_000, "eval_every": 2_000, "agent": {"actor_lr": 1e-3, "critic_lr": 1e-3}},
-                    "solved in a few thousand steps (RL Zoo's step size)",
-                ),
-            ),
+            presets=SAC_PRESETS,
+        ),
+        Algorithm(
+            name="redq",
+            title="SAC with an ensemble of critics, of which random subsets make the targets",
+            actions="Box",
+            data="environment",
+            paper="Chen et al. 2021, arXiv:2101.05982",
+            config="ctrlrl.algorithms.redq_config:REDQConfig",
+            agent="ctrlrl.algorithms.redq:REDQ",
+            presets=SAC_PRESETS,
+        ),
+        Algorithm(
+            name="droq",
+            title="SAC with dropout and LayerNorm in the critics, for many updates per step",
+            actions="Box",
+            data="environment",
+            paper="Hiraoka et al. 2022, arXiv:2110.02034",
+            config="ctrlrl.algorithms.droq_config:DroQConfig",
+            agent="ctrlrl.algorithms.droq:DroQ",
+            presets=SAC_PRESETS,
+        ),
+        Algorithm(
+            name="dsac",
+            title="SAC with a Gaussian distribution of returns for a critic",
+            actions="Box",
+            data="environment",
+            paper="Duan et al. 2021, arXiv:2001.02811",
+            config="ctrlrl.algorithms.dsac_config:DSACConfig",
+            agent="ctrlrl.algorithms.dsac:DSAC",
+            presets=SAC_PRESETS,
+        ),
+        Algorithm(
+            name="dsac-t",
+            title="DSAC with three refinements: twin distributions, whose gradients adapt to the rewards' scale",
+            actions="Box",
+            data="environment",
+            paper="Duan et al. 2025, arXiv:2310.05858",
+            config="ctrlrl.algorithms.dsac_t_config:DSACTConfig",
+            agent="ctrlrl.algorithms.dsac_t:DSACT",
+            presets=SAC_PRESETS,
         ),
     )
 }
