@@ -6,7 +6,8 @@ What differs from DSAC (`dsac.py`, whose shapes, `step` and deviations these are
 - twin value distributions: two critics, of which the one with the smaller target mean at (s', a') gives both; the
   policy goes up the smaller mean;
 - variance-based gradient adjustment: m, a moving average of the batch's mean of sigma for each critic, bounds the
-  sampled target (by 3 m) and scales the critics' gradient, which then does not depend on the rewards' scale.
+  sampled target (by 3 m) and scales the critics' gradient, which DSAC divides by the variance: where sigma is m, the
+  mean's is that of a squared error, whatever the scale of the rewards.
 
 The critics' loss is the surrogate whose gradient the paper gives, with epsilon = 0.1 and [x] for x without gradient:
 
@@ -61,7 +62,7 @@ class DSACT(DSAC):
         return metrics | {"q_std_average": self.std_average.mean()}
 
     def critic_loss(self, q: Tensor, std: Tensor, target: Tensor, sample: Tensor) -> Tensor:
-        """The surrogate at the top, 0-d, for arguments as in `DSAC.critic_loss`; moves the average of the deviations."""
+        """The surrogate at the top, 0-d, for arguments as in `DSAC.critic_loss`; moves the deviations' average."""
         c, fixed_q, fixed_std = self.config, q.detach(), std.detach()
         m, batch_mean = self.std_average, fixed_std.mean(-1)
         m.copy_(torch.where(m > 0, m.lerp(batch_mean, c.std_tau), batch_mean))  # the first one is the batch's
