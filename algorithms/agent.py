@@ -5,12 +5,11 @@ Shapes: G gradient steps, B batch.
 
 from __future__ import annotations
 
-import copy
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +20,10 @@ from ctrlrl.nn.execution import executed
 from ctrlrl.nn.networks import Critics
 from ctrlrl.nn.optim import Adam
 from ctrlrl.nn.policy import Policy
-from ctrlrl.nn.vision import Convolution
 from ctrlrl.replay.batch import Batch
 from ctrlrl.replay.rollout import Rollout
 from ctrlrl.tree import Obs, map_obs
 
-P = TypeVar("P", bound=Policy)
 Draws = tuple[Tensor | None, ...]
 """The random numbers of one gradient step, or, with a first dimension G, of G of them."""
 
@@ -195,18 +192,6 @@ class OffPolicyAgent(Agent):
         seen = encoder.see(obs)
         with torch.no_grad():
             return seen, map_obs(Tensor.detach, seen), encoder.see(next_obs), self.target_critics.encoder.see(next_obs)
-
-    def copy_of_policy(self, policy: P) -> tuple[P, list[Tensor]]:
-        """A copy of `policy`, and its weights, to be moved after those of `actor_parameters`.
-
-        What the copy does not have for itself is the normalizer and the convolutions: it reads what `see` makes.
-        """
-        shared: list[nn.Module] = [self.normalizer] if self.normalizer is not None else []
-        shared += [module for module in self.critics.modules() if isinstance(module, Convolution)]
-        copied = copy.deepcopy(policy, {id(module): module for module in shared})
-        theirs = {parameter for module in shared for parameter in module.parameters()}
-        own = [parameter.requires_grad_(False) for parameter in copied.parameters() if parameter not in theirs]
-        return copied, list(own)
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """The policy's, without the convolutions that it shares with the critics, whose loss trains them."""

@@ -57,15 +57,21 @@ class Algorithm:
         return next((p for p in self.presets if re.match(p.pattern, env.rpartition(":")[2])), None)
 
 
-_SWIMMER = Preset(
-    "swimmer", r"Swimmer-", {"agent": {"gamma": 0.999}}, "0.99 sees too short a way ahead to swim (RL Zoo)"
+_CONTINUOUS = (
+    Preset(
+        "swimmer",
+        r"Swimmer-",
+        {"agent": {"gamma": 0.999}},
+        "0.99 sees too short a way ahead to swim (RL Zoo)",
+    ),
+    Preset(
+        "pendulum",
+        r"Pendulum-",
+        {"learning_starts": 1_000, "eval_every": 2_000, "agent": {"actor_lr": 1e-3, "critic_lr": 1e-3}},
+        "solved in a few thousand steps (RL Zoo's step size)",
+    ),
 )
-_PENDULUM = Preset(
-    "pendulum",
-    r"Pendulum-",
-    {"learning_starts": 1_000, "eval_every": 2_000, "agent": {"actor_lr": 1e-3, "critic_lr": 1e-3}},
-    "solved in a few thousand steps (RL Zoo's step size)",
-)
+"""Of what learns from a replay as SAC does."""
 
 ALGORITHMS = {
     algorithm.name: algorithm
@@ -78,7 +84,47 @@ ALGORITHMS = {
             paper="Haarnoja et al. 2018, arXiv:1812.05905",
             config="ctrlrl.algorithms.sac_config:SACConfig",
             agent="ctrlrl.algorithms.sac:SAC",
-            presets=(_SWIMMER, _PENDULUM),
+            presets=_CONTINUOUS,
+        ),
+        Algorithm(
+            name="redq",
+            title="SAC with an ensemble of critics, of which random subsets make the targets",
+            actions="Box",
+            data="environment",
+            paper="Chen et al. 2021, arXiv:2101.05982",
+            config="ctrlrl.algorithms.redq_config:REDQConfig",
+            agent="ctrlrl.algorithms.redq:REDQ",
+            presets=_CONTINUOUS,
+        ),
+        Algorithm(
+            name="droq",
+            title="SAC with dropout and LayerNorm in the critics, for many updates per step",
+            actions="Box",
+            data="environment",
+            paper="Hiraoka et al. 2022, arXiv:2110.02034",
+            config="ctrlrl.algorithms.droq_config:DroQConfig",
+            agent="ctrlrl.algorithms.droq:DroQ",
+            presets=_CONTINUOUS,
+        ),
+        Algorithm(
+            name="dsac",
+            title="SAC with a Gaussian distribution of returns for a critic",
+            actions="Box",
+            data="environment",
+            paper="Duan et al. 2021, arXiv:2001.02811",
+            config="ctrlrl.algorithms.dsac_config:DSACConfig",
+            agent="ctrlrl.algorithms.dsac:DSAC",
+            presets=_CONTINUOUS,
+        ),
+        Algorithm(
+            name="dsac-t",
+            title="DSAC with three refinements: twin distributions, whose gradients adapt to the rewards' scale",
+            actions="Box",
+            data="environment",
+            paper="Duan et al. 2025, arXiv:2310.05858",
+            config="ctrlrl.algorithms.dsac_t_config:DSACTConfig",
+            agent="ctrlrl.algorithms.dsac_t:DSACT",
+            presets=_CONTINUOUS,
         ),
         Algorithm(
             name="td3",
@@ -88,7 +134,7 @@ ALGORITHMS = {
             paper="Fujimoto et al. 2018, arXiv:1802.09477",
             config="ctrlrl.algorithms.td3_config:TD3Config",
             agent="ctrlrl.algorithms.td3:TD3",
-            presets=(_SWIMMER, _PENDULUM),
+            presets=_CONTINUOUS,
         ),
         Algorithm(
             name="ddpg",
@@ -98,7 +144,7 @@ ALGORITHMS = {
             paper="Lillicrap et al. 2016, arXiv:1509.02971",
             config="ctrlrl.algorithms.td3_config:DDPGConfig",
             agent="ctrlrl.algorithms.td3:TD3",
-            presets=(_SWIMMER, _PENDULUM),
+            presets=_CONTINUOUS,
         ),
         Algorithm(
             name="ppo",

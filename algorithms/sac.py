@@ -55,6 +55,7 @@ class SAC(OffPolicyAgent):
     config: SACConfig
     policy: SquashedGaussianPolicy
     title = "SAC"
+    config_class: type[SACConfig] = SACConfig
     critic_outputs = 1
 
     def __init__(
@@ -68,7 +69,7 @@ class SAC(OffPolicyAgent):
         network: NetworkFactory | None = None,
         encoder: EncoderFactory | None = None,
     ) -> None:
-        c = config or SACConfig()
+        c = config or self.config_class()
         super().__init__(c, seed, device)
         box = require_bounded_box(action_space, self.title)
         dim = math.prod(box.shape)
@@ -135,19 +136,19 @@ class SAC(OffPolicyAgent):
         polyak(self._target, self._critic, self.config.tau)
         return metrics
 
-    # What variants of the algorithm change: which critics are asked, and how they are put together.
+    # What variants of the algorithm change: which critics are asked, and how they are put together. The `rest` is what
+    # a variant draws besides.
 
-    def value(self, obs: Obs, action: Tensor) -> Tensor:
+    def value(self, obs: Obs, action: Tensor, *rest: Tensor) -> Tensor:
         """Q(s, a) of each critic, (K, B), for their loss."""
         out: Tensor = self.critics(obs, action)
         return out
 
-    def next_value(self, obs: Obs, action: Tensor) -> Tensor:
+    def next_value(self, obs: Obs, action: Tensor, *rest: Tensor) -> Tensor:
         """Q(s', a') in the critics' target, (B,)."""
         out: Tensor = self.target_critics(obs, action).amin(0)
         return out
 
-    def policy_value(self, obs: Obs, action: Tensor) -> Tensor:
+    def policy_value(self, obs: Obs, action: Tensor, *rest: Tensor) -> Tensor:
         """Q(s, a) that the policy goes up, (B,)."""
-        out: Tensor = self.critics(obs, action).amin(0)
-        return out
+        return self.value(obs, action).amin(0)

@@ -12,7 +12,7 @@ Deviations from the paper: networks, batch and step size are those of the author
 DDPG (Lillicrap et al. 2016, arXiv:1509.02971) is the same step with one critic, `policy_delay` 1 and no smoothing. Its
 deviations: Gaussian exploration noise instead of an Ornstein-Uhlenbeck process, no batch normalization, TD3's numbers.
 
-Images are shifted and seen as in `sac.py`; the target policy reads what the present convolutions see.
+Images are shifted and seen as in `sac.py`; the targets of policy and critics share the target convolutions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 import gymnasium as gym
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrlrl.algorithms.agent import Draws, OffPolicyAgent
 from ctrlrl.algorithms.td3_config import TD3Config
@@ -66,17 +66,17 @@ class TD3(OffPolicyAgent):
             trunk, noise = networks.trunk(dim), c.exploration_noise
             self.policy = DeterministicPolicy(networks.policy_encoder, trunk, box, noise, self.normalizer)
             self.critics = networks.critics(c.num_critics, actions=dim, layer_norm=c.layer_norm)
-        self.policy.to(self.device)
+        self.policy.to(self.device).generator = self.generator
         self.critics.to(self.device)
-        self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
-        self.target_policy, target_actor = self.copy_of_policy(self.policy)
-        self.policy.generator = self.generator
+        # Copied together: what policy and critics share (convolutions), their targets share too.
+        critics, target_encoder, trunk = copy.deepcopy((self.critics, self.policy.encoder, self.policy.trunk))
+        self.target_critics = critics.requires_grad_(False)
+        self.target_policy = DeterministicPolicy(target_encoder, trunk, box, 0.0).to(self.device).requires_grad_(False)
 
-        actor, critic = self.actor_parameters(), list(self.critics.parameters())
-        self._sources = [*critic, *actor]
-        self._targets = [*self.target_critics.parameters(), *target_actor]
-        self.actor_optimizer = Adam(actor, c.actor_lr)
-        self.critic_optimizer = Adam(critic, c.critic_lr)
+        self._online = list(nn.ModuleList([self.critics, self.policy]).parameters())
+        self._target = list(nn.ModuleList([self.target_critics, self.target_policy]).parameters())
+        self.actor_optimizer = Adam(self.actor_parameters(), c.actor_lr)
+        self.critic_optimizer = Adam(list(self.critics.parameters()), c.critic_lr)
         self._keep(policy=self.policy, critics=self.critics)
         self._keep(target_policy=self.target_policy, target_critics=self.target_critics)
         self._keep(actor_optimizer=self.actor_optimizer, critic_optimizer=self.critic_optimizer)
@@ -90,13 +90,13 @@ class TD3(OffPolicyAgent):
     ) -> dict[str, Tensor]:
         """One gradient step on `batch` [B, ...] with standard normal noise (B, A) and, for images, shift (2, B, 2)."""
         c = self.config
-        critic_obs, obs, next_obs, target_obs = self.see(batch, shift)
+        critic_obs, obs, _, next_obs = self.see(batch, shift)  # the target policy sees what the target critics see
 
         # Target policy smoothing, eq. 14: a' = pi'(s') + clip(eps, -c, c); clipped double Q, eq. 10.
         with torch.no_grad():
             smoothing = (c.target_noise * noise).clamp(-c.target_noise_clip, c.target_noise_clip)
             next_action = (self.target_policy.action(next_obs) + smoothing).clamp(-1, 1)
-            next_q = self.target_critics(target_obs, next_action).amin(0)
+            next_q = self.target_critics(next_obs, next_action).amin(0)
             target = batch.reward + batch.discount * next_q  # (B,)
         q = self.critics(critic_obs, self.policy.scaling.to_unit(batch.action))  # (K, B)
         critic_loss = (q - target.expand_as(q)).square().mean(-1).sum()
@@ -108,6 +108,6 @@ class TD3(OffPolicyAgent):
             action = self.policy.action(obs)
             actor_loss = -self.critics(obs, action, members=slice(0, 1)).mean()
             self.actor_optimizer.descend(actor_loss)
-            polyak(self._targets, self._sources, c.tau)
+            polyak(self._target, self._online, c.tau)
             metrics |= {"actor_loss": actor_loss.detach(), "action_size": action.detach().abs().mean()}
         return metrics

@@ -57,10 +57,21 @@ def test_links_lead_somewhere():
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_has_a_page_with_its_fields(name):
+    """All of them; or, for a variant of an algorithm, what it adds or changes and a link to that algorithm's page."""
     page = (ROOT / "docs" / f"{name}.md").read_text()
     assert f"ctrlrl train {name} --env" in page
-    for field in dataclasses.fields(ALGORITHMS[name].load_config_class()):
-        assert f"`agent.{field.name.replace('_', '-')}`" in page, field.name
+    pages = {algorithm.load_config_class(): algorithm.name for algorithm in ALGORITHMS.values()}
+    config, *bases = ALGORITHMS[name].load_config_class().__mro__
+    parent = next((base for base in bases if base in pages), None)
+    assert parent is None or f"({pages[parent]}.md)" in page
+    inherited = {} if parent is None else {field.name: field.default for field in dataclasses.fields(parent)}
+    for field in dataclasses.fields(config):
+        if (
+            field.name not in inherited
+            or field.default != inherited[field.name]
+            or field.name in config.__annotations__
+        ):
+            assert f"`agent.{field.name.replace('_', '-')}`" in page, field.name
 
 
 def test_every_command_is_in_the_readme():

@@ -188,7 +188,7 @@ def test_one_update_equals_stable_baselines3_on_the_same_weights_batch_and_noise
 # Probe environments, in the spirit of andyljones.com/posts/rl-debugging: each fails for one kind of mistake.
 
 
-def probe(reward, discount: float, *, next_obs=None, updates: int = 400, **settings) -> SAC:
+def probe(reward, discount: float, *, make=SAC, next_obs=None, updates: int = 400, **settings) -> SAC:
     """Train on batches from a made-up environment: observation -1 or 1, action in [-0.4, 0.4]."""
     act = gym.spaces.Box(-0.4, 0.4, (1,))
     fields = {
@@ -199,7 +199,7 @@ def probe(reward, discount: float, *, next_obs=None, updates: int = 400, **setti
         "initial_alpha": 1e-3,
         "alpha_lr": 0.0,
     }
-    agent = SAC(gym.spaces.Box(-1, 1, (1,)), act, SACConfig(**fields | settings))
+    agent = make(gym.spaces.Box(-1, 1, (1,)), act, make.config_class(**fields | settings))
     g = torch.Generator().manual_seed(0)
     for _ in range(updates):
         obs = torch.randint(0, 2, (1, 64, 1), generator=g).float() * 2 - 1

@@ -13,6 +13,7 @@ import ctrlrl
 from ctrlrl.algorithms.td3 import TD3
 from ctrlrl.algorithms.td3_config import DDPGConfig, TD3Config
 from ctrlrl.errors import UsageError
+from ctrlrl.nn.vision import Convolution
 from ctrlrl.replay.batch import Batch
 from ctrlrl.runs.checkpoint import load_checkpoint, pack
 from ctrlrl.runs.folder import RunFolder
@@ -193,12 +194,15 @@ def test_bounds_of_any_size_learn_the_same():
 
 
 @pytest.mark.parametrize("space", [IMAGE, MIXED])
-def test_images_are_seen_once_and_the_target_policy_shares_the_convolutions(space):
+def test_targets_share_the_target_convolutions_and_the_agents_normalizer(space):
     agent = TD3(space, ACT, TD3Config(hidden=(16,), policy_delay=1, normalize_obs=space is MIXED))
-    own = {id(module) for module in agent.target_policy.modules()}
-    shared = [m for m in agent.critics.modules() if id(m) in own and list(m.parameters(recurse=False))]
-    assert shared and all(p.requires_grad for m in shared for p in m.parameters())
-    assert agent.target_policy.normalizer is agent.policy.normalizer
+    ours, theirs = (
+        [m for m in policy.encoder.modules() if isinstance(m, Convolution)]
+        for policy in (agent.policy, agent.target_policy)
+    )
+    assert ours and all(m in list(agent.critics.modules()) for m in ours)
+    assert theirs and all(m in list(agent.target_critics.modules()) for m in theirs) and not {*ours} & {*theirs}
+    assert agent.target_policy.encoder._normalizer[0] is agent.policy.normalizer
     before = weights(agent)
     agent.update(make_image_batch(space, groups=2))
     after = weights(agent)

@@ -78,9 +78,19 @@ class EnsembleLinear(nn.Module):
         weight, bias = _pick(self.weight, members), _pick(self.bias, members)
         if x.dim() == 2:
             x = x.expand(len(weight), *x.shape)
-        if weight.shape[-1] == 1:  # a third of the time of a matrix product with one column; float32 in any case
+        if weight.shape[-1] == 1:  # a third of the time of a matrix product with one column
             return (x * weight.transpose(1, 2)).sum(-1, keepdim=True) + bias
         return torch.baddbmm(bias, x, weight)
+
+
+class Float32EnsembleLinear(EnsembleLinear):
+    """`EnsembleLinear` that computes in float32 also under `torch.autocast`: for outputs."""
+
+    def forward(self, x: Tensor, members: Members = None) -> Tensor:
+        if not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x, members)
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(at_least_float32(x), members)
 
 
 class EnsembleLayerNorm(nn.Module):
@@ -105,8 +115,10 @@ class EnsembleMLP(nn.Module):
         self.members = members
         layers: list[nn.Module] = []
         for i, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
-            layers.append(EnsembleLinear(members, inputs, outputs))
-            if i < len(sizes) - 2:
+            if i == len(sizes) - 2:
+                layers.append(Float32EnsembleLinear(members, inputs, outputs))
+            else:
+                layers.append(EnsembleLinear(members, inputs, outputs))
                 layers += [EnsembleLayerNorm(members, outputs)] if layer_norm else []
                 layers.append(nn.ReLU(inplace=True))
         self.layers = nn.Sequential(*layers)
