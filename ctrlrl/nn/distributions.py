@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ctrlrl.nn.mlp import at_least_float32
+
 
 @dataclass(frozen=True, slots=True)
 class TanhNormal:
@@ -53,6 +55,74 @@ class TanhNormal:
     def entropy(self, noise: Tensor) -> Tensor:
         """One-sample estimate (..., 1) from standard normal `noise` (..., A); it has no closed form."""
         return -self.rsample(noise)[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Categorical:
+    """One categorical distribution for each of D decisions, each over the same n choices, some of which may not exist.
+
+    D is 1 for Discrete actions and for sets of candidates, and the number of dimensions for MultiDiscrete ones, padded
+    to the largest. A choice that does not exist has the logit -inf: its probability is exactly 0, it is never drawn,
+    and no gradient reaches it. What is computed of it stays finite, so that a sum weighted by probabilities can run
+    over all n.
+
+    A decision without any choice has probabilities and an entropy of 0, not NaN: so is the observation that ends an
+    episode in many environments with masks, and nothing there counts.
+    """
+
+    logits: Tensor  # (..., D, n); -inf: there is no such choice
+
+    @classmethod
+    def masked(cls, logits: Tensor, mask: Tensor) -> Categorical:
+        """Of the choices where `mask` is true: (..., D, n) like `logits`, or (..., n), the same for every decision."""
+        if mask.dim() < logits.dim():
+            mask = mask.unsqueeze(-2)
+        return cls(logits.masked_fill(mask.logical_not(), -math.inf))
+
+    @property
+    def log_probs(self) -> Tensor:
+        """Log-probabilities (..., D, n), float32 or better; -1e9, which is finite, of what does not exist."""
+        missing = self._missing
+        lowest = torch.finfo(self._logits.dtype).min  # -inf would be NaN where nothing exists
+        return self._logits.masked_fill(missing, lowest).log_softmax(-1).masked_fill(missing, -1e9)
+
+    @property
+    def probs(self) -> Tensor:
+        """Probabilities (..., D, n)."""
+        return self.log_probs.exp()
+
+    @property
+    def mode(self) -> Tensor:
+        """The likeliest choices (..., D), int64; of equal ones the first."""
+        return self.logits.argmax(-1)
+
+    @property
+    def counts(self) -> Tensor:
+        """How many choices there are (..., D), int64; the entropy is at most log of it."""
+        return self._missing.logical_not().sum(-1)
+
+    def log_prob(self, choice: Tensor) -> Tensor:
+        """Log-probabilities (..., D) of `choice` (..., D), int64."""
+        return self.log_probs.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
+
+    def entropy(self) -> Tensor:
+        """Entropies (..., D), exact, in nats."""
+        log_probs = self.log_probs
+        return -(log_probs.exp() * log_probs).sum(-1)
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Choices (..., D), int64, drawn from `generator`: the largest of the logits plus Gumbel noise."""
+        with torch.no_grad():
+            wait = torch.empty_like(self._logits).exponential_(generator=generator)  # -log of it is Gumbel noise
+            return (self._logits - wait.clamp_(min=torch.finfo(wait.dtype).tiny).log_()).argmax(-1)
+
+    @property
+    def _logits(self) -> Tensor:
+        return at_least_float32(self.logits)
+
+    @property
+    def _missing(self) -> Tensor:
+        return self.logits == -math.inf  # a NaN is none of these, and comes out as what it is
 
 
 class _Squashed(torch.autograd.Function):
