@@ -81,6 +81,23 @@ ALGORITHMS = {
                 ),
             ),
         ),
+        Algorithm(
+            name="sac-discrete",
+            title="Soft actor-critic for discrete actions, stabilized",
+            actions="Discrete",
+            data="environment",
+            paper="Zhou et al. 2022, arXiv:2209.10081; Christodoulou 2019, arXiv:1910.07207",
+            config="ctrlrl.algorithms.sac_discrete_config:SACDiscreteConfig",
+            agent="ctrlrl.algorithms.sac_discrete:SACDiscrete",
+            presets=(
+                Preset(
+                    "cartpole",
+                    r"CartPole-",
+                    {"learning_starts": 1_000, "eval_every": 2_000, "agent": {"actor_lr": 1e-3, "critic_lr": 1e-3}},
+                    "TODO",
+                ),
+            ),
+        ),
     )
 }
 

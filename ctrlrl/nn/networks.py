@@ -86,9 +86,9 @@ class Networks:
         space = group_space(observation_space, settings.policy_obs or policy_groups(observation_space))
         self.policy_encoder = make_encoder(space, encoder, self.normalizer)
 
-    def trunk(self, outputs: int) -> nn.Module:
-        """The policy's network, from its encoder's features to (B, outputs)."""
-        return self._make(self.policy_encoder.out_features, outputs)
+    def trunk(self, outputs: int, *, actions: int = 0) -> nn.Module:
+        """The policy's network, from its encoder's features and `actions` numbers besides to (B, outputs)."""
+        return self._make(self.policy_encoder.out_features + actions, outputs)
 
     def critics(self, members: int, *, actions: int = 0, outputs: int = 1, layer_norm: bool = False) -> Critics:
         """`members` critics of observations and of `actions` numbers besides, with `outputs` each."""
