@@ -91,10 +91,16 @@ ALGORITHMS = {
             agent="ctrlrl.algorithms.sac_discrete:SACDiscrete",
             presets=(
                 Preset(
-                    "cartpole",
-                    r"CartPole-",
-                    {"learning_starts": 1_000, "eval_every": 2_000, "agent": {"actor_lr": 1e-3, "critic_lr": 1e-3}},
-                    "TODO",
+                    "classic-control",
+                    r"(CartPole|Acrobot)-",
+                    {"learning_starts": 1_000, "eval_every": 2_000, "agent": {"critic_lr": 1e-3, "batch_size": 128}},
+                    "solved in tens of thousands of steps",
+                ),
+                Preset(
+                    "lunarlander",
+                    r"LunarLander-",
+                    {"learning_starts": 1_000, "agent": {"critic_lr": 6e-4, "batch_size": 128}},
+                    "step size and batch of RL Zoo's DQN",
                 ),
             ),
         ),

@@ -20,16 +20,16 @@ class SACDiscreteConfig(OffPolicyAgentConfig):
     """Adam step size of the temperature; 0 keeps it at initial_alpha."""
     initial_alpha: float = 1.0
     """Temperature at the start."""
-    target_entropy_ratio: float = 0.3
+    target_entropy_ratio: float = 0.5
     """Target entropy as a share of log(n), the entropy of all n actions of a row alike, in [0, 1]."""
     double_q: Literal["mean", "min"] = "mean"
     """What is made of the critics' values: mean (Zhou et al.), or min (Christodoulou)."""
     entropy_penalty: float = 0.5
     """beta, weight in the policy's loss of how far its entropy is from that when the action was taken; 0 turns it
     off."""
-    q_clip: float = 0.5
-    """c, how far a critic may go from its target network before the loss holds it back, in units of the return; 0 turns
-    it off."""
+    q_clip: float = 10.0
+    """c, how far a critic may go from its target network before the loss holds it back, in units of the return: it
+    moves by about c * tau per update at most. 0 turns it off."""
     action_mask: str | None = None
     """Observation entry that says which actions exist, (n,); by default action_mask or candidate_mask, if there."""
 
