@@ -24,10 +24,10 @@ Deviations from the papers:
   actions near chance; a row with a single action has no entropy, a target of 0, and does not move the temperature;
 - the temperature's loss is linear in log alpha instead of alpha; it is stepped first, but this update's losses use its
   value from before (as in `sac.py`);
-- c is 10 instead of 0.5, which is for rewards in [-1, 1] and millions of updates: a critic follows its target network, so
-  it moves by about c * tau per update at most;
-- the maximum of Q-clip is taken for each transition, as the paper writes it (the authors' code compares batch means);
-- the entropy-penalty has the paper's 1/2 (the authors' code does not);
+- c is 10 instead of 0.5, which is for rewards in [-1, 1] and millions of updates: a critic that is held near its target
+  network moves by about c * tau per update at most;
+- the maximum of Q-clip is taken for each transition, and the entropy-penalty has the factor 1/2; the authors' code has
+  the maximum of the batch's means, and no 1/2;
 - H_old of the uniformly random actions before learning starts is the untrained policy's, not log(n);
 - the papers' networks are convolutions for Atari, and their target networks are copied now and then in the first paper;
   here they are those of `sac.py`, with a moving average.
