@@ -99,15 +99,17 @@ class PPO(OnPolicyAgent):
     ) -> None:
         super().__init__(seed, device)
         self.config = c = config or PPOConfig()
-        head = make_head(action_space, "PPO", c.log_std)
+        head = make_head(observation_space, action_space, "PPO", log_std=c.log_std, action_mask=c.action_mask)
         with self._weights_from(seed):
-            networks = Networks(observation_space, c, network, encoder)
+            networks = Networks(head.observation_space, c, network, encoder)
             self.normalizer = networks.normalizer
+            kind, size = c.recurrent, c.recurrent_size
+            encoder_, outputs = networks.policy_encoder, head.outputs
             memory, trunk = networks.recurrent_trunk(
-                networks.policy_encoder, head.outputs, c.recurrent, c.recurrent_size, c.activation, out_gain=0.01
+                encoder_, outputs, kind, size, c.activation, actions=head.inputs, out_gain=0.01
             )
-            self.policy = StochasticPolicy(networks.policy_encoder, memory, trunk, head, self.normalizer)
-            self.critic = networks.value_function(c.recurrent, c.recurrent_size, c.activation, out_gain=1.0)
+            self.policy = StochasticPolicy(encoder_, memory, trunk, head, self.normalizer)
+            self.critic = networks.value_function(kind, size, c.activation, out_gain=1.0)
         self.policy.to(self.device).generator = self.generator
         self.critic.to(self.device)
         self.returns = RunningNormalizer(()).to(self.device)
@@ -147,7 +149,8 @@ class PPO(OnPolicyAgent):
             states = batch.policy_state, batch.critic_state
             batch = batch.map(lambda value: value.transpose(0, 1) if value.dim() > 1 else value)  # [L, S, ...]
             distribution, *_ = self.policy.unroll(batch.obs, states[0], batch.start)
-            value, *_ = self.critic.unroll(batch.obs, states[1], batch.start)
+            value = self.critic.unroll(batch.obs, states[1], batch.start)[0].flatten()
+            batch = batch.map(lambda value: value.flatten(0, 1))
         else:
             distribution, value = self.policy.distribution(batch.obs), self.critic(batch.obs)
         value = value[..., None]  # (R, 1)
@@ -208,10 +211,7 @@ class PPO(OnPolicyAgent):
         critic_states: list[State] = []
         if self.critic.recurrence is None:
             values = self.critic(map_obs(lambda value: value.flatten(0, 1), rollout.obs)).view(horizon + 1, -1)
-            flat = self.policy.distribution(map_obs(lambda value: value.flatten(0, 1), obs))
-            decision = rollout.extras["decision"].flatten(0, 1)
-            log_prob = flat.log_prob(decision)
-            log_prob = log_prob.view(*rollout.reward.shape, log_prob.shape[-1])
+            distribution = self.policy.distribution(map_obs(lambda value: value.flatten(0, 1), obs))
             if final_rows:
                 final_value[bootstrapped] = self.critic(final_obs)
         else:
@@ -219,11 +219,12 @@ class PPO(OnPolicyAgent):
             values, critic_states, after = self.critic.unroll(rollout.obs, carried, rollout.start)
             rollout.carried |= critic_states[horizon]
             distribution, policy_states, _ = self.policy.unroll(obs, rollout.policy_state, rollout.start[:-1])
-            log_prob = distribution.log_prob(rollout.extras["decision"])
             if final_rows:
                 before = {k: torch.stack([state[k] for state in after[:horizon]])[bootstrapped] for k in after[0]}
                 final_value[bootstrapped] = self.critic.step(final_obs, before)[0]
 
+        log_prob = distribution.log_prob(rollout.extras["decision"].flatten(0, 1))
+        log_prob = log_prob.view(*rollout.reward.shape, -1)
         reward = self._normalized(rollout) if c.normalize_reward else rollout.reward
         mask = rollout.valid[..., None]
         value = values[:-1, :, None]

@@ -63,6 +63,8 @@ class PPOConfig(Config):
     """Its units."""
     sequence_length: int = 32
     """Steps of the sequences that a recurrent agent learns from; gradients reach no further back."""
+    action_mask: str | None = None
+    """Observation entry that says which discrete actions exist; by default `action_mask` where there is one."""
     policy_obs: tuple[str, ...] | None = None
     """Observation entries the policy reads; by default `policy` where there is such a group, else all."""
     critic_obs: tuple[str, ...] | None = None

@@ -156,6 +156,29 @@ ALGORITHMS = {
             agent="ctrlrl.algorithms.ppo:PPO",
             loop="on-policy",
         ),
+        Algorithm(
+            name="sac-discrete",
+            title="Soft actor-critic for discrete actions, stabilized",
+            actions="Discrete",
+            data="environment",
+            paper="Zhou et al. 2022, arXiv:2209.10081; Christodoulou 2019, arXiv:1910.07207",
+            config="ctrlrl.algorithms.sac_discrete_config:SACDiscreteConfig",
+            agent="ctrlrl.algorithms.sac_discrete:SACDiscrete",
+            presets=(
+                Preset(
+                    "classic-control",
+                    r"(CartPole|Acrobot)-",
+                    {"learning_starts": 1_000, "eval_every": 2_000, "agent": {"critic_lr": 1e-3, "batch_size": 128}},
+                    "solved in tens of thousands of steps",
+                ),
+                Preset(
+                    "lunarlander",
+                    r"LunarLander-",
+                    {"learning_starts": 1_000, "agent": {"critic_lr": 6e-4, "batch_size": 128}},
+                    "step size and batch of RL Zoo's DQN",
+                ),
+            ),
+        ),
     )
 }
 

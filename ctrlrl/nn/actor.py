@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlrl.errors import UsageError
+from ctrlrl.nn.discrete import Choices, make_choices
 from ctrlrl.nn.distributions import Categorical, DiagonalGaussian
 from ctrlrl.nn.encoder import Encoder, ObservationNormalizer
 from ctrlrl.nn.mlp import at_least_float32
@@ -23,18 +24,32 @@ from ctrlrl.tree import Obs, map_obs
 
 
 class Head(nn.Module, ABC):
-    """What a network's outputs mean: a distribution over decisions, and how a decision becomes an action."""
+    """What a network's outputs mean: a distribution over decisions, and how a decision becomes an action.
 
+    Attributes:
+        observation_space: what encoders read.
+        inputs: how many numbers a network takes beside the observation's features.
+        outputs: how many numbers it gives.
+    """
+
+    observation_space: gym.Space[Any]
+    inputs: int
     outputs: int
-    """How many numbers the network gives."""
 
     @abstractmethod
-    def distribution(self, out: Tensor) -> DiagonalGaussian | Categorical:
-        """Of the network's outputs (..., outputs)."""
+    def distribution(self, network: nn.Module, features: Tensor, obs: Obs) -> DiagonalGaussian | Categorical:
+        """Of what `network` makes of the features (B, F) of `obs`."""
 
     @abstractmethod
     def to_environment(self, decision: Tensor) -> Tensor:
-        """Decisions as they were drawn, (N, A) or (N, D), to actions (N, ...) in the environment's units."""
+        """Decisions as they were drawn, (B, A) or (B, D), to actions (B, ...) in the environment's units."""
+
+    def mask(self, obs: Obs) -> Tensor | None:
+        """Which choices exist (B, D, n), bool; None: all of them, or there are none to choose from."""
+        return None
+
+    def require_any(self, obs: Obs) -> None:
+        """Raise `UsageError` where an observation leaves nothing to choose from."""
 
 
 class GaussianHead(Head):
@@ -44,59 +59,61 @@ class GaussianHead(Head):
     beyond the bounds is clipped for the environment only: log-probabilities are those of what was drawn.
     """
 
-    def __init__(self, space: gym.spaces.Box, log_std: float) -> None:
+    def __init__(self, observation_space: gym.Space[Any], space: gym.spaces.Box, log_std: float) -> None:
         super().__init__()
-        self.scaling = ActionScaling(space)
-        self.outputs = math.prod(space.shape)
+        self.observation_space, self.scaling = observation_space, ActionScaling(space)
+        self.inputs, self.outputs = 0, math.prod(space.shape)
         self.log_std = nn.Parameter(torch.full((self.outputs,), log_std))
 
-    def distribution(self, out: Tensor) -> DiagonalGaussian:
-        return DiagonalGaussian(out, self.log_std.expand_as(out))
+    def distribution(self, network: nn.Module, features: Tensor, obs: Obs) -> DiagonalGaussian:
+        mean = at_least_float32(network(features))
+        return DiagonalGaussian(mean, self.log_std.expand_as(mean))
 
     def to_environment(self, decision: Tensor) -> Tensor:
         return self.scaling.to_environment(decision)
 
 
 class CategoricalHead(Head):
-    """One categorical distribution for each decision: one for Discrete, one per dimension for MultiDiscrete."""
+    """One categorical distribution for each decision, over the choices that exist (see `ctrlrl.nn.discrete`)."""
 
-    start: Tensor
-    exists: Tensor
-
-    def __init__(self, space: gym.spaces.Discrete | gym.spaces.MultiDiscrete) -> None:
+    def __init__(self, choices: Choices) -> None:
         super().__init__()
-        if isinstance(space, gym.spaces.Discrete):
-            counts, start = torch.tensor([int(space.n)]), torch.tensor([int(space.start)])
-        else:
-            counts = torch.as_tensor(space.nvec).flatten()
-            start = torch.as_tensor(space.start).flatten()
-        self.shape = space.shape or ()
-        most = int(counts.max())
-        self.outputs = len(counts) * most
-        self.register_buffer("start", start, persistent=False)
-        self.register_buffer("exists", torch.arange(most) < counts[:, None], persistent=False)  # (D, n)
+        self.choices = choices
+        self.observation_space, self.inputs, self.outputs = choices.observation_space, choices.inputs, choices.outputs
 
-    def distribution(self, out: Tensor) -> Categorical:
-        logits = out.view(*out.shape[:-1], *self.exists.shape)
-        return Categorical.masked(logits, self.exists.expand_as(logits))
+    def distribution(self, network: nn.Module, features: Tensor, obs: Obs) -> Categorical:
+        return self.choices.distribution(network, features, obs)
 
     def to_environment(self, decision: Tensor) -> Tensor:
-        return (decision + self.start).reshape(len(decision), *self.shape)
+        return self.choices.to_environment(decision)
+
+    def mask(self, obs: Obs) -> Tensor | None:
+        return self.choices.mask(obs)
+
+    def require_any(self, obs: Obs) -> None:
+        self.choices.require_any(obs)
 
 
-def make_head(space: gym.Space[Any], algorithm: str, log_std: float) -> Head:
-    """The head for actions of `space`.
+def make_head(
+    observation_space: gym.Space[Any],
+    action_space: gym.Space[Any],
+    algorithm: str,
+    *,
+    log_std: float,
+    action_mask: str | None,
+) -> Head:
+    """The head for actions of `action_space`.
 
     Raises:
         UsageError: if there is none.
     """
-    if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
-        return CategoricalHead(space)
-    if isinstance(space, gym.spaces.Box) and space.shape and (space.low < space.high).all():
-        return GaussianHead(space, log_std)
+    if isinstance(action_space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
+        return CategoricalHead(make_choices(observation_space, action_space, action_mask))
+    if isinstance(action_space, gym.spaces.Box) and action_space.shape and (action_space.low < action_space.high).all():
+        return GaussianHead(observation_space, action_space, log_std)
     raise UsageError(
         f"{algorithm} needs actions of a Box with low < high in every dimension, Discrete or MultiDiscrete; the "
-        f"environment has {space}"
+        f"environment has {action_space}"
     )
 
 
@@ -125,17 +142,26 @@ class StochasticPolicy(Policy):
     def unroll(
         self, obs: Obs, state: PolicyState, start: Tensor
     ) -> tuple[DiagonalGaussian | Categorical, list[PolicyState], list[PolicyState]]:
-        """Over decisions (L, N, ...) at observations (L, N, ...) in a row, and states, as `Recurrence.unroll`."""
+        """Over decisions, (L * N, ...), at observations (L, N, ...) in a row, and states, as `Recurrence.unroll`."""
         assert self.recurrence is not None
-        features = self.encoder(map_obs(lambda x: x.flatten(0, 1), obs)).unflatten(0, start.shape)
-        features, before, after = self.recurrence.unroll(features, state, start)
-        return self.head.distribution(at_least_float32(self.trunk(features))), before, after
+        obs = map_obs(lambda x: x.flatten(0, 1), obs)
+        features = self.encoder(obs)
+        features, before, after = self.recurrence.unroll(features.view(*start.shape, -1), state, start)
+        return self.head.distribution(self.trunk, features.flatten(0, 1), obs), before, after
+
+    def mask(self, obs: Obs) -> Tensor | None:
+        return self.head.mask(obs)
 
     @torch.no_grad()
     def act(
         self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
     ) -> tuple[Tensor, PolicyState, dict[str, Tensor]]:
-        """A sample if `explore`, else the mode."""
+        """A sample if `explore`, else the mode.
+
+        Raises:
+            UsageError: if an observation's mask leaves nothing to choose from; names the environment.
+        """
+        self.head.require_any(obs)
         if self.recurrence is not None and not state:
             state = self.initial_state(len(next(iter(obs.values())) if isinstance(obs, dict) else obs))
         distribution, state = self._step(obs, state or {})
@@ -146,4 +172,4 @@ class StochasticPolicy(Policy):
         features = self.encoder(obs)
         if self.recurrence is not None:
             features, state = self.recurrence(features, state)
-        return self.head.distribution(at_least_float32(self.trunk(features))), state
+        return self.head.distribution(self.trunk, features, obs), state

@@ -115,9 +115,9 @@ class Networks:
         space = group_space(observation_space, settings.policy_obs or policy_groups(observation_space))
         self.policy_encoder = make_encoder(space, encoder, self.normalizer)
 
-    def trunk(self, outputs: int) -> nn.Module:
-        """The policy's network, from its encoder's features to (B, outputs)."""
-        return self._make(self.policy_encoder.out_features, outputs)
+    def trunk(self, outputs: int, *, actions: int = 0) -> nn.Module:
+        """The policy's network, from its encoder's features and `actions` numbers besides to (B, outputs)."""
+        return self._make(self.policy_encoder.out_features + actions, outputs)
 
     def critic_encoder(self) -> Encoder:
         """The encoder of what critics read; images that the policy reads too are seen by the same convolution."""
@@ -135,11 +135,20 @@ class Networks:
         return Critics(encoder, Ensemble(members, lambda: self._make(inputs, outputs)))
 
     def recurrent_trunk(
-        self, encoder: Encoder, outputs: int, recurrent: str, size: int, activation: str, *, out_gain: float
+        self,
+        encoder: Encoder,
+        outputs: int,
+        recurrent: str,
+        size: int,
+        activation: str,
+        *,
+        actions: int = 0,
+        out_gain: float,
     ) -> tuple[Recurrence | None, nn.Module]:
-        """A recurrent layer of `size` units, unless `recurrent` is none, and a network from there to (B, outputs)."""
+        """A recurrent layer of `size` units, unless `recurrent` is none, and a network from there, with `actions`
+        numbers besides, to (B, outputs)."""
         memory = None if recurrent == "none" else Recurrence(recurrent, encoder.out_features, size)
-        inputs = encoder.out_features if memory is None else size
+        inputs = (encoder.out_features if memory is None else size) + actions
         return memory, self._make(inputs, outputs, activation=activation, out_gain=out_gain)
 
     def value_function(self, recurrent: str, size: int, activation: str, *, out_gain: float) -> ValueFunction:

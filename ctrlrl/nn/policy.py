@@ -56,6 +56,10 @@ class Policy(nn.Module, ABC):
             for name, value in state.items()
         }
 
+    def mask(self, obs: Obs) -> Tensor | None:
+        """Which choices of a discrete action exist in each of `obs` (N, ...): (N, D, n), bool; None: all of them."""
+        return None
+
     @abstractmethod
     def act(
         self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
