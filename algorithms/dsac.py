@@ -134,9 +134,8 @@ class DSAC(SAC):
     def next_value(self, obs: Obs, action: Tensor, *rest: Tensor) -> Tensor:
         """The return at (s', a') in the targets of mean and deviation, (2, B): here the sample Z(s', a') in both."""
         (z,) = rest
-        (q,), (std,) = _moments(self.target_critics(obs, action))
-        sample: Tensor = q + z * std
-        return sample.expand(2, -1)
+        q, std = _moments(self.target_critics(obs, action))  # (1, B)
+        return (q + z * std).expand(2, -1)
 
 
 def _moments(outputs: Tensor) -> tuple[Tensor, Tensor]:
