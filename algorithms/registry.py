@@ -155,6 +155,7 @@ ALGORITHMS = {
             config="ctrlrl.algorithms.ppo_config:PPOConfig",
             agent="ctrlrl.algorithms.ppo:PPO",
             loop="on-policy",
+            presets=_CONTINUOUS[:1],
         ),
         Algorithm(
             name="sac-discrete",

@@ -3,19 +3,22 @@
 
     python scripts/bench_learner.py                 # HalfCheetah-v5, 1 and 8 environments, 1 and 2 threads
     python scripts/bench_learner.py --num-envs 1 --rounds 10 --out bench.json
+    python scripts/bench_learner.py --algo dsac-t --beside sac --peers --num-envs 1
+    python scripts/bench_learner.py --algo ppo --num-envs 8 --segment 32768
 
 with the interpreter of .venv. Every training has its own process (peers in virtual environments of their own, made at
-the first run), the same networks (2x256), batch 256, one update per environment step, and no presets. All are warmed up
-first; then, round by round, each trains for --segment environment steps while the others wait. A ratio is the median
-over the rounds of the ratios within a round, since the machine's speed drifts; both sides count with their better
-number of threads.
+the first run) and no presets. What learns from a replay has the same networks (2x256), batch 256, and as many updates
+per environment step on both sides; PPO has each library's defaults (a --segment must hold whole rollouts of both). All
+are warmed up first; then, round by round, each trains for --segment environment steps while the others wait. A ratio is
+the median over the rounds of the ratios within a round, since the machine's speed drifts; both sides count with their
+better number of threads.
 
 Ours appears in each of --ways, EXECUTION/PRECISION of its updates: compiled/bfloat16 is what `ctrlrl train` does by
 itself in trainings of 50,000 updates and more, where there is a C++ compiler and the processor multiplies bfloat16.
 EXECUTION/PRECISION/N makes the updates owed every N environment steps instead of the default 8; the peers' default is
-every step.
+every step. --beside runs other algorithms of ours in the first of the ways, as something to compare with.
 
-The floor is the time the update's matrix products take at the rate of one 256x256x256 float32 product, plus the raw
+The floor is the time the updates' matrix products take at the rate of one 256x256x256 float32 product, plus the raw
 simulation: once at the rate of PyTorch's default BLAS, once at the best float32 rate there is here. Both are floors of
 float32: products in bfloat16 may go below.
 """
@@ -39,9 +42,11 @@ sys.path.append(str(HERE.parent))  # where ctrlrl is not installed
 
 import gymnasium as gym  # noqa: E402
 import torch  # noqa: E402
+from peers import recipes  # noqa: E402
 from peers.gate import Gate  # noqa: E402
 from peers.venv import python_of  # noqa: E402
 
+from ctrlrl.algorithms.registry import find_algorithm  # noqa: E402
 from ctrlrl.errors import CtrlrlError  # noqa: E402
 from ctrlrl.nn.execution import PRECISIONS, unavailable  # noqa: E402
 
@@ -52,14 +57,18 @@ NAMES = {"ours": "ctrlrl", "sb3": "Stable-Baselines3", "sbx": "SBX"}
 class Worker:
     """A process that waits for its turn."""
 
-    def __init__(self, library: str, num_envs: int, threads: int, options: argparse.Namespace, way: str = "") -> None:
+    def __init__(
+        self, library: str, algo: str, num_envs: int, threads: int, options: argparse.Namespace, way: str = ""
+    ) -> None:
         self.library, self.threads = library, threads
         self.name = NAMES.get(library, library) + (f", {way}" if way else "")
-        if library in ("ours", "floor"):
-            command = [sys.executable, str(Path(__file__).resolve()), f"--worker={library}"]
+        if library == "beside":
+            self.name = f"ctrlrl {algo}, {way}"
+        if library in ("ours", "beside", "floor"):
+            command = [sys.executable, str(Path(__file__).resolve()), f"--worker={library.replace('beside', 'ours')}"]
         else:
             command = [str(python_of(library)), str(HERE / "peers" / "speed.py"), "--library", library]
-        command += ["--algo", options.algo, "--env", options.env, "--num-envs", str(num_envs)]
+        command += ["--algo", algo, "--env", options.env, "--num-envs", str(num_envs)]
         command += ["--threads", str(threads), "--segment", str(options.segment)]
         command += ["--learning-starts", str(LEARNING_STARTS), *(["--ways", way] if way else [])]
         # XLA has no number of threads; what it may run on decides.
@@ -120,7 +129,11 @@ def train_ours(options: argparse.Namespace) -> None:
             self.gate(loop.env_steps, loop.updates)
 
     execution, precision, *every = options.ways[0].split("/")
-    agent = {"hidden": [256, 256], "batch_size": 256, "utd": 1.0, "execution": execution, "precision": precision}
+    agent: dict[str, Any] = {"execution": execution}
+    more: dict[str, Any] = {}
+    if find_algorithm(options.algo).loop == "off-policy":
+        agent |= {"hidden": [256, 256], "batch_size": 256, "precision": precision}
+        more = {"learning_starts": options.learning_starts} | ({"update_every": int(every[0])} if every else {})
     with tempfile.TemporaryDirectory() as folder:
         ctrlrl.train(
             options.algo,
@@ -132,12 +145,11 @@ def train_ours(options: argparse.Namespace) -> None:
             num_envs=options.num_envs,
             threads=options.threads,
             device="cpu",
-            learning_starts=options.learning_starts,
             eval_every=0,
             checkpoint_every=10**8,
             out=f"{folder}/run",
             agent=agent,
-            **({"update_every": int(every[0])} if every else {}),
+            **more,
         )
 
 
@@ -178,26 +190,40 @@ def _best(work: Callable[[], object], calls: int = 200, tries: int = 5) -> float
     return min(out[1:])
 
 
-def update_flops(algo: str, env: str) -> int:
-    """Floating-point operations of the matrix products of one update, as PyTorch counts them."""
+def step_flops(algo: str, env: str) -> float:
+    """Floating-point operations of the updates' matrix products per environment step, as PyTorch counts them."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ctrlrl.algorithms.registry import find_algorithm
+    from ctrlrl.algorithms.registry import train_config_class
     from ctrlrl.envs.vector import Step
     from ctrlrl.replay.buffer import ReplayBuffer
+    from ctrlrl.replay.rollout import Rollout
 
+    algorithm, config = find_algorithm(algo), train_config_class(algo)(env=env)
+    if algorithm.loop == "off-policy":
+        config = train_config_class(algo).from_dict({"agent": {"hidden": [256, 256], "batch_size": 256}}, base=config)
     one = gym.make(env)
-    agent = find_algorithm(algo).load_agent_class()(one.observation_space, one.action_space)
-    buffer = ReplayBuffer(one.observation_space, one.action_space, capacity=2, num_envs=1)
-    obs = torch.zeros(1, *(one.observation_space.shape or ()))
-    action = torch.zeros(1, *(one.action_space.shape or ()))
-    no, yes = torch.zeros(1, dtype=torch.bool), torch.ones(1, dtype=torch.bool)
-    buffer.begin(obs)
-    buffer.add(Step(obs, action, torch.zeros(1), no, no, obs, yes))
-    batch = buffer.sample(1, agent.config.batch_size, gamma=agent.config.gamma)
+    space: Any = one.observation_space
+    agent = algorithm.load_agent_class()(space, one.action_space, config.agent)  # type: ignore[attr-defined]
+    obs = torch.zeros(1, *space.shape)
+    action, _, extras = agent.policy.act(obs)
+    no = torch.zeros(1, dtype=torch.bool)
+    step = Step(obs, action, torch.zeros(1), no, no, obs, ~no)
     with FlopCounterMode(display=False) as counter:
-        agent.update(batch)
-    return int(counter.get_total_flops())
+        if algorithm.loop == "on-policy":
+            steps = config.rollout_steps  # type: ignore[attr-defined]
+            rollout = Rollout(space, horizon=steps, num_envs=1, extras=extras)
+            rollout.begin(obs)
+            for _ in range(steps):
+                rollout.add(step, extras)
+            agent.update(rollout)
+            return counter.get_total_flops() / steps
+        buffer = ReplayBuffer(space, one.action_space, capacity=2, num_envs=1, extras=extras)
+        buffer.begin(obs)
+        buffer.add(step, extras)
+        updates = agent.config.policy_delay  # of which one improves the policy
+        agent.update(buffer.sample(updates, agent.config.batch_size, gamma=agent.config.gamma))
+    return float(counter.get_total_flops() / updates * agent.config.utd)
 
 
 def way_of(text: str) -> str:
@@ -214,18 +240,32 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algo", default="sac")
+    parser.add_argument("--beside", nargs="+", default=[], metavar="ALGO", help="others of ours to compare with")
     parser.add_argument("--env", default="HalfCheetah-v5")
     parser.add_argument("--num-envs", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, min(2, cores)}))
-    parser.add_argument("--peers", nargs="*", default=["sb3", "sbx"], choices=["sb3", "sbx"])
-    ours = ["compiled/bfloat16", "compiled/bfloat16/1", "compiled/float32", "eager/float32"]
-    parser.add_argument("--ways", nargs="+", type=way_of, default=ours, metavar="EXECUTION/PRECISION[/N]")
+    parser.add_argument(
+        "--peers", nargs="*", default=["sb3", "sbx"], choices=["sb3", "sbx"], help="libraries to compare with"
+    )
+    parser.add_argument("--ways", nargs="+", type=way_of, metavar="EXECUTION/PRECISION[/N]")
     parser.add_argument("--segment", type=int, default=1_000, help="environment steps of a turn")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write everything measured here, as JSON")
     parser.add_argument("--worker", choices=["ours", "floor"], help=argparse.SUPPRESS)
     parser.add_argument("--learning-starts", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    try:
+        algorithm = find_algorithm(options.algo)
+        for other in options.beside:
+            find_algorithm(other)
+    except CtrlrlError as error:
+        parser.error(str(error))
+    if not options.ways:
+        replays = ["compiled/bfloat16", "compiled/bfloat16/1", "compiled/float32", "eager/float32"]
+        options.ways = replays if algorithm.loop == "off-policy" else ["compiled/float32", "eager/float32"]
+    for peer in options.peers:
+        if options.algo not in recipes.ALGORITHMS[peer]:
+            parser.error(f"{peer} trains {', '.join(recipes.ALGORITHMS[peer])}, not {options.algo}: leave it out")
     if options.worker:
         options.num_envs, options.threads = options.num_envs[0], options.threads[0]
         return train_ours(options) if options.worker == "ours" else measure_floor(options)
@@ -233,20 +273,21 @@ def main() -> None:
         parser.error(f"--threads {max(options.threads)}: this machine has {cores} cores")
 
     try:
-        flops = update_flops(options.algo, options.env)
+        flops = step_flops(options.algo, options.env)
     except (CtrlrlError, gym.error.Error) as error:
         parser.error(str(error))
     if any("compiled" in way for way in options.ways) and (reason := unavailable("compiled", torch.device("cpu"))):
         parser.error(f"--ways compiled/...: {reason}. Or take --ways eager/float32")
-    results: dict[str, Any] = {"algo": options.algo, "env": options.env, "update_flops": flops, "cases": []}
+    results: dict[str, Any] = {"algo": options.algo, "env": options.env, "step_flops": flops, "cases": []}
     for num_envs in options.num_envs:
         workers = []
-        kinds = [("ours", way) for way in options.ways]
-        kinds += [(library, "") for library in (*options.peers, "floor")]
-        for library, way in kinds:
+        kinds = [("ours", options.algo, way) for way in options.ways]
+        kinds += [("beside", other, options.ways[0]) for other in options.beside]
+        kinds += [(library, options.algo, "") for library in (*options.peers, "floor")]
+        for library, algo, way in kinds:
             for threads in options.threads:
-                print(f"warming up {library} {way}, {num_envs} environments, {threads} threads", file=sys.stderr)
-                workers.append(Worker(library, num_envs, threads, options, way))
+                print(f"warming up {library} {algo} {way}, {num_envs} envs, {threads} threads", file=sys.stderr)
+                workers.append(Worker(library, algo, num_envs, threads, options, way))
         for i in range(options.rounds):
             for j in range(len(workers)):
                 workers[(i + j) % len(workers)].go()  # another one first each time
@@ -259,7 +300,7 @@ def main() -> None:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def case(num_envs: int, workers: list[Worker], flops: int) -> dict[str, Any]:
+def case(num_envs: int, workers: list[Worker], flops: float) -> dict[str, Any]:
     """What was measured with `num_envs` environments."""
 
     def median(worker: Worker, what: str = "steps") -> float:

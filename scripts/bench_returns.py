@@ -3,7 +3,7 @@
 
     python scripts/bench_returns.py --algo sac --env HalfCheetah-v5 Hopper-v5 --seeds 0 1 2 --out runs/returns
     python scripts/bench_returns.py --algo sac --env Hopper-v5 --seeds 0 --out runs/returns-utd4 -- --agent.utd 4
-    python scripts/bench_returns.py --peer sbx --env Walker2d-v5 --seeds 1 2 --out runs/returns
+    python scripts/bench_returns.py --peer sbx --algo td3 --env Walker2d-v5 --seeds 1 2 --out runs/returns
 
 (with the interpreter of .venv)
 
@@ -32,6 +32,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # where ctrlrl is 
 
 import numpy as np
 from cells import Cell, Interrupted, OwnCell, PeerCell, Scheduler, read_json
+from peers import recipes
 from peers import venv as peers
 from peers.venv import PEERS, python_of
 
@@ -110,7 +111,7 @@ def peer_results(peer: str, out: Path) -> dict[str, Any]:
     versions = sorted({f"{name} {version}" for run in runs for name, version in run["packages"].items()})
     dates = sorted({run["started"][:10] for run in runs})
     return {
-        "what": f"Deterministic evaluation returns of the SAC of {', '.join(libraries)} ({', '.join(versions)}), "
+        "what": f"Deterministic evaluation returns of {', '.join(libraries)} ({', '.join(versions)}), "
         f"measured {between(dates)}",
         "protocol": " ".join((peers.HERE / "returns.py").read_text().split('"""')[1].split("\n\n")[1].split()),
         "library": libraries[0] if libraries else peer,
@@ -145,7 +146,7 @@ def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algo", default="sac", help="what to train: ctrlrl algos lists them (default: sac)")
-    parser.add_argument("--peer", choices=PEERS, help="train this library's SAC instead of ours")
+    parser.add_argument("--peer", choices=PEERS, help="train with this library instead of ours")
     parser.add_argument("--env", nargs="+", required=True, help="environments")
     parser.add_argument("--seeds", nargs="+", type=int, required=True)
     parser.add_argument("--steps", type=int, default=100_000, help="environment steps of each run (default: 100,000)")
@@ -160,8 +161,10 @@ def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     flags = list(words[cut + 1 :])
     if taken := [flag for flag in flags if flag.partition("=")[0].replace("_", "-") in OURS]:
         parser.error(f"{taken[0]} is this script's to give, not for after --")
-    if options.peer and (flags or options.algo != "sac"):
-        parser.error("peers run SAC with their defaults: leave out --algo and what follows --")
+    if options.peer and flags:
+        parser.error("peers run with their defaults: leave out what follows --")
+    if options.peer and options.algo not in recipes.ALGORITHMS[options.peer]:
+        parser.error(f"{options.peer} trains {', '.join(recipes.ALGORITHMS[options.peer])}, not {options.algo}")
     if options.peer and options.peers:
         parser.error("--peers compares runs of ours; with --peer there are none")
     if options.jobs < 1:
@@ -202,7 +205,7 @@ def peer_cells(options: argparse.Namespace) -> list[PeerCell]:
     """
     protocol = (options.peer, options.eval_every, options.eval_episodes)
     cells = [
-        PeerCell(f"{options.peer}-sac", env, seed, options.steps, options.out, *protocol)
+        PeerCell(f"{options.peer}-{options.algo}", env, seed, options.steps, options.out, *protocol)
         for seed in options.seeds
         for env in options.env
     ]

@@ -164,7 +164,8 @@ class PeerCell(Cell):
         return "new" if record is None else "finished" if record["complete"] else "started"
 
     def command(self) -> list[str]:
-        options = {"library": self.peer, "env": self.env, "seed": self.seed, "steps": self.steps}
+        algo = self.algo.removeprefix(f"{self.peer}-")
+        options = {"library": self.peer, "algo": algo, "env": self.env, "seed": self.seed, "steps": self.steps}
         options |= {"eval-every": self.eval_every, "eval-episodes": self.eval_episodes, "out": self.path}
         flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         return [str(python_of(self.peer)), str(peers.HERE / "returns.py"), *flags]

@@ -43,7 +43,7 @@ def test_the_updates_operations_are_those_of_the_paper(bench):
         + product(obs + act, hidden)  # the policy's loss, down to the action
     )
     policy = 2 * actor + actor + product(hidden, hidden) + product(hidden, 2 * act)
-    assert bench.update_flops("sac", "Pendulum-v1") == critics + policy
+    assert bench.step_flops("sac", "Pendulum-v1") == critics + policy
 
 
 def test_ratios_are_paired_by_round_with_the_peers_better_threads(bench):

@@ -132,9 +132,10 @@ def test_ctrl_c_stops_all_with_checkpoints_and_the_same_command_goes_on(tmp_path
         ("-- --threads=2", "--threads=2 is this script's to give"),
         ("-- --eval_every 5", "--eval_every is this script's to give"),
         ("--jobs 0", "--jobs must be at least 1, got 0"),
-        ("--peer sb3 -- --agent.gamma 0.9", "peers run SAC with their defaults"),
+        ("--peer sb3 -- --agent.gamma 0.9", "peers run with their defaults"),
         ("--peer sb3 --peers x.json", "--peers compares runs of ours"),
         ("--peer torchrl", "invalid choice: 'torchrl'"),
+        ("--peer sb3 --algo droq", "sb3 trains sac, td3, ddpg, ppo, not droq"),
         ("-- --agent.gama 0.9", "Unrecognized options"),
     ],
 )
@@ -190,7 +191,9 @@ def test_a_peer_runs_by_the_same_scheduling(
     (run,) = peers.runs
     assert run.algo.startswith("SAC (Stable-Baselines3 2.") and (run.env, run.seed) == ("Pendulum-v1", 4)
     assert [(one.step, len(one.returns)) for one in run.evaluations] == [(20, 2), (40, 2)]
-    assert peers.protocol.startswith("One environment, one update per step") and peers.protocol.endswith("one thread.")
+    assert peers.protocol.startswith(
+        "What learns from a replay: one environment, one update per step"
+    ) and peers.protocol.endswith("one thread.")
     assert len(peers.random["Pendulum-v1"]) == 20
     assert script.main(ask.split()) == 0  # finished: nothing to do
     assert "step 40 of 40" not in capsys.readouterr().out

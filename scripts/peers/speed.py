@@ -45,7 +45,8 @@ def main() -> None:
         seed=0,
         learning_starts=options.learning_starts,
     )
-    model.learn(10**9, callback=Gated(Gate(options.segment)))
+    # PPO counts epochs: one rollout and its ten are warm enough.
+    model.learn(10**9, callback=Gated(Gate(options.segment, warm_updates=10 if options.algo == "ppo" else 100)))
 
 
 if __name__ == "__main__":
