@@ -253,6 +253,18 @@ class NanEnv(FaultyEnv):
         return obs * np.nan, float("nan")
 
 
+class MaskedCartPoleEnv(gym.ObservationWrapper):
+    """CartPole without velocities: position and angle, from which a policy without memory cannot tell where it goes."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(gym.make("CartPole-v1", **kwargs))
+        box = self.env.observation_space
+        self.observation_space = gym.spaces.Box(box.low[[0, 2]], box.high[[0, 2]])
+
+    def observation(self, observation):
+        return observation[[0, 2]]
+
+
 _ENVS = {
     "Counting": CountingEnv,
     "Curriculum": CurriculumEnv,
@@ -270,6 +282,7 @@ _ENVS = {
     "Hanging": HangingEnv,
     "Printing": PrintingEnv,
     "Nan": NanEnv,
+    "MaskedCartPole": MaskedCartPoleEnv,
 }
 
 

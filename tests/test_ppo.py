@@ -19,7 +19,10 @@ from ctrlrl.errors import UsageError
 from ctrlrl.replay.rollout import Rollout
 from ctrlrl.runs.checkpoint import pack
 from tests.runs import assert_same
+from tests.standins import MODULE
 from tests.test_execution import needs_compiler
+from tests.test_pixels import MIXED
+from tests.test_pixels import make_batch as make_image_batch
 from tests.test_sac import Adam64
 
 OBS = gym.spaces.Box(-np.inf, np.inf, (5,))
@@ -537,6 +540,45 @@ def test_a_training_shorter_than_a_rollout_says_so(tmp_path):
     assert (
         "no update will run: a rollout takes 60 steps, and the training 30" in (run.path / "metrics.jsonl").read_text()
     )
+
+
+def test_images_are_seen_by_one_convolution_that_both_losses_train():
+    agent = PPO(MIXED, ACT, PPOConfig(hidden=(16,)))
+    shared = {*agent.policy.parameters()} & {*agent.critic.parameters()}
+    assert shared and len(agent.optimizer.parameters) == len({*agent.policy.parameters(), *agent.critic.parameters()})
+    batch = make_image_batch(MIXED, groups=5, size=4)
+    extras = agent.policy.act({k: v[0] for k, v in batch.obs.items()})[2]
+    rollout = Rollout(MIXED, horizon=4, num_envs=4, extras=extras)
+    rollout.begin({k: v[0] for k, v in batch.obs.items()})
+    no = torch.zeros(4, dtype=torch.bool)
+    for t in range(4):
+        obs = {k: v[t + 1] for k, v in batch.obs.items()}
+        action, _, extras = agent.policy.act({k: v[t] for k, v in batch.obs.items()}, explore=True)
+        rollout.add(Step(obs, action, batch.reward[t], no, no, obs, ~no), extras)
+    assert all(value.dtype == torch.uint8 for value in rollout.obs.values() if value.dim() > 3)
+    before = {p: p.detach().clone() for p in shared}
+    agent.update(rollout)
+    assert all(not torch.equal(p, value) for p, value in before.items())
+
+
+@pytest.mark.slow
+def test_cartpole_without_velocities_needs_memory(tmp_path):
+    """With memory it balances until the time limit of 500 steps; without it falls after some 50."""
+    returns = {}
+    for recurrent in ("gru", "none"):
+        agent = {"recurrent": recurrent, "sequence_length": 16, "minibatch_size": 256, "lr": 1e-3}
+        returns[recurrent] = [
+            ctrlrl.evaluate(
+                ctrlrl.train(
+                    "ppo", MODULE + "ctrlrl-test/MaskedCartPole-v0", out=str(tmp_path / f"{recurrent}-{seed}"),
+                    seed=seed, steps=60_000, eval_every=20_000, threads=1, video=False, quiet=True, agent=agent,
+                ),
+                checkpoint="last",
+            ).mean
+            for seed in range(2)
+        ]  # fmt: skip
+    assert min(returns["gru"]) > 450, returns
+    assert max(returns["none"]) < 150, returns
 
 
 @needs_compiler
