@@ -25,6 +25,7 @@ from torch import Tensor
 from ctrlrl.algorithms.agent import OnPolicyAgent
 from ctrlrl.algorithms.ppo_config import PPOConfig
 from ctrlrl.nn.actor import StochasticPolicy, make_head
+from ctrlrl.nn.cpu import products_of
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.execution import executed
 from ctrlrl.nn.mlp import NetworkFactory
@@ -121,8 +122,18 @@ class PPO(OnPolicyAgent):
 
     def update(self, rollout: Rollout) -> tuple[dict[str, Tensor], int]:
         """All epochs on a full rollout; returns the metrics' means (0-d) and the number of gradient steps."""
+        with products_of(self.config.minibatch_size, max(self.config.hidden, default=1)):
+            data, metrics = self.prepare(rollout)
+            history = self._epochs(data)
+        if self.normalizer is not None:
+            seen = map_obs(lambda value: value[:-1].flatten(0, 1), rollout.obs)
+            self.normalizer.update(seen, rollout.valid.flatten())
+        means = {name: torch.stack([one[name] for one in history]).mean() for name in history[0]}
+        return metrics | means | {"lr": self.lr.clone()}, len(history)
+
+    def _epochs(self, data: RolloutBatch) -> list[dict[str, Tensor]]:
+        """Gradient steps on all minibatches of all epochs; returns the metrics of each."""
         c = self.config
-        data, metrics = self.prepare(rollout)
         units = len(data.start)  # rows, or sequences
         size = max(1, round(c.minibatch_size / (c.sequence_length if self.critic.recurrence else 1)))
         count = max(1, round(units / size))
@@ -136,11 +147,7 @@ class PPO(OnPolicyAgent):
             history += epoch
             if c.target_kl is not None and float(torch.stack([m["kl"] for m in epoch]).mean()) > 1.5 * c.target_kl:
                 break
-        if self.normalizer is not None:
-            seen = map_obs(lambda value: value[:-1].flatten(0, 1), rollout.obs)
-            self.normalizer.update(seen, rollout.valid.flatten())
-        means = {name: torch.stack([one[name] for one in history]).mean() for name in history[0]}
-        return metrics | means | {"lr": self.lr.clone()}, len(history)
+        return history
 
     def step(self, batch: RolloutBatch) -> dict[str, Tensor]:
         """One gradient step on a minibatch: a pure function of weights and batch."""
@@ -154,7 +161,7 @@ class PPO(OnPolicyAgent):
         else:
             distribution, value = self.policy.distribution(batch.obs), self.critic(batch.obs)
         value = value[..., None]  # (R, 1)
-        weight = batch.mask / batch.mask.sum()  # means are over the rows that count
+        weight = batch.mask / batch.mask.sum().clamp(min=1)  # means are over the rows that count
 
         # r = pi(a|s) / pi_old(a|s); as sums of logarithms, over all decisions of a row where it is joint.
         log_ratio = distribution.log_prob(batch.decision) - batch.log_prob  # (R, D)

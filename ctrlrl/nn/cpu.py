@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
-FEW = 16
-"""Rows of a product up to which the default BLAS is quicker than oneDNN, which takes longer to set a product up."""
+SMALL = 2**20
+"""Multiplications of a product up to which the default BLAS is quicker than oneDNN, which takes longer to set it up."""
 
 _BY_ONEDNN = "bf16"
 _switched = False
@@ -33,10 +33,13 @@ def prepare_cpu(threads: int | None = None) -> None:
 
 
 @contextlib.contextmanager
-def products_of(rows: int) -> Iterator[None]:
-    """Inside, products of `rows` rows are made the quicker way: where they are few, by the default BLAS."""
+def products_of(rows: int, width: int = 256) -> Iterator[None]:
+    """Inside, products of `rows` rows by layers of `width` units are made the quicker way: small ones by the default
+    BLAS."""
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    if rows > FEW or not _switched or setting.fp32_precision != _BY_ONEDNN:  # or the user has decided since
+    if (
+        rows * width * width > SMALL or not _switched or setting.fp32_precision != _BY_ONEDNN
+    ):  # or the user has decided since
         yield
         return
     setting.fp32_precision = "none"

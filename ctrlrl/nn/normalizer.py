@@ -15,6 +15,8 @@ class RunningNormalizer(nn.Module):
     mean: Tensor
     variance: Tensor
     count: Tensor
+    shift: Tensor
+    scale: Tensor
 
     def __init__(self, shape: tuple[int, ...], *, clip: float = 10.0, epsilon: float = 1e-8) -> None:
         super().__init__()
@@ -22,6 +24,16 @@ class RunningNormalizer(nn.Module):
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        # What `forward` uses: mean and 1 / std in float32, which is what observations come in.
+        self.register_buffer("shift", torch.zeros(shape), persistent=False)
+        self.register_buffer("scale", torch.ones(shape), persistent=False)
+        self._derive()
+        self.register_load_state_dict_post_hook(RunningNormalizer._derive)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _derive(self, *loading: object) -> None:
+        self.shift.copy_(self.mean)
+        self.scale.copy_((self.variance + self.epsilon).rsqrt())
 
     @torch.no_grad()
     def update(self, rows: Tensor, valid: Tensor) -> None:
@@ -38,8 +50,8 @@ class RunningNormalizer(nn.Module):
         self.variance.copy_(torch.where(self.count + count > 0, spread / total, self.variance))
         self.mean += delta * count / total
         self.count += count
+        self._derive()
 
     def forward(self, x: Tensor) -> Tensor:
         """(x - mean) / std in float32, clipped to +-`clip` standard deviations."""
-        scaled = (x - self.mean) * (self.variance + self.epsilon).rsqrt()
-        return scaled.clamp(-self.clip, self.clip).to(torch.float32)
+        return ((x.to(torch.float32) - self.shift) * self.scale).clamp(-self.clip, self.clip)

@@ -23,9 +23,6 @@ from ctrlrl.runs.folder import RunFolder
 EnvLike = str | gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any] | VectorEnv | Callable[[], gym.Env[Any, Any]]
 """An ID, an environment, a vector environment, or a function that makes one environment."""
 
-COMPILE_FROM = 50_000
-"""Updates from which on compiling them pays for itself: it takes up to a minute, and saves one to three milliseconds
-each."""
 _FORMER = {"update_every": 1}
 _FORMER_AGENT = {"execution": "eager", "precision": "float32"}
 """What runs did that were written before there was such a setting: a run goes on as what it was."""
@@ -101,7 +98,7 @@ def settle_execution(
         chosen = asked
         if reason is not None:
             chosen, remark = "eager", f"updates run eagerly and not {asked}, which changes last bits: {reason}"
-    elif device.type != "cpu" or not plain or config.planned_updates() < COMPILE_FROM:
+    elif device.type != "cpu" or not plain or config.planned_updates() < config.compile_from:
         chosen = "eager"
     elif reason := unavailable("compiled", device):
         chosen, remark = "eager", f"updates run eagerly, at about half the speed: {reason}"
