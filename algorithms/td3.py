@@ -8,7 +8,8 @@ Delay (algorithm 1): gradient steps are counted over the whole training, 1, 2, .
 `policy_delay` improves the policy after the critics, and moves the target critics and the target policy. In between,
 nothing but the critics changes. The policy goes up the first critic alone.
 
-Deviations from the paper: networks, batch and step size are those of the authors' later code (2x256, 256, 3e-4).
+Deviations from the paper: networks, batch and step size are those of the authors' later code (2x256, 256, 3e-4), and
+the targets take steps of 0.01, twice as large.
 DDPG (Lillicrap et al. 2016, arXiv:1509.02971) is the same step with one critic, `policy_delay` 1 and no smoothing. Its
 deviations: Gaussian exploration noise instead of an Ornstein-Uhlenbeck process, no batch normalization, TD3's numbers.
 

@@ -263,4 +263,4 @@ def test_ddpg_is_td3_with_one_critic_and_nothing_to_smooth_or_delay():
     c = DDPGConfig()
     assert (c.num_critics, c.policy_delay, c.target_noise) == (1, 1, 0.0)
     changed = {k for k, v in c.to_dict().items() if v != TD3Config().to_dict()[k]}
-    assert changed == {"num_critics", "policy_delay", "target_noise"}
+    assert changed == {"num_critics", "policy_delay", "target_noise", "tau"}
