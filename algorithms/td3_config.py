@@ -36,8 +36,8 @@ class TD3Config(OffPolicyAgentConfig):
 @dataclass(frozen=True, kw_only=True)
 class DDPGConfig(TD3Config):
     """Deep deterministic policy gradient (Lillicrap et al. 2016, arXiv:1509.02971): TD3 with one critic, no smoothing
-    and no delay; so the targets' step is half of TD3's. The other numbers are TD3's, as in "our DDPG" of Fujimoto et al.
-    2018 (arXiv:1802.09477)."""
+    and no delay; so the targets' step is half of TD3's. The other numbers are TD3's, as in "our DDPG" of Fujimoto
+    et al. 2018 (arXiv:1802.09477)."""
 
     title: ClassVar[str] = "DDPG"
     tau: float = 0.005
