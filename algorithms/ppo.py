@@ -9,14 +9,14 @@ that was cut by a time limit is bootstrapped with V of its true last observation
 
 Deviations from the paper, each also in Stable-Baselines3 or CleanRL: advantages are standardized within a minibatch;
 observations and rewards are normalized; gradients are shortened; orthogonal initial weights; Adam's epsilon is 1e-5;
-the entropy bonus is 0 and the step size does not fall to zero.
+minibatches are larger, and of eight environments.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import gymnasium as gym
 import torch
@@ -26,6 +26,7 @@ from ctrlrl.algorithms.agent import OnPolicyAgent
 from ctrlrl.algorithms.ppo_config import PPOConfig
 from ctrlrl.nn.actor import StochasticPolicy, make_head
 from ctrlrl.nn.cpu import products_of
+from ctrlrl.nn.distributions import Categorical, DiagonalGaussian
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.execution import executed
 from ctrlrl.nn.mlp import NetworkFactory
@@ -33,9 +34,12 @@ from ctrlrl.nn.networks import Networks
 from ctrlrl.nn.normalizer import RunningNormalizer
 from ctrlrl.nn.optim import Adam
 from ctrlrl.nn.recurrence import State
-from ctrlrl.replay.advantages import ESTIMATORS, Decisions, next_values
+from ctrlrl.replay.advantages import ESTIMATORS, Decisions, ends, next_values
 from ctrlrl.replay.rollout import Rollout
 from ctrlrl.tree import Obs, map_obs
+
+_ROUNDING = 1e-9
+"""A divergence up to this is none: the squared rounding of a ratio of 1."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,11 @@ class RolloutBatch:
     start: Tensor  # (R,) bool: an episode begins there
     policy_state: State
     critic_state: State
+
+    def rows(self) -> RolloutBatch:
+        """Sequences [S, L, ...] as rows [L * S, ...], step by step, as recurrent layers go through them."""
+        rows = replace(self, policy_state={}, critic_state={})
+        return rows.map(lambda value: value.transpose(0, 1).flatten(0, 1))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> RolloutBatch:
         """The batch of `fn` of each tensor."""
@@ -122,27 +131,36 @@ class PPO(OnPolicyAgent):
 
     def update(self, rollout: Rollout) -> tuple[dict[str, Tensor], int]:
         """All epochs on a full rollout; returns the metrics' means (0-d) and the number of gradient steps."""
+        history: list[dict[str, Tensor]] = []
         with products_of(self.config.minibatch_size, max(self.config.hidden, default=1)):
             data, metrics = self.prepare(rollout)
-            history = self._epochs(data)
+            if bool(rollout.valid.any()):  # else there is nothing to learn from
+                history = self._epochs(data)
         if self.normalizer is not None:
             seen = map_obs(lambda value: value[:-1].flatten(0, 1), rollout.obs)
             self.normalizer.update(seen, rollout.valid.flatten())
-        means = {name: torch.stack([one[name] for one in history]).mean() for name in history[0]}
+        means = {name: torch.stack([one[name] for one in history]).mean() for name in history[0]} if history else {}
         return metrics | means | {"lr": self.lr.clone()}, len(history)
 
     def _epochs(self, data: RolloutBatch) -> list[dict[str, Tensor]]:
         """Gradient steps on all minibatches of all epochs; returns the metrics of each."""
         c = self.config
-        units = len(data.start)  # rows, or sequences
-        size = max(1, round(c.minibatch_size / (c.sequence_length if self.critic.recurrence else 1)))
+        counts = data.mask.flatten(1).any(1)  # (units,): rows, or sequences
+        units = len(counts)
+        size = max(1, round(c.minibatch_size * units / data.start.numel()))
         count = max(1, round(units / size))
         size = units // count
+        whole = bool(counts.all())
         history: list[dict[str, Tensor]] = []
         for _ in range(c.epochs):
             # What does not fit into minibatches of one size, fewer rows than there are minibatches, is left out.
-            order = torch.randperm(units, generator=self.generator, device=self.device)[: count * size]
-            shuffled = data.map(lambda value, order=order: value[order].view(count, size, *value.shape[1:]))  # type: ignore[misc]
+            order = torch.randperm(units, generator=self.generator, device=self.device)
+            if whole:
+                order = order[: count * size].view(count, size)
+            else:  # dealt out, what counts first, so that each minibatch has its share of it
+                order = order[torch.argsort((~counts[order]).int(), stable=True)]
+                order = order[: count * size].view(size, count).t()
+            shuffled = data.map(lambda value, order=order: value[order])  # type: ignore[misc]
             epoch = [self._step(shuffled.map(lambda value, i=i: value[i])) for i in range(count)]  # type: ignore[misc]
             history += epoch
             if c.target_kl is not None and float(torch.stack([m["kl"] for m in epoch]).mean()) > 1.5 * c.target_kl:
@@ -153,25 +171,24 @@ class PPO(OnPolicyAgent):
         """One gradient step on a minibatch: a pure function of weights and batch."""
         c = self.config
         if self.critic.recurrence is not None:
-            states = batch.policy_state, batch.critic_state
-            batch = batch.map(lambda value: value.transpose(0, 1) if value.dim() > 1 else value)  # [L, S, ...]
-            distribution, *_ = self.policy.unroll(batch.obs, states[0], batch.start)
-            value = self.critic.unroll(batch.obs, states[1], batch.start)[0].flatten()
-            batch = batch.map(lambda value: value.flatten(0, 1))
+            obs, start = map_obs(lambda value: value.transpose(0, 1), batch.obs), batch.start.t()  # (L, S, ...)
+            distribution, *_ = self.policy.unroll(obs, batch.policy_state, start)
+            value = self.critic.unroll(obs, batch.critic_state, start)[0].view(-1, 1)  # (R, 1)
+            batch = batch.rows()
         else:
-            distribution, value = self.policy.distribution(batch.obs), self.critic(batch.obs)
-        value = value[..., None]  # (R, 1)
-        weight = batch.mask / batch.mask.sum().clamp(min=1)  # means are over the rows that count
+            distribution, value = self.policy.distribution(batch.obs), self.critic(batch.obs)[:, None]
+        rows = batch.mask.sum().clamp(min=1)
+        weight = batch.mask / rows  # means are over the rows that count
 
         # r = pi(a|s) / pi_old(a|s); as sums of logarithms, over all decisions of a row where it is joint.
         log_ratio = distribution.log_prob(batch.decision) - batch.log_prob  # (R, D)
+        log_ratio = torch.where(batch.mask, log_ratio, 0.0)  # of what does not count it may be anything
         if c.ratio == "joint":
             log_ratio = log_ratio.sum(-1, keepdim=True)
         ratio = log_ratio.exp()
         advantage = batch.advantage
         if c.normalize_advantage:
             centered = advantage - (weight * advantage).sum()
-            rows = batch.mask.sum()
             deviation = ((weight * centered.square()).sum() * rows / (rows - 1).clamp(min=1)).sqrt()
             advantage = centered / (deviation + 1e-8)
         # L_clip, eq. 7; of several ratios in a row the mean.
@@ -191,7 +208,8 @@ class PPO(OnPolicyAgent):
             kl = (weight * (ratio - 1 - log_ratio).sum(-1, keepdim=True)).sum()  # of old from new, as it is sampled
             clipped_share = (weight * ((ratio - 1).abs() > c.clip).float().mean(-1, keepdim=True)).sum()
             if c.lr_schedule == "adaptive":
-                factor = torch.where(kl > 2 * c.desired_kl, 1 / 1.5, torch.where(kl < c.desired_kl / 2, 1.5, 1.0))
+                little = (kl < c.desired_kl / 2) & (kl > _ROUNDING)  # in the first minibatch nothing has moved yet
+                factor = torch.where(kl > 2 * c.desired_kl, 1 / 1.5, torch.where(little, 1.5, 1.0))
                 self.lr.mul_(factor).clamp_(1e-5, 1e-2)
         # eq. 9
         loss = policy_loss + c.value_coef * value_loss - c.entropy_coef * entropy
@@ -206,76 +224,98 @@ class PPO(OnPolicyAgent):
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout) -> tuple[RolloutBatch, dict[str, Tensor]]:
-        """What the minibatches are taken from, all rows in one; and metrics of the rollout."""
-        c, horizon = self.config, rollout.horizon
-        obs = map_obs(lambda value: value[:-1], rollout.obs)
-        cut = rollout.ended & rollout.valid
-        bootstrapped = rollout.truncated & ~rollout.terminated & rollout.valid
-        final_value = torch.zeros_like(rollout.reward)
-        final_obs = map_obs(lambda value: value[bootstrapped], rollout.final_obs)
-        final_rows = bool(bootstrapped.any())
-        policy_states: list[State] = []
-        critic_states: list[State] = []
-        if self.critic.recurrence is None:
-            values = self.critic(map_obs(lambda value: value.flatten(0, 1), rollout.obs)).view(horizon + 1, -1)
-            distribution = self.policy.distribution(map_obs(lambda value: value.flatten(0, 1), obs))
-            if final_rows:
-                final_value[bootstrapped] = self.critic(final_obs)
-        else:
-            carried = rollout.carried_state(self.critic.recurrence.initial(rollout.num_envs))
-            values, critic_states, after = self.critic.unroll(rollout.obs, carried, rollout.start)
-            rollout.carried |= critic_states[horizon]
-            distribution, policy_states, _ = self.policy.unroll(obs, rollout.policy_state, rollout.start[:-1])
-            if final_rows:
-                before = {k: torch.stack([state[k] for state in after[:horizon]])[bootstrapped] for k in after[0]}
-                final_value[bootstrapped] = self.critic.step(final_obs, before)[0]
+        """What the minibatches are taken from, all rows (or sequences) in one; and metrics of the rollout."""
+        c, shape = self.config, rollout.reward.shape
+        look = self._look_back if self.critic.recurrence is None else self._remember
+        distribution, values, final_value, states = look(rollout)
+        decision = rollout.extras["decision"]
+        log_prob = distribution.log_prob(decision.flatten(0, 1)).view(*shape, -1)
 
-        log_prob = distribution.log_prob(rollout.extras["decision"].flatten(0, 1))
-        log_prob = log_prob.view(*rollout.reward.shape, -1)
         reward = self._normalized(rollout) if c.normalize_reward else rollout.reward
-        mask = rollout.valid[..., None]
-        value = values[:-1, :, None]
-        following = torch.cat([rollout.valid[1:], torch.ones_like(rollout.valid[:1])])
+        mask, value = rollout.valid[..., None], values[:-1, :, None]
         decisions = Decisions(
             reward=reward[..., None],
             discount=(c.gamma * ~rollout.terminated)[..., None],
             value=value,
-            next_value=next_values(value, values[-1], final_value, cut, mask),
-            end=(rollout.ended | ~following)[..., None],
+            next_value=next_values(value, values[-1], final_value, rollout.ended & rollout.valid, mask),
+            end=ends(rollout.ended, rollout.valid)[..., None],
             mask=mask,
         )
         advantage = ESTIMATORS[c.advantage](decisions, c.gae_lambda)
-        batch = RolloutBatch(
-            obs, rollout.extras["decision"], log_prob, value, advantage, mask, rollout.start[:-1], {}, {}
-        )
-        target = (advantage + value)[mask]
-        unexplained = (target - value[mask]).var() / target.var().clamp(min=1e-8)
-        metrics = {"explained_variance": 1 - unexplained, "value_mean": value[mask].mean()}
-        if self.critic.recurrence is None:
+        obs = map_obs(lambda x: x[:-1], rollout.obs)
+        batch = RolloutBatch(obs, decision, log_prob, value, advantage, mask, rollout.start[:-1], {}, {})
+        metrics = {
+            "explained_variance": 1 - _variance(advantage, mask) / _variance(advantage + value, mask).clamp(min=1e-8),
+            "value_mean": _mean(value, mask),
+        }
+        if not states:
             return batch.map(lambda x: x.flatten(0, 1)), metrics
-        length = c.sequence_length
-        first = range(0, horizon, length)
-        policy_state, critic_state = (
-            {k: torch.cat([states[t][k] for t in first]) for k in states[0]}
-            for states in (policy_states, critic_states)
-        )
+        length = -(-shape[0] // len(states))
+        missing = length * len(states) - shape[0]
 
         def sequences(x: Tensor) -> Tensor:
             """(T, N, ...) as (S, L, ...), environment by environment within each stretch of time; the last one is
             filled up with rows that do not count."""
-            x = torch.cat([x, x.new_zeros(len(first) * length - horizon, *x.shape[1:])])
-            return x.view(len(first), length, *x.shape[1:]).transpose(1, 2).flatten(0, 1)
+            x = torch.cat([x, x.new_zeros(missing, *x.shape[1:])])
+            return x.view(len(states), length, *x.shape[1:]).transpose(1, 2).flatten(0, 1)
 
-        return replace(batch.map(sequences), policy_state=policy_state, critic_state=critic_state), metrics
+        policy, critic = ({k: torch.cat([pair[i][k] for pair in states]) for k in states[0][i]} for i in (0, 1))
+        return replace(batch.map(sequences), policy_state=policy, critic_state=critic), metrics
+
+    def _look_back(self, rollout: Rollout) -> _Look:
+        """Without memory: all rows in one batch."""
+        flat = map_obs(lambda x: x.flatten(0, 1), rollout.obs)
+        values = self.critic(flat).view(rollout.horizon + 1, -1)
+        distribution = self.policy.distribution(map_obs(lambda x: x[: rollout.reward.numel()], flat))
+        final_value, rows = torch.zeros_like(rollout.reward), _cut_short(rollout)
+        if bool(rows.any()):
+            final_value[rows] = self.critic(map_obs(lambda x: x[rows], rollout.final_obs))
+        return distribution, values, final_value, []
+
+    def _remember(self, rollout: Rollout) -> _Look:
+        """With memory: step by step from the states before the rollout. The critic's goes on to the next one."""
+        horizon, recurrence = rollout.horizon, self.critic.recurrence
+        assert recurrence is not None
+        carried = rollout.carried_state(recurrence.initial(rollout.num_envs))
+        values, critic, after = self.critic.unroll(rollout.obs, carried, rollout.start)
+        rollout.carried |= critic[horizon]
+        obs = map_obs(lambda x: x[:-1], rollout.obs)
+        distribution, policy, _ = self.policy.unroll(obs, rollout.policy_state, rollout.start[:-1])
+        final_value, rows = torch.zeros_like(rollout.reward), _cut_short(rollout)
+        if bool(rows.any()):
+            state = {k: torch.stack([one[k] for one in after[:horizon]])[rows] for k in after[0]}
+            final_value[rows] = self.critic.step(map_obs(lambda x: x[rows], rollout.final_obs), state)[0]
+        stretches = -(-horizon // self.config.sequence_length)  # of equal lengths, as far as that goes
+        length = -(-horizon // stretches)
+        return distribution, values, final_value, [(policy[t], critic[t]) for t in range(0, horizon, length)]
 
     def _normalized(self, rollout: Rollout) -> Tensor:
         """Rewards (T, N) over the standard deviation of the discounted return of all rollouts so far."""
         running = rollout.carried.get("return", torch.zeros_like(rollout.reward[0]))
         returns = torch.empty_like(rollout.reward)
         for t in range(rollout.horizon):
-            running = torch.where(rollout.start[t], 0.0, self.config.gamma * running) + rollout.reward[t]
+            reward = torch.where(rollout.valid[t], rollout.reward[t], 0.0)  # of what is no transition it may be NaN
+            running = torch.where(rollout.start[t], 0.0, self.config.gamma * running) + reward
             returns[t] = running
         rollout.carried["return"] = running
         self.returns.update(returns.flatten(), rollout.valid.flatten())
         deviation = (self.returns.variance + 1e-8).sqrt().to(rollout.reward.dtype)
         return (rollout.reward / deviation).clamp(-10, 10)
+
+
+_Look: TypeAlias = tuple[DiagonalGaussian | Categorical, Tensor, Tensor, list[tuple[State, State]]]
+"""Over decisions (T * N, ...); V (T + 1, N) of all observations, and (T, N) of true last ones; with memory, the states
+(N, H) of policy and critic before each stretch of time."""
+
+
+def _cut_short(rollout: Rollout) -> Tensor:
+    """Rows (T, N) after which an episode was cut, and its last observation is worth something."""
+    return rollout.truncated & ~rollout.terminated & rollout.valid
+
+
+def _mean(value: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, value, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def _variance(value: Tensor, mask: Tensor) -> Tensor:
+    return _mean((value - _mean(value, mask)).square(), mask)

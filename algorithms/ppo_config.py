@@ -28,7 +28,7 @@ class PPOConfig(Config):
     """Adam step size of policy and critic."""
     lr_schedule: Literal["constant", "adaptive"] = "constant"
     """adaptive: after each minibatch divided by 1.5 where the policy moved by more than twice desired_kl, multiplied by
-    it where it moved by less than half (rsl_rl)."""
+    it where it moved by less than half, between 1e-5 and 1e-2 (rsl_rl)."""
     desired_kl: float = 0.01
     """What the adaptive step size aims at."""
     target_kl: float | None = None
@@ -79,6 +79,8 @@ class PPOConfig(Config):
         self.require("epochs", 1 <= self.epochs <= 1000, "between 1 and 1,000")
         self.require("minibatch_size", 2 <= self.minibatch_size <= 10**8, "between 2 and 100,000,000")
         self.require("lr", 0 < self.lr < 1, "in (0, 1)")
+        adaptive = self.lr_schedule == "adaptive"
+        self.require("lr", not adaptive or 1e-5 <= self.lr <= 1e-2, "between 1e-5 and 1e-2 where it is adaptive")
         self.require("desired_kl", self.desired_kl > 0, "above 0")
         self.require("target_kl", self.target_kl is None or self.target_kl > 0, "above 0, or null for none")
         self.require("clip", 0 < self.clip < 1, "in (0, 1)")

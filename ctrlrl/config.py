@@ -208,7 +208,7 @@ class OnPolicyConfig(TrainConfig):
     rollout_steps: int = 2_048
     """Environment steps between two updates, summed over environments, and rounded up to whole steps of all of them. A
     training that ends within a rollout leaves it to whoever resumes it."""
-    log_every: int = 10_000
+    log_every: int = 2_048
     """Environment steps between two lines of training metrics."""
 
     def check(self) -> None:

@@ -16,11 +16,13 @@ from ctrlrl.algorithms.ppo import PPO
 from ctrlrl.algorithms.ppo_config import PPOConfig
 from ctrlrl.envs.vector import Step
 from ctrlrl.errors import UsageError
+from ctrlrl.nn.execution import Captured
 from ctrlrl.replay.rollout import Rollout
-from ctrlrl.runs.checkpoint import pack
+from ctrlrl.runs.checkpoint import load_checkpoint, pack
+from ctrlrl.runs.folder import RunFolder
 from tests.runs import assert_same
 from tests.standins import MODULE
-from tests.test_execution import needs_compiler
+from tests.test_execution import needs_compiler, rerun
 from tests.test_pixels import MIXED
 from tests.test_pixels import make_batch as make_image_batch
 from tests.test_sac import Adam64
@@ -212,9 +214,22 @@ def test_the_first_minibatchs_ratio_is_one(space, recurrent):
     count = float(agent.normalizer.entry("obs").count)
     rollout = collect(agent, seed=1)
     seen = []
-    agent._step = lambda batch: seen.append(agent.step(batch)) or seen[-1]
+
+    def step(batch):
+        if not seen:
+            if recurrent == "none":
+                said = agent.policy.distribution(batch.obs).log_prob(batch.decision) - batch.log_prob
+            else:
+                said = agent.policy.unroll(batch.obs.transpose(0, 1), batch.policy_state, batch.start.t())[0]
+                rows = batch.rows()
+                said = torch.where(rows.mask, said.log_prob(rows.decision) - rows.log_prob, 0.0)
+            assert (said.exp() - 1).abs().max() <= 1e-6
+        seen.append(agent.step(batch))
+        return seen[-1]
+
+    agent._step = step
     agent.update(rollout)
-    assert abs(float(seen[0]["kl"])) < 1e-9 and float(seen[0]["clipped"]) == 0  # (r - 1)^2 / 2 of r = 1 + 1e-6 is 5e-13
+    assert float(seen[0]["clipped"]) == 0
     assert float(agent.normalizer.entry("obs").count) == count + 48  # each frame once, after the update
     assert float(seen[-1]["kl"]) > 1e-6
 
@@ -266,42 +281,116 @@ def test_a_time_limit_is_bootstrapped_with_the_value_of_the_true_last_observatio
 
 
 @pytest.mark.parametrize("recurrent", ["none", "gru"])
-def test_rows_that_are_no_transition_have_no_weight(recurrent):
+@pytest.mark.parametrize("worse", [1e3, float("nan")])
+def test_rows_that_are_no_transition_have_no_weight(recurrent, worse):
     c = {"recurrent": recurrent, "recurrent_size": 8, "sequence_length": 5, "minibatch_size": 60, "epochs": 1}
     agents = [PPO(OBS, ACT, PPOConfig(hidden=(16,), **c), seed=2) for _ in range(2)]
     results = []
-    for agent, junk in zip(agents, (0.0, 1e3), strict=True):
+    for agent, junk in zip(agents, (0.0, worse), strict=True):
         rollout = collect(agent, horizon=12, n=5, invalid=0.3)
         assert 5 < int((~rollout.valid).sum()) < 40
         rollout.reward[~rollout.valid] = junk
-        rollout.extras["decision"][~rollout.valid] += junk / 1e3
+        rollout.extras["decision"][~rollout.valid] += 0.0 if junk == 0 else 1.0
         rollout.final_obs[~rollout.valid] = junk
         agent.update(rollout)
         results.append(pack(agent.state_dict())[0])
     assert all(torch.equal(results[0][k], results[1][k]) for k in results[0])
+    assert all(value.isfinite().all() for value in results[0].values())
     assert float(agents[0].normalizer.entry("obs").count) == int(rollout.valid.sum())
+
+
+def by_hand(horizon: int, agent: PPO, values: list[float]) -> Rollout:
+    """One environment whose observation t has the value `values[t]`: the critic reads the first entry."""
+    layers = agent.critic.trunk
+    with torch.no_grad():
+        for layer in layers.parameters():
+            layer.zero_()
+        layers[0].weight[0, 0] = layers[2].weight[0, 0] = layers[4].weight[0, 0] = 1.0
+    rollout = Rollout(OBS, horizon=horizon, num_envs=1, extras={"decision": torch.zeros(1, 2)}, policy_state={})
+    rollout.begin(torch.tensor([[values[0], 0, 0, 0, 0]]))
+    no, yes = torch.zeros(1, dtype=torch.bool), torch.ones(1, dtype=torch.bool)
+    for value in values[1:]:
+        obs = torch.tensor([[value, 0, 0, 0, 0]])
+        rollout.add(Step(obs, no, torch.ones(1), no, no, obs, yes), {"decision": torch.zeros(1, 2)})
+    return rollout
+
+
+def test_a_trace_stops_before_a_row_that_is_no_transition():
+    settings = PLAIN | {"gamma": 0.5, "gae_lambda": 0.5, "activation": "relu"}
+    agent = PPO(OBS, ACT, PPOConfig(**settings))
+    rollout = by_hand(3, agent, [2.0, 8.0, 3.0, 4.0])
+    rollout.valid[1] = False
+    rollout.reward[1] = float("nan")
+    batch, metrics = agent.prepare(rollout)
+    # A_2 = 1 + .5*4 - 3 = 0; A_0 = 1 + .5*8 - 2 = 3, with nothing of what follows
+    assert batch.advantage.flatten().tolist()[::2] == [3.0, 0.0]
+    assert metrics["value_mean"] == 2.5
+    rollout.valid[1], rollout.reward[1] = True, 1.0
+    # A_1 = 1 + .5*3 - 8 = -5.5; A_0 = 3 + .25 * -5.5
+    assert agent.prepare(rollout)[0].advantage.flatten().tolist() == [3 - 0.25 * 5.5, -5.5, 0.0]
+
+
+@pytest.mark.parametrize("recurrent", ["none", "gru"])
+@pytest.mark.parametrize("valid", [0, 1, 7])
+def test_hardly_any_row_counts(recurrent, valid):
+    """Minibatches without a single row that counts, or a whole rollout of them."""
+    c = {"recurrent": recurrent, "recurrent_size": 8, "sequence_length": 4, "minibatch_size": 4, "epochs": 2}
+    agent = PPO(OBS, ACT, PPOConfig(hidden=(8,), lr_schedule="adaptive", **c))
+    rollout = collect(agent, horizon=10, n=4)
+    rollout.valid.view(-1)[valid:] = False
+    before = [p.detach().clone() for p in agent.optimizer.parameters]
+    metrics, updates = agent.update(rollout)
+    assert all(value.isfinite() for value in metrics.values())
+    assert all(value.isfinite().all() for value in pack(agent.state_dict())[0].values())
+    moved = [not torch.equal(a, b) for a, b in zip(before, agent.optimizer.parameters, strict=True)]
+    assert (updates == 0 and not any(moved)) if valid == 0 else any(moved)
+
+
+def test_rows_that_count_are_dealt_out_evenly():
+    agent = PPO(OBS, ACT, PPOConfig(**PLAIN, minibatch_size=12, epochs=1))
+    rollout = collect(agent, horizon=12, n=4)
+    rollout.valid.view(-1)[8:] = False
+    shares = []
+    agent._step = lambda batch: shares.append(int(batch.mask.sum())) or agent.step(batch)
+    agent.update(rollout)
+    assert shares == [2, 2, 2, 2]
+
+
+def test_sequences_are_no_longer_than_a_rollout_and_minibatches_as_large_as_asked_for():
+    c = {"recurrent": "gru", "recurrent_size": 8, "sequence_length": 1000, "minibatch_size": 32, "epochs": 1}
+    agent = PPO(OBS, ACT, PPOConfig(**PLAIN, **c))
+    rollout = collect(agent, horizon=8, n=16)
+    assert agent.prepare(rollout)[0].obs.shape == (16, 8, 5)
+    assert agent.update(rollout)[1] == 4
+
+
+def test_a_small_deviation_does_not_overflow_where_rows_do_not_count():
+    space = gym.spaces.Box(-1, 1, (17,))
+    c = {"recurrent": "gru", "recurrent_size": 8, "sequence_length": 8, "log_std": -7.0}
+    agent = PPO(OBS, space, PPOConfig(**PLAIN, **c))
+    metrics, _ = agent.update(collect(agent, horizon=9))
+    assert all(value.isfinite() for value in metrics.values())
 
 
 def test_a_recurrent_layer_starts_anew_with_each_episode_and_sequences_are_filled_up():
     agent = PPO(OBS, ACT, PPOConfig(**PLAIN, recurrent="gru", recurrent_size=8, sequence_length=5))
-    rollout = collect(agent)
+    rollout = collect(agent, horizon=11)
     batch, _ = agent.prepare(rollout)
-    assert batch.obs.shape == (12, 5, 5)  # three stretches of 12 steps, four environments
-    assert batch.mask.sum() == 48 and not batch.mask[8:, 2:].any()
+    assert batch.obs.shape == (12, 4, 5)  # three stretches of 11 steps, as equal as they can be, four environments
+    assert batch.mask.sum() == 44 and not batch.mask[8:, 3].any()
     # The start of each sequence, by hand: step by step from the rollout's start.
     state = agent.policy.initial_state(4)
-    for t in range(10):
-        if t % 5 == 0:
+    for t in range(9):
+        if t % 4 == 0:
             here = {k: v * ~rollout.start[t][:, None] for k, v in state.items()}
-            assert torch.allclose(batch.policy_state["h"][4 * (t // 5) : 4 * (t // 5) + 4], here["h"], atol=1e-6)
+            assert torch.allclose(batch.policy_state["h"][t : t + 4], here["h"], atol=1e-6)
         state = agent.policy.reset(state, rollout.start[t])
         _, state, _ = agent.policy.act(rollout.obs[t], state)
-    assert rollout.start[1:12].any()
     # What came before an episode's start does not matter after it.
-    row, env = (int(x[0]) for x in (rollout.start[1:12]).nonzero(as_tuple=True))
+    row, env = (int(x[0]) for x in (rollout.start[1:11]).nonzero(as_tuple=True))
     rollout.obs[row, env] += 1.0  # the last observation before
     changed, _ = agent.prepare(rollout)
-    ours, theirs = (b.log_prob.view(3, 4, 5).transpose(1, 2).flatten(0, 1)[:12, env] for b in (batch, changed))
+    ours, theirs = (b.log_prob.view(3, 4, 4).transpose(1, 2).flatten(0, 1)[:11, env] for b in (batch, changed))
     assert ours[row] != theirs[row] and torch.equal(ours[row + 1 :], theirs[row + 1 :])
 
 
@@ -379,7 +468,10 @@ def test_a_divergence_beyond_target_kl_ends_the_epochs():
 def test_the_adaptive_step_size_follows_the_divergence_and_is_saved():
     agent = PPO(OBS, ACT, PPOConfig(**PLAIN, lr=1e-3, lr_schedule="adaptive", epochs=1, minibatch_size=48))
     agent.update(collect(agent))
-    assert agent.lr.item() == pytest.approx(1.5e-3)  # nothing moved yet
+    assert agent.lr.item() == pytest.approx(1e-3)  # nothing had moved yet
+    batch, _ = agent.prepare(collect(agent))
+    agent.step(replace(batch, log_prob=batch.log_prob + 0.01))  # a ratio of 0.99
+    assert agent.lr.item() == pytest.approx(1.5e-3)
     batch, _ = agent.prepare(collect(agent))
     noise = torch.randn(batch.log_prob.shape, generator=torch.Generator().manual_seed(0))
     agent.step(replace(batch, log_prob=batch.log_prob + noise))
@@ -394,7 +486,8 @@ def test_the_step_size_is_what_adam_uses():
     for schedule in ("constant", "adaptive"):
         agent = PPO(OBS, ACT, PPOConfig(**PLAIN, lr=1e-3, lr_schedule=schedule, epochs=1, minibatch_size=48), seed=3)
         before = agent.critic.trunk[0].weight.detach().clone()
-        agent.update(collect(agent))
+        batch, _ = agent.prepare(collect(agent))
+        agent.step(replace(batch, log_prob=batch.log_prob + 0.01))
         moves[schedule] = (agent.critic.trunk[0].weight.detach() - before).abs().max().item()
     assert moves["adaptive"] == pytest.approx(1.5 * moves["constant"], rel=1e-3)
 
@@ -540,6 +633,101 @@ def test_a_training_shorter_than_a_rollout_says_so(tmp_path):
     assert (
         "no update will run: a rollout takes 60 steps, and the training 30" in (run.path / "metrics.jsonl").read_text()
     )
+
+
+class Masked(gym.Env):
+    """Of three actions two exist, in turns; each costs something but the first one there is. With features of each."""
+
+    def __init__(self, candidates: bool = False) -> None:
+        spaces = {"obs": gym.spaces.Box(-1, 1, (2,)), "action_mask": gym.spaces.Box(0, 1, (3,), np.int8)}
+        if candidates:
+            spaces["candidates"] = gym.spaces.Box(-1, 1, (3, 2))
+        self.observation_space, self.action_space = gym.spaces.Dict(spaces), gym.spaces.Discrete(3, start=1)
+
+    def observe(self):
+        self.allowed = np.ones(3, np.int8)
+        self.allowed[self.t % 3] = 0
+        obs = {"obs": np.float32([self.t / 10, 1]), "action_mask": self.allowed}
+        if "candidates" in self.observation_space.spaces:
+            obs["candidates"] = self.np_random.uniform(-1, 1, (3, 2)).astype(np.float32)
+        return {name: obs[name] for name in self.observation_space.spaces}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        assert self.allowed[action - 1], "an action that does not exist"
+        reward, self.t = -float(action - 1 != self.allowed.argmax()), self.t + 1
+        obs = self.observe()
+        if self.t == 6:
+            obs["action_mask"] = np.zeros(3, np.int8)  # nothing can be done any more
+        return obs, reward, self.t == 6, False, {}
+
+
+@pytest.mark.parametrize("recurrent", ["none", "lstm"])
+@pytest.mark.parametrize("candidates", [False, True])
+def test_masked_actions_are_never_taken_and_get_no_gradient(tmp_path, recurrent, candidates):
+    how = {"num_envs": 2, "rollout_steps": 30, "eval_every": 90, "checkpoint_every": 50}
+    agent = {"hidden": [16], "minibatch_size": 15, "recurrent": recurrent, "recurrent_size": 8, "sequence_length": 5}
+    settings = SMALL | how | {"agent": agent, "env": lambda: Masked(candidates)}
+    ctrlrl.train("ppo", out=str(tmp_path / "whole"), **settings | {"steps": 130})
+    ctrlrl.train("ppo", out=str(tmp_path / "parts"), **settings | {"steps": 90})
+    ctrlrl.resume(tmp_path / "parts", steps=130, quiet=True, env=settings["env"])
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+    env = Masked(candidates)
+    trained = PPO(env.observation_space, env.action_space, PPOConfig(**PLAIN))
+    assert not {"action_mask", "candidates"} & {*trained.policy.encoder.names}
+    obs = {name: torch.as_tensor(value)[None] for name, value in env.reset(seed=0)[0].items()}
+    distribution = trained.policy.distribution(obs)
+    assert distribution.probs.flatten().tolist()[0] == 0
+    out = trained.policy.trunk[-1].weight
+    (gradient,) = torch.autograd.grad(distribution.log_prob(torch.tensor([[1]])).sum(), out)
+    assert candidates or (not gradient[0].any() and gradient[1].any())
+
+
+def test_a_mask_for_actions_that_are_not_discrete_is_refused():
+    with pytest.raises(UsageError, match=r"agent\.action_mask names 'legal', but there is nothing to mask"):
+        PPO(OBS, ACT, PPOConfig(action_mask="legal"))
+
+
+@pytest.mark.parametrize("recurrent", ["none", "gru"])
+def test_reset_rows_of_a_vector_environment_are_no_transitions(tmp_path, recurrent):
+    """Gymnasium's own autoreset takes a step of its own, here every second one."""
+
+    class Short(Probe):
+        def __init__(self):
+            super().__init__(lambda obs, action: obs)
+
+    env = gym.vector.SyncVectorEnv([Short] * 4)
+    agent = {"hidden": [8], "minibatch_size": 4, "recurrent": recurrent, "recurrent_size": 8, "sequence_length": 8}
+    settings = SMALL | {"num_envs": 4, "rollout_steps": 36, "steps": 400, "eval_every": 0, "agent": agent}
+    run = ctrlrl.train("ppo", env, out=str(tmp_path / "r"), **settings)
+    state = load_checkpoint(RunFolder(run.path).find_checkpoint("last"))
+    count = state["agent"]["policy"]["normalizer.entries.obs.count"].item()
+    assert state["loop"]["env_steps"] == 400 and 350 < count <= 400  # each transition once, none of a reset
+
+
+@pytest.mark.parametrize("recurrent", ["none", "gru"])
+def test_captured_minibatches_equal_eager_ones(recurrent):
+    c = PPOConfig(
+        hidden=(8,), recurrent=recurrent, recurrent_size=8, minibatch_size=12, epochs=2, lr_schedule="adaptive"
+    )
+    eager, captured = PPO(OBS, ACT, c, seed=1), PPO(OBS, ACT, c, seed=1)
+    captured._step = Captured(captured.step, captured._changing, rerun)
+    for i in range(2):
+        ours, theirs = (agent.update(collect(agent, seed=i))[0] for agent in (captured, eager))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    left, right = pack(captured.state_dict())[0], pack(eager.state_dict())[0]
+    assert all(torch.equal(left[k], right[k]) for k in right)
+
+
+def test_a_rollout_that_does_not_fit_into_memory_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"a rollout of 1,000,000,000 steps takes .* lower --rollout-steps"):
+        ctrlrl.train("ppo", "Pendulum-v1", out=str(tmp_path / "r"), **SMALL | {"rollout_steps": 10**9, "num_envs": 1})
+    assert not (tmp_path / "r").exists()
 
 
 def test_images_are_seen_by_one_convolution_that_both_losses_train():

@@ -13,12 +13,13 @@ import ctrlrl
 from ctrlrl.algorithms.td3 import TD3
 from ctrlrl.algorithms.td3_config import DDPGConfig, TD3Config
 from ctrlrl.errors import UsageError
+from ctrlrl.nn.execution import Captured
 from ctrlrl.nn.vision import Convolution
 from ctrlrl.replay.batch import Batch
 from ctrlrl.runs.checkpoint import load_checkpoint, pack
 from ctrlrl.runs.folder import RunFolder
 from tests.runs import SMALL
-from tests.test_execution import needs_compiler
+from tests.test_execution import needs_compiler, rerun
 from tests.test_pixels import IMAGE, MIXED
 from tests.test_pixels import make_batch as make_image_batch
 from tests.test_sac import ACT, OBS, Adam64, Reference, make_batch
@@ -246,10 +247,20 @@ def test_compiled_updates_equal_eager_ones():
     assert all(torch.allclose(left[name].double(), right[name].double(), atol=1e-5) for name in right)
 
 
+def test_captured_steps_of_both_kinds_equal_eager_ones():
+    eager, captured = (TD3(OBS, ACT, TD3Config(hidden=(16,)), seed=1) for _ in range(2))
+    captured._steps = {k: Captured(step, captured._changing, rerun) for k, step in captured._steps.items()}
+    for i in range(3):
+        ours, theirs = captured.update(make_batch(i, groups=3)), eager.update(make_batch(i, groups=3))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    left, right = pack(captured.state_dict())[0], pack(eager.state_dict())[0]
+    assert all(torch.equal(left[k], right[k]) for k in right)
+
+
 @pytest.mark.parametrize(
     ("config", "space", "message"),
     [
-        (TD3Config(), gym.spaces.Discrete(3), "TD3 needs continuous actions .* there is sac-discrete and ppo"),
+        (TD3Config(), gym.spaces.Discrete(3), "TD3 needs continuous actions .* there are sac-discrete and ppo"),
         (DDPGConfig(), gym.spaces.MultiDiscrete([3, 2]), "DDPG needs continuous actions .* for which there is ppo"),
         (TD3Config(), gym.spaces.Box(-np.inf, np.inf, (2,)), "TD3 needs finite action bounds"),
     ],

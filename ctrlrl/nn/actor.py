@@ -109,6 +109,10 @@ def make_head(
     """
     if isinstance(action_space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
         return CategoricalHead(make_choices(observation_space, action_space, action_mask))
+    if action_mask is not None:
+        raise UsageError(
+            f"agent.action_mask names {action_mask!r}, but there is nothing to mask: the environment has {action_space}"
+        )
     if isinstance(action_space, gym.spaces.Box) and action_space.shape and (action_space.low < action_space.high).all():
         return GaussianHead(observation_space, action_space, log_std)
     raise UsageError(

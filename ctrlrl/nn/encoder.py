@@ -209,7 +209,10 @@ def make_encoder(
     Images that the encoder `shared` reads too are seen through the same convolution, of which there is only one then.
     """
     if make is not None and normalizer is not None:
-        raise UsageError("agent.normalize_obs goes with the built-in networks; normalize inside your encoder instead")
+        raise UsageError(
+            "agent.normalize_obs goes with the built-in networks; turn it off (agent={'normalize_obs': False}) and "
+            "normalize inside your encoder instead"
+        )
     return FlatEncoder(space, normalizer, shared) if make is None else CustomEncoder(space, make)
 
 

@@ -39,6 +39,7 @@ class RunningNormalizer(nn.Module):
     def update(self, rows: Tensor, valid: Tensor) -> None:
         """Take in `rows` (N, *shape) where `valid` (N,) is true, each once."""
         rows = rows.to(torch.float64)
+        rows = torch.where(valid.view(-1, *[1] * (rows.dim() - 1)), rows, 0.0)  # what is left out may be NaN
         weight = valid.to(torch.float64).view(-1, *[1] * (rows.dim() - 1))
         count = weight.sum()
         mean = (rows * weight).sum(0) / count.clamp(min=1)

@@ -107,9 +107,9 @@ class ActionScaling(nn.Module):
 def require_bounded_box(space: gym.Space[Any], algorithm: str) -> gym.spaces.Box:
     """`space` as a Box with finite bounds, or a `UsageError` that says what to do instead."""
     if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete):
-        instead = "sac-discrete and ppo" if isinstance(space, gym.spaces.Discrete) else "ppo"
+        instead = "are sac-discrete and ppo" if isinstance(space, gym.spaces.Discrete) else "is ppo"
         raise UsageError(
-            f"{algorithm} needs continuous actions (Box); the environment has {space}, for which there is {instead}"
+            f"{algorithm} needs continuous actions (Box); the environment has {space}, for which there {instead}"
         )
     if not isinstance(space, gym.spaces.Box) or not len(space.shape):
         raise UsageError(f"{algorithm} needs a Box of actions with at least one dimension; the environment has {space}")

@@ -35,6 +35,16 @@ Estimator = Callable[[Decisions, float], Tensor]
 """`estimator(decisions, trace)`: advantages (T, N, D), 0 where there is no decision; `trace` is lambda."""
 
 
+def ends(ended: Tensor, valid: Tensor) -> Tensor:
+    """Where traces stop, (T, N) bool: rows after which an episode is over, or whose successor is no transition.
+
+    Args:
+        ended: (T, N) bool, terminated or truncated.
+        valid: (T, N) bool; what follows the last row counts as a transition.
+    """
+    return ended | ~torch.cat([valid[1:], torch.ones_like(valid[:1])])
+
+
 def next_values(value: Tensor, last_value: Tensor, final_value: Tensor, cut: Tensor, mask: Tensor) -> Tensor:
     """V after each decision (T, N, D).
 

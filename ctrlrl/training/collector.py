@@ -57,7 +57,7 @@ class Collector:
         with products_of(self.env.num_envs):
             action, state, extras = self.policy.act(obs_to(self.obs, device), self.policy_state, explore=True)
         if random:
-            mask = self.policy.mask(self.obs)
+            mask = self.policy.mask(obs_to(self.obs, device))
             action = random_actions(self.env.action_space, self.env.num_envs, self.generator, mask)
         step = self.env.step(action.to(self.env.device))
         require_finite(self.env, step, step.valid, self.lengths)
@@ -140,7 +140,9 @@ def random_actions(space: gym.Space[Any], n: int, generator: torch.Generator, ma
     """`n` uniformly random actions (n, ...) of a bounded space, in the environment's units; of a discrete one only what
     exists by `mask` (n, decisions, choices)."""
     if mask is not None:
-        choice = torch.multinomial(mask.flatten(0, 1).float(), 1, generator=generator).view(n, *(space.shape or ()))
+        choice = torch.multinomial(mask.flatten(0, 1).float().cpu(), 1, generator=generator).view(
+            n, *(space.shape or ())
+        )
         return choice + torch.as_tensor(space.start)  # type: ignore[attr-defined]
     if isinstance(space, gym.spaces.Box):
         low, high = torch.as_tensor(space.low, dtype=torch.float32), torch.as_tensor(space.high, dtype=torch.float32)

@@ -98,6 +98,8 @@ class Loop(ABC):
         counters = (state or {}).get("loop", {})
         self.env_steps: int = counters.get("env_steps", 0)
         self.updates: int = counters.get("updates", 0)
+        self._looked_at = self.updates
+        """Update at which all was finite."""
         self.seconds: float = counters.get("seconds", 0.0)
         self.best: dict[str, Any] | None = (state or {}).get("best")
         self._evaluated_at: int = counters.get("evaluated_at", 0)
@@ -225,9 +227,8 @@ class Loop(ABC):
             self._sums[name] = torch.zeros_like(metrics[name])
         torch._foreach_add_([self._sums[name] for name in metrics], list(metrics.values()), alpha=updates)
         self._summed.update(dict.fromkeys(metrics, updates))
-        checked = self.updates // CHECK_EVERY
         self.updates += updates
-        if self.updates // CHECK_EVERY > checked:
+        if self.updates - self._looked_at >= CHECK_EVERY:
             self._require_finite()
 
     def _require_finite(self, agent: dict[str, Any] | None = None) -> None:
@@ -235,6 +236,7 @@ class Loop(ABC):
         suspects = self._sums if agent is None else self._sums | pack(agent)[0]
         bad = [name.strip("/") for name in _non_finite(suspects) if name not in self._infinite]
         if not bad:
+            self._looked_at = self.updates
             return
         post_mortem = save_checkpoint(
             self.folder.path,
@@ -244,7 +246,7 @@ class Loop(ABC):
         last = self.folder.step_checkpoints()
         go_on = f"The last good checkpoint is {last[-1]}. " if last else "No checkpoint had been written yet. "
         raise NonFiniteError(
-            f"training became non-finite within the last {CHECK_EVERY} updates before update {self.updates:,} "
+            f"training became non-finite between update {self._looked_at:,} and update {self.updates:,} "
             f"(step {self.env_steps:,}): {', '.join(bad[:4])}. {go_on}"
             f"{self.advice} Weights, and what they were last trained on: {post_mortem}"
         )

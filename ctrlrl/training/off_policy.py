@@ -40,7 +40,7 @@ class OffPolicyLoop(Loop):
     def __init__(self, *, state: dict[str, Any] | None = None, **shared: Any) -> None:
         super().__init__(state=state, **shared)
         self.buffer: ReplayBuffer = self.memory
-        group = 2 * self.agent.config.batch_size * _bytes_of(self.env.observation_space)  # obs and next_obs
+        group = 2 * self.agent.config.batch_size * bytes_of(self.env.observation_space)  # obs and next_obs
         self._max_groups = max(1, min(MAX_GROUPS, MAX_SAMPLED_BYTES // group))
         self._segments: list[dict[str, Any]] = (state or {}).get("replay", {}).get("segments", [])
         self._recent: deque[tuple[int, Tensor]] = deque(maxlen=KEPT_BATCHES)
@@ -123,10 +123,10 @@ class OffPolicyLoop(Loop):
 
 def transition_bytes(config: OffPolicyConfig, env: VectorEnv) -> int:
     """Bytes of one transition in the replay: observation (one frame of a stack), action, reward, flags, indices."""
-    return 24 + _bytes_of(env.observation_space, config.frame_stack) + _bytes_of(env.action_space)
+    return 24 + bytes_of(env.observation_space, config.frame_stack) + bytes_of(env.action_space)
 
 
-def _bytes_of(space: gym.Space[Any], frame_stack: int = 1) -> int:
+def bytes_of(space: gym.Space[Any], frame_stack: int = 1) -> int:
     """Bytes of one observation or action as it is stored, of stacked images one frame of `frame_stack`."""
     out = 0
     for entry in space.spaces.values() if isinstance(space, gym.spaces.Dict) else [space]:

@@ -11,9 +11,11 @@ from torch import Tensor
 from ctrlrl.algorithms.agent import OnPolicyAgent
 from ctrlrl.config import OnPolicyConfig
 from ctrlrl.envs.vector import Step, VectorEnv
+from ctrlrl.errors import UsageError
 from ctrlrl.replay.rollout import Rollout
 from ctrlrl.runs.folder import RunFolder
-from ctrlrl.training.loop import Loop
+from ctrlrl.training.loop import Loop, memory_of
+from ctrlrl.training.off_policy import bytes_of
 from ctrlrl.tree import Obs, obs_to
 
 
@@ -31,6 +33,12 @@ class OnPolicyLoop(Loop):
 
     @staticmethod
     def make_memory(config: OnPolicyConfig, env: VectorEnv, agent: OnPolicyAgent, obs: Obs) -> Rollout:
+        needed, there = 3 * rollout_bytes(config, env), memory_of(agent.device)  # it, and twice its shuffled copies
+        if needed > there:
+            raise UsageError(
+                f"a rollout of {config.horizon * config.num_envs:,} steps takes {needed / 2**30:,.1f} GiB to learn "
+                f"from, and {agent.device} has {there / 2**30:,.1f} GiB of memory: lower --rollout-steps"
+            )
         policy = agent.policy
         state = policy.initial_state(config.num_envs)
         return Rollout(
@@ -53,7 +61,7 @@ class OnPolicyLoop(Loop):
 
     @staticmethod
     def stored_bytes(config: OnPolicyConfig, env: VectorEnv) -> int:
-        return 0  # a rollout is part of a checkpoint
+        return (config.keep_checkpoints + 1) * rollout_bytes(config, env)  # a rollout is part of each
 
     def start_remark(self) -> str:
         needed = self.config.horizon * self.config.num_envs
@@ -68,7 +76,14 @@ class OnPolicyLoop(Loop):
         if self.rollout.full:
             metrics, updates = self.agent.update(self.rollout)
             self.rollout.clear(self.collector.policy_state)
-            self._take(metrics, updates)
+            if updates:  # none, where no row was a transition
+                self._take(metrics, updates)
 
     def _memory(self) -> dict[str, Any]:
         return {"rollout": self.rollout.state_dict()}
+
+
+def rollout_bytes(config: OnPolicyConfig, env: VectorEnv) -> int:
+    """Bytes of a full rollout: observations before and after each step, decisions, rewards and flags."""
+    row = 2 * bytes_of(env.observation_space) + bytes_of(env.action_space) + 12
+    return config.horizon * config.num_envs * row

@@ -233,6 +233,9 @@ class _Session:
             spaces = self.env.observation_space
             entries = list(spaces.spaces.values()) if isinstance(spaces, gym.spaces.Dict) else [spaces]
             plain = network is None and encoder is None and not any(map(is_image, entries))
+            agent = config.agent  # type: ignore[attr-defined]
+            if getattr(agent, "recurrent", "none") != "none":  # unrolled, that takes minutes to compile
+                plain = False
             config, self.remark = settle_execution(config, self.device, plain=plain, resumed=resumed)
             self.config = config
             self.agent: Agent = algorithm.load_agent_class()(

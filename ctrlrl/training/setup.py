@@ -83,7 +83,8 @@ def settle_execution(
     Args:
         config: as asked for.
         device: the learner's.
-        plain: whether observations are vectors and the networks are the built-in ones, which can be compiled for sure.
+        plain: whether observations are vectors and the networks are the built-in ones without memory, which can be
+            compiled for sure, and soon.
         resumed: whether a run goes on, perhaps on another machine: then it goes on eagerly where it must.
 
     Raises:
