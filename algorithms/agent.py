@@ -179,11 +179,11 @@ class OffPolicyAgent(Agent):
         shape = (groups, 2, rows, 2)
         return torch.randint(0, 2 * pad + 1, shape, generator=self.generator, device=self.device)
 
-    def see(self, batch: Batch, shift: Tensor | None) -> tuple[Obs, Obs, Obs, Obs]:
+    def see(self, batch: Batch, shift: Tensor | None, *, target_policy: bool = False) -> tuple[Obs, Obs, Obs, Obs]:
         """The observations with images shifted and seen, once for all networks.
 
-        Returns those for the critics' loss, the same without its gradient, the next ones for the policy, and for the
-        target critics, which see through convolutions of their own.
+        Returns those for the critics' loss, the same without its gradient, the next ones for the policy (or the target
+        policy, which sees as the target critics do), and for the target critics, whose convolutions are their own.
         """
         obs, next_obs, encoder = batch.obs, batch.next_obs, self.critics.encoder
         if shift is not None:
@@ -191,7 +191,9 @@ class OffPolicyAgent(Agent):
             obs, next_obs = encoder.shifted(obs, shift[0], pad), encoder.shifted(next_obs, shift[1], pad)
         seen = encoder.see(obs)
         with torch.no_grad():
-            return seen, map_obs(Tensor.detach, seen), encoder.see(next_obs), self.target_critics.encoder.see(next_obs)
+            for_targets = self.target_critics.encoder.see(next_obs)
+            for_policy = for_targets if target_policy else encoder.see(next_obs)
+            return seen, map_obs(Tensor.detach, seen), for_policy, for_targets
 
     def actor_parameters(self) -> list[nn.Parameter]:
         """The policy's, without the convolutions that it shares with the critics, whose loss trains them."""

@@ -83,7 +83,7 @@ class DSAC(SAC):
         """One gradient step on `batch` [B, ...] with noise (2, B, A), for images a shift (2, B, 2), and z (B,)."""
         (z,) = rest
         alpha = self.log_alpha.detach().exp()
-        critic_obs, obs, _, next_obs = self.see(batch, shift)  # the target policy sees what the target critics see
+        critic_obs, obs, next_obs, _ = self.see(batch, shift, target_policy=True)
 
         # Critics: minus the log-likelihood of the sampled target.
         with torch.no_grad():

@@ -111,7 +111,7 @@ class PPO(OnPolicyAgent):
         self.config = c = config or PPOConfig()
         head = make_head(observation_space, action_space, "PPO", log_std=c.log_std, action_mask=c.action_mask)
         with self._weights_from(seed):
-            networks = Networks(head.observation_space, c, network, encoder)
+            networks = Networks(head.observation_space, c, network, encoder, one_loss=True)
             self.normalizer = networks.normalizer
             kind, size = c.recurrent, c.recurrent_size
             encoder_, outputs = networks.policy_encoder, head.outputs

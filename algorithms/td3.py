@@ -91,7 +91,7 @@ class TD3(OffPolicyAgent):
     ) -> dict[str, Tensor]:
         """One gradient step on `batch` [B, ...] with standard normal noise (B, A) and, for images, shift (2, B, 2)."""
         c = self.config
-        critic_obs, obs, _, next_obs = self.see(batch, shift)  # the target policy sees what the target critics see
+        critic_obs, obs, next_obs, _ = self.see(batch, shift, target_policy=True)
 
         # Target policy smoothing, eq. 14: a' = pi'(s') + clip(eps, -c, c); clipped double Q, eq. 10.
         with torch.no_grad():

@@ -744,6 +744,8 @@ def test_images_are_seen_by_one_convolution_that_both_losses_train():
         action, _, extras = agent.policy.act({k: v[t] for k, v in batch.obs.items()}, explore=True)
         rollout.add(Step(obs, action, batch.reward[t], no, no, obs, ~no), extras)
     assert all(value.dtype == torch.uint8 for value in rollout.obs.values() if value.dim() > 3)
+    blind = PPO(MIXED, ACT, PPOConfig(hidden=(16,), critic_obs=("speed",)))  # the policy's own loss trains what it sees
+    assert not {*blind.policy.parameters()} & {*blind.critic.parameters()}
     before = {p: p.detach().clone() for p in shared}
     agent.update(rollout)
     assert all(not torch.equal(p, value) for p, value in before.items())

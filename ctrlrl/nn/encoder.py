@@ -105,7 +105,12 @@ class FlatEncoder(Encoder):
     """
 
     def __init__(
-        self, space: gym.Space[Any], normalizer: ObservationNormalizer | None, shared: Encoder | None = None
+        self,
+        space: gym.Space[Any],
+        normalizer: ObservationNormalizer | None,
+        shared: Encoder | None = None,
+        *,
+        trains_shared: bool = True,
     ) -> None:
         super().__init__()
         spaces = space.spaces if isinstance(space, gym.spaces.Dict) else {"obs": space}
@@ -119,7 +124,7 @@ class FlatEncoder(Encoder):
                 self.convolutions[key] = former[key] if key in former else Convolution(shape, name)
                 self.projections[key] = projection(self._convolution(name).out_features)
             self.out_features += FEATURES if is_image(entry) else math.prod(shape)
-        if unseen := former.keys() - self.convolutions.keys():
+        if trains_shared and (unseen := former.keys() - self.convolutions.keys()):
             raise UsageError(
                 f"the policy reads the image {min(unseen)!r} (agent.policy_obs) and the critics do not: their loss "
                 "trains the convolution. Name it in agent.critic_obs too, or pass a network of your own as encoder=..."
@@ -203,17 +208,24 @@ def make_encoder(
     make: EncoderFactory | None,
     normalizer: ObservationNormalizer | None,
     shared: Encoder | None = None,
+    *,
+    trains_shared: bool = True,
 ) -> Encoder:
     """The encoder of one network, for the part of the observation (`space`) that it reads.
 
     Images that the encoder `shared` reads too are seen through the same convolution, of which there is only one then.
+    Where the loss of this network alone trains them (`trains_shared`), it must read all that `shared` reads.
     """
     if make is not None and normalizer is not None:
         raise UsageError(
             "agent.normalize_obs goes with the built-in networks; turn it off (agent={'normalize_obs': False}) and "
             "normalize inside your encoder instead"
         )
-    return FlatEncoder(space, normalizer, shared) if make is None else CustomEncoder(space, make)
+    return (
+        FlatEncoder(space, normalizer, shared, trains_shared=trains_shared)
+        if make is None
+        else CustomEncoder(space, make)
+    )
 
 
 def _key(name: str) -> str:

@@ -101,6 +101,7 @@ class Networks:
         settings: layers, groups, whether to normalize.
         network: `factory(in_features, out_features)`, instead of multilayer perceptrons.
         encoder: `factory(space)`, instead of the built-in one for vectors and images.
+        one_loss: whether policy and critics are trained by one loss; else that of the critics trains shared parts.
     """
 
     def __init__(
@@ -109,7 +110,10 @@ class Networks:
         settings: NetworkSettings,
         network: NetworkFactory | None = None,
         encoder: EncoderFactory | None = None,
+        *,
+        one_loss: bool = False,
     ) -> None:
+        self._one_loss = one_loss
         self._space, self._settings, self._network, self._make_encoder = observation_space, settings, network, encoder
         self.normalizer = ObservationNormalizer(observation_space) if settings.normalize_obs else None
         space = group_space(observation_space, settings.policy_obs or policy_groups(observation_space))
@@ -123,7 +127,13 @@ class Networks:
         """The encoder of what critics read; images that the policy reads too are seen by the same convolution."""
         groups = self._settings.critic_obs or critic_groups(self._space)
         space = group_space(self._space, groups)
-        return make_encoder(space, self._make_encoder, self.normalizer, shared=self.policy_encoder)
+        return make_encoder(
+            space,
+            self._make_encoder,
+            self.normalizer,
+            shared=self.policy_encoder,
+            trains_shared=not self._one_loss,
+        )
 
     def critics(self, members: int, *, actions: int = 0, outputs: int = 1, layer_norm: bool = False) -> Critics:
         """`members` critics of observations and of `actions` numbers besides, with `outputs` each."""
