@@ -140,7 +140,9 @@ class PPO(OnPolicyAgent):
             seen = map_obs(lambda value: value[:-1].flatten(0, 1), rollout.obs)
             self.normalizer.update(seen, rollout.valid.flatten())
         means = {name: torch.stack([one[name] for one in history]).mean() for name in history[0]} if history else {}
-        return metrics | means | {"lr": self.lr.clone()}, len(history)
+        if self.config.lr_schedule == "adaptive":
+            metrics["lr"] = self.lr.clone()
+        return metrics | means, len(history)
 
     def _epochs(self, data: RolloutBatch) -> list[dict[str, Tensor]]:
         """Gradient steps on all minibatches of all epochs; returns the metrics of each."""

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# What a machine with a GPU has to show: updates eager, compiled and captured agree, how fast they are, and a short
-# training in two parts that ends with the bits of one in one part. Prints Markdown for docs/benchmarks.md; exit code 0 if all of it holds.
+# What a machine with a GPU has to show: updates eager, compiled and captured agree, how fast they are, and short
+# trainings in two parts that end with the bits of one in one part. Prints Markdown for docs/benchmarks.md; exit code 0
+# if all of it holds.
 #
 #     scripts/gpu_check.sh            # with the interpreter of .venv; PYTHON=... takes another
 set -euo pipefail
@@ -25,23 +26,35 @@ for batch in 256 4096; do
 done
 "$python" scripts/bench_update.py --device cuda --ways eager/float32 --rounds 1 --profile || failed=1
 
-echo
-echo "a training on the GPU, captured, in two halves, the second by resuming, against one in one go:"
-train=("$python" -m ctrlrl train sac --env Pendulum-v1 --device cuda --agent.execution captured --seed 1
-    --learning-starts 500 --eval-every 0 --no-video --checkpoint-every 1000)
-"${train[@]}" --steps 1000 --out "$out/halves" >"$out/log" 2>&1 || { cat "$out/log"; failed=1; }
-"$python" -m ctrlrl resume "$out/halves" --steps 2000 >>"$out/log" 2>&1 || { cat "$out/log"; failed=1; }
-"${train[@]}" --steps 2000 --out "$out/whole" >"$out/log" 2>&1 || { cat "$out/log"; failed=1; }
-"$python" - "$out/halves" "$out/whole" <<'PY' || failed=1
+halves_equal_whole() { # ALGO ENV: a training captured, in two halves, the second by resuming, against one in one go
+    local train=("$python" -m ctrlrl train "$1" --env "$2" --device cuda --agent.execution captured --seed 1
+        --eval-every 0 --no-video --checkpoint-every 1000 "${@:3}")
+    local at="$out/$1"
+    {
+        "${train[@]}" --steps 1000 --out "$at-halves" && "$python" -m ctrlrl resume "$at-halves" --steps 2000 &&
+            "${train[@]}" --steps 2000 --out "$at-whole"
+    } >"$out/log" 2>&1 || { tail -20 "$out/log"; return 1; }
+    "$python" - "$1" "$at-halves" "$at-whole" <<'PY'
 import sys
-
-import torch
 
 import ctrlrl
 
-a, b = (ctrlrl.load(path, checkpoint="last").policy.state_dict() for path in sys.argv[1:])
-apart = max(float((a[k] - b[k]).abs().max()) for k in a)
-print("the same bits" if apart == 0 else f"not the same bits: weights differ by up to {apart:.1e}")
+algo, *runs = sys.argv[1:]
+a, b = (ctrlrl.load(path, checkpoint="last").policy.state_dict() for path in runs)
+apart = max(float((a[k].float() - b[k].float()).abs().max()) for k in a)
+print(f"| {algo} | " + ("the same bits" if apart == 0 else f"weights differ by up to {apart:.1e}") + " |")
 sys.exit(apart > 0)
 PY
+}
+
+echo
+echo "trainings on the GPU, captured, in two halves, the second by resuming, against one in one go:"
+echo
+echo "| | |"
+echo "|---|---|"
+for algo in sac redq droq dsac-t td3; do
+    halves_equal_whole $algo Pendulum-v1 --learning-starts 900 || failed=1
+done
+halves_equal_whole sac-discrete CartPole-v1 --learning-starts 900 || failed=1
+halves_equal_whole ppo Pendulum-v1 --rollout-steps 600 || failed=1
 exit $failed
