@@ -30,7 +30,7 @@ from ctrlrl.nn.distributions import Categorical, DiagonalGaussian
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.execution import executed
 from ctrlrl.nn.mlp import NetworkFactory
-from ctrlrl.nn.networks import Networks
+from ctrlrl.nn.networks import OnPolicyNetworks
 from ctrlrl.nn.normalizer import RunningNormalizer
 from ctrlrl.nn.optim import Adam
 from ctrlrl.nn.recurrence import State
@@ -111,15 +111,12 @@ class PPO(OnPolicyAgent):
         self.config = c = config or PPOConfig()
         head = make_head(observation_space, action_space, "PPO", log_std=c.log_std, action_mask=c.action_mask)
         with self._weights_from(seed):
-            networks = Networks(head.observation_space, c, network, encoder, one_loss=True)
+            networks = OnPolicyNetworks(head.observation_space, c, network, encoder)
             self.normalizer = networks.normalizer
-            kind, size = c.recurrent, c.recurrent_size
-            encoder_, outputs = networks.policy_encoder, head.outputs
-            memory, trunk = networks.recurrent_trunk(
-                encoder_, outputs, kind, size, c.activation, actions=head.inputs, out_gain=0.01
-            )
-            self.policy = StochasticPolicy(encoder_, memory, trunk, head, self.normalizer)
-            self.critic = networks.value_function(kind, size, c.activation, out_gain=1.0)
+            seen = networks.policy_encoder
+            memory, trunk = networks.recurrent_trunk(seen, head.outputs, actions=head.inputs, gain=0.01)
+            self.policy = StochasticPolicy(seen, memory, trunk, head, self.normalizer)
+            self.critic = networks.value_function(gain=1.0)
         self.policy.to(self.device).generator = self.generator
         self.critic.to(self.device)
         self.returns = RunningNormalizer(()).to(self.device)

@@ -37,6 +37,17 @@ class NetworkSettings(Protocol):
     def critic_obs(self) -> tuple[str, ...] | None: ...
 
 
+class OnPolicySettings(NetworkSettings, Protocol):
+    """The same of an agent that learns from rollouts."""
+
+    @property
+    def recurrent(self) -> str: ...
+    @property
+    def recurrent_size(self) -> int: ...
+    @property
+    def activation(self) -> str: ...
+
+
 class Critics(nn.Module):
     """K value functions, stacked. (B, ...) observations, and (B, A) actions in [-1, 1] where they take any, to (K, B),
     or (K, B, outputs) where there is more than one output."""
@@ -144,28 +155,6 @@ class Networks:
             return Critics(encoder, EnsembleMLP(members, sizes, layer_norm=layer_norm))
         return Critics(encoder, Ensemble(members, lambda: self._make(inputs, outputs)))
 
-    def recurrent_trunk(
-        self,
-        encoder: Encoder,
-        outputs: int,
-        recurrent: str,
-        size: int,
-        activation: str,
-        *,
-        actions: int = 0,
-        out_gain: float,
-    ) -> tuple[Recurrence | None, nn.Module]:
-        """A recurrent layer of `size` units, unless `recurrent` is none, and a network from there, with `actions`
-        numbers besides, to (B, outputs)."""
-        memory = None if recurrent == "none" else Recurrence(recurrent, encoder.out_features, size)
-        inputs = (encoder.out_features if memory is None else size) + actions
-        return memory, self._make(inputs, outputs, activation=activation, out_gain=out_gain)
-
-    def value_function(self, recurrent: str, size: int, activation: str, *, out_gain: float) -> ValueFunction:
-        """V(s), with a recurrent layer unless `recurrent` is none."""
-        encoder = self.critic_encoder()
-        return ValueFunction(encoder, *self.recurrent_trunk(encoder, 1, recurrent, size, activation, out_gain=out_gain))
-
     def _make(self, inputs: int, outputs: int, **how: Any) -> nn.Module:
         if self._network is None:
             return mlp((inputs, *self._settings.hidden, outputs), **how)
@@ -179,3 +168,32 @@ class Networks:
                 f"network({inputs}, {outputs}) must map (B, {inputs}) to (B, {outputs}); for B = 2 it gave {got}"
             )
         return module.train(was_training)
+
+
+class OnPolicyNetworks(Networks):
+    """Those of agents that learn from rollouts: with a recurrent layer where asked, trained by one loss, initialized
+    with a gain of the last layer (see `mlp`). Arguments as those of `Networks`."""
+
+    def __init__(
+        self,
+        observation_space: gym.Space[Any],
+        settings: OnPolicySettings,
+        network: NetworkFactory | None = None,
+        encoder: EncoderFactory | None = None,
+    ) -> None:
+        super().__init__(observation_space, settings, network, encoder, one_loss=True)
+        self._recurrent, self._size, self._activation = settings.recurrent, settings.recurrent_size, settings.activation
+
+    def recurrent_trunk(
+        self, encoder: Encoder, outputs: int, *, actions: int = 0, gain: float
+    ) -> tuple[Recurrence | None, nn.Module]:
+        """The recurrent layer, if any, and a network from there, with `actions` numbers besides, to (B, outputs)."""
+        memory, inputs = None, encoder.out_features
+        if self._recurrent != "none":
+            memory, inputs = Recurrence(self._recurrent, inputs, self._size), self._size
+        return memory, self._make(inputs + actions, outputs, activation=self._activation, out_gain=gain)
+
+    def value_function(self, *, gain: float) -> ValueFunction:
+        """V(s)."""
+        encoder = self.critic_encoder()
+        return ValueFunction(encoder, *self.recurrent_trunk(encoder, 1, gain=gain))
