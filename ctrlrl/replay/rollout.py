@@ -153,8 +153,9 @@ class Rollout:
         self.start[: t + 1] = state["start"].to(self.device)
         for name, value in self._columns().items():
             value[:t] = state["columns"][name].to(self.device)
-        self.policy_state = {k: v.to(self.device) for k, v in state["policy_state"].items()}
-        self.carried = {k: v.to(self.device) for k, v in state["carried"].items()}
+        # Copied: what lies in memory as a file does may be misaligned, which changes last bits of MKL's products.
+        self.policy_state = {k: v.to(self.device, copy=True) for k, v in state["policy_state"].items()}
+        self.carried = {k: v.to(self.device, copy=True) for k, v in state["carried"].items()}
 
     def _columns(self) -> dict[str, Tensor]:
         own = {name: getattr(self, name) for name in ("reward", "terminated", "truncated", "valid")}

@@ -113,7 +113,8 @@ class Collector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to what `state_dict` returned."""
         self.generator.set_state(state["generator"])
-        self.policy_state = {k: v.to(self._device) for k, v in state["policy_state"].items()}
+        # Copied: what lies in memory as a file does may be misaligned, which changes last bits of MKL's products.
+        self.policy_state = {k: v.to(self._device, copy=True) for k, v in state["policy_state"].items()}
         self.returns.copy_(state["returns"])
         self.lengths.copy_(state["lengths"])
 
