@@ -66,6 +66,7 @@ class Worker:
             self.name = f"ctrlrl {algo}, {way}"
         if library in ("ours", "beside", "floor"):
             command = [sys.executable, str(Path(__file__).resolve()), f"--worker={library.replace('beside', 'ours')}"]
+            command += ["--peers"]  # none: what they can train is no matter of this process
         else:
             command = [str(python_of(library)), str(HERE / "peers" / "speed.py"), "--library", library]
         command += ["--algo", algo, "--env", options.env, "--num-envs", str(num_envs)]
