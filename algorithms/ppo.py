@@ -291,13 +291,14 @@ class PPO(OnPolicyAgent):
     def _normalized(self, rollout: Rollout) -> Tensor:
         """Rewards (T, N) over the standard deviation of the discounted return of all rollouts so far."""
         running = rollout.carried.get("return", torch.zeros_like(rollout.reward[0]))
-        returns = torch.empty_like(rollout.reward)
-        for t in range(rollout.horizon):
-            reward = torch.where(rollout.valid[t], rollout.reward[t], 0.0)  # of what is no transition it may be NaN
-            running = torch.where(rollout.start[t], 0.0, self.config.gamma * running) + reward
-            returns[t] = running
+        rewards = torch.where(rollout.valid, rollout.reward, 0.0).unbind()  # of what is no transition it may be NaN
+        kept = (self.config.gamma * ~rollout.start[:-1]).unbind()
+        returns = []
+        for reward, keep in zip(rewards, kept, strict=True):
+            running = torch.addcmul(reward, keep, running)
+            returns.append(running)
         rollout.carried["return"] = running
-        self.returns.update(returns.flatten(), rollout.valid.flatten())
+        self.returns.update(torch.cat(returns), rollout.valid.flatten())
         deviation = (self.returns.variance + 1e-8).sqrt().to(rollout.reward.dtype)
         return (rollout.reward / deviation).clamp(-10, 10)
 

@@ -118,8 +118,10 @@ class TrainConfig(Config):
     """Seed of everything random."""
     num_envs: int = 1
     """Environments stepped together."""
-    backend: Literal["auto", "gymnasium", "workers"] = "auto"
-    """Where environments run: gymnasium in this process, workers in processes of their own; auto picks."""
+    backend: Literal["auto", "gymnasium", "workers", "parallel"] = "auto"
+    """Where environments run: gymnasium in this process, workers in processes of their own, parallel in both, a share
+    each. auto is parallel for algorithms that learn from rollouts, in trainings of 50,000 steps and more, else
+    gymnasium. All give the same trajectories."""
     env_kwargs: JsonObject = field(default_factory=dict)
     """Arguments of the environment, as JSON: '{"forward_reward_weight": 2.0}'."""
     pixels: int = 0
@@ -135,7 +137,8 @@ class TrainConfig(Config):
     device: str = "auto"
     """Where to learn: cpu, cuda, cuda:1; auto takes the GPU where there is one."""
     threads: int | None = None
-    """CPU threads of the learner; by default the available cores, at most 8. Other counts give other last bits."""
+    """CPU cores to use, by default those there are, at most 8: by threads of the learner, where its networks are large
+    enough, whose number changes last bits, and by processes that step environments."""
     out: str | None = None
     """Run folder; must not hold a run yet. By default runs/ALGO-ENV-seedN."""
     log_every: int = 1_000

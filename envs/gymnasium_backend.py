@@ -89,9 +89,11 @@ class ActionBuffer:
             raise UsageError(f"step takes actions of shape {tuple(self.tensor.shape)}, got {tuple(action.shape)}")
         if action.is_floating_point() and not self.tensor.is_floating_point():
             raise UsageError(f"step takes actions of dtype {self.tensor.dtype}, got {action.dtype}")
-        self.tensor.copy_(action.detach())
-        if self._bounds is not None:
-            torch.clamp(self.tensor, *self._bounds, out=self.tensor)
+        action = action.detach()
+        if self._bounds is None:
+            self.tensor.copy_(action)
+        else:
+            torch.clamp(action.to(self.tensor.device, self.tensor.dtype), *self._bounds, out=self.tensor)
 
 
 class HostedVector(VectorEnv):
@@ -111,6 +113,7 @@ class HostedVector(VectorEnv):
         self.name = name
         self.num_envs = num_envs
         self.device = torch.device(device)
+        self._on_cpu = self.device.type == "cpu"
         self.observation_space = build_space(description["observation"])
         self.action_space = build_space(description["action"])
         self.control_dt = description["control_dt"]
@@ -130,7 +133,7 @@ class HostedVector(VectorEnv):
         self._require_health()
         self._action.write(action)
         self._step()
-        self._knows_success = self._knows_success or not np.isnan(self._success).all()
+        self._knows_success = self._knows_success or not np.isnan(np.fmin.reduce(self._success))
         return Step(
             obs=self._observation("obs/"),
             action=self._on_device("action"),
@@ -167,7 +170,7 @@ class HostedVector(VectorEnv):
         return self._on_device(kind)
 
     def _on_device(self, key: str) -> Tensor:
-        return self._tensors[key].to(self.device)
+        return self._tensors[key] if self._on_cpu else self._tensors[key].to(self.device)
 
     def _fail(self, failure: EnvironmentFailure, cause: BaseException | None = None) -> NoReturn:
         """Raise `failure` now and at every further step: what the environments hold is no longer of one moment."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ctrlrl.envs.vector import VectorEnv
 
-BACKENDS = ("auto", "gymnasium", "workers")
+BACKENDS = ("auto", "gymnasium", "workers", "parallel")
 
 _LONGEST_TIMEOUT = 1e9  # seconds; the operating system's clocks do not count far beyond
 
@@ -49,6 +49,7 @@ def make_env(
     backend: str = "auto",
     env_kwargs: dict[str, Any] | None = None,
     env_python: str | os.PathLike[str] | None = None,
+    processes: int | None = None,
     device: torch.device | str = "cpu",
     render: bool = False,
     worker_timeout: float = 60.0,
@@ -60,8 +61,10 @@ def make_env(
     Args:
         env: an id (`HalfCheetah-v5`, `module:ID`), an environment (one only), a function that makes one, a
             `gymnasium.vector.VectorEnv`, or a `VectorEnv` of ours, which is returned as it is.
-        backend: `gymnasium` steps in this process, `workers` in worker processes (ids only); `auto` takes workers
-            where `env_python` is given, else this process.
+        backend: `gymnasium` steps in this process, `workers` in worker processes (ids only), `parallel` in this process
+            and workers, a share each, which is the fastest; `auto` takes workers where `env_python` is given, else this
+            process.
+        processes: that step environments, with `workers` and `parallel`; by default as many as there are cores.
         env_kwargs: arguments of `gymnasium.make`; for ids only.
         env_python: interpreter that runs the environments in worker processes; it needs numpy and Gymnasium only.
         device: where the tensors lie. A `VectorEnv` of ours keeps its own.
@@ -91,9 +94,9 @@ def make_env(
         )
     if backend not in BACKENDS:
         raise UsageError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.{nearest(backend, BACKENDS)}")
-    if env_python is not None and backend == "gymnasium":
-        raise UsageError("backend 'gymnasium' steps in this process and cannot use env_python; use 'workers'")
-    workers = backend == "workers" or env_python is not None
+    if env_python is not None and backend in ("gymnasium", "parallel"):
+        raise UsageError(f"backend {backend!r} steps in this process and cannot use env_python; use 'workers'")
+    workers = backend in ("workers", "parallel") or env_python is not None
     if pixels < 0:
         raise UsageError(f"pixels must be 0 (the environment's own observation) or more, got {pixels}")
     if grayscale and not pixels:
@@ -109,6 +112,8 @@ def make_env(
                 num_envs=num_envs,
                 env_kwargs=env_kwargs,
                 env_python=env_python,
+                num_workers=processes,
+                takes_part=backend == "parallel",
                 device=device,
                 render=render,
                 pixels=pixels,

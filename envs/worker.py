@@ -64,6 +64,9 @@ EXTRAS = {
 _OPENGL_MODULES = re.compile(r"(OpenGL|glfw|mujoco\.(.*\.)?(gl_context|egl|glfw|osmesa))(\.|$)")
 _pack_reward = struct.Struct("<d").pack
 _WATCH_SECONDS = 1.0
+_AWAKE_SECONDS = 0.0005
+RECEIVED = 1 << 16
+"""Bytes that are taken from a socket at once."""
 _ALIGNMENT = 64
 
 
@@ -777,20 +780,46 @@ class _Channel:
     def __init__(self, fd: int) -> None:
         self._socket = socket.socket(fileno=fd)
         self._socket.set_inheritable(False)
-        self._lines = self._socket.makefile("r", encoding="utf-8")
+        self._inbox = bytearray()
+        self.awake = False
+        """Whether to stay awake for a while when waiting, see `receive_soon`."""
 
     def receive(self) -> dict[str, Any] | None:
         """The next command; None when the parent has closed its end or is gone."""
-        try:
-            line = self._lines.readline()
-        except ConnectionError:
-            return None
-        command: dict[str, Any] | None = json.loads(line) if line else None
+        while b"\n" not in self._inbox:
+            chunk = receive_soon(self._socket) if self.awake else None
+            if chunk is None:
+                try:
+                    chunk = self._socket.recv(RECEIVED)
+                except ConnectionError:
+                    chunk = b""
+            if not chunk:
+                return None
+            self._inbox += chunk
+        line, _, self._inbox = self._inbox.partition(b"\n")
+        command: dict[str, Any] = json.loads(line)
         return command
 
     def send(self, reply: dict[str, Any]) -> None:
         with contextlib.suppress(ConnectionError):  # the parent is gone; the next `receive` ends the worker
             self._socket.sendall(json.dumps(reply).encode() + b"\n")
+
+
+def receive_soon(channel: socket.socket) -> bytes | None:
+    """What arrives within the next half millisecond, b"" at the other side's end; None where nothing does.
+
+    Without giving up the core: to be woken takes longer than a few steps of an environment, and between two steps of a
+    training there is less than that to wait for.
+    """
+    until = time.perf_counter() + _AWAKE_SECONDS
+    while True:
+        try:
+            return channel.recv(RECEIVED, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            if time.perf_counter() > until:
+                return None
+        except ConnectionError:
+            return b""
 
 
 def _leave_with_parent(parent: int) -> None:
@@ -800,32 +829,78 @@ def _leave_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _commands(host: Host, channel: _Channel) -> dict[str, Callable[[dict[str, Any]], dict[str, Any]]]:
-    """What the parent can ask for."""
+class Share:
+    """A contiguous share of the environments, and the answers to what is asked of it.
 
-    def step(_: dict[str, Any]) -> dict[str, Any]:
+    `alive(reply)` is called with a sign of life now and then while an answer takes long.
+    """
+
+    def __init__(self, alive: Callable[[dict[str, Any]], None] = lambda reply: None) -> None:
+        self._alive = alive
+        self._slots: list[Slot] = []
+        self._host: Host | None = None
+
+    def build(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Make the environments; their description, or why there is none."""
+        self._first, self._worker = config["first"], config["worker"]
+        try:
+            for index in range(config["count"]):
+                render = config["render"] and config["first"] + index == 0
+                env = build_env(config["env"], config["kwargs"], render, config["pixels"], config["grayscale"])
+                self._slots.append(Slot(env, config["env"]))
+            return describe(self._slots, config["env"])
+        except Refused as error:
+            self.close()
+            return {"refused": [str(error), error.word, error.known]}
+        except (Exception, SystemExit) as error:
+            self.close()
+            failed = opengl_failure(error)
+            return {"unbuilt": traceback.format_exc(), "opengl": failed and name_and_message(failed)}
+
+    def settle(self, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+        """Step in these `arrays` from now on."""
+        self._host = Host(self._slots, arrays, self._first, self._worker)
+
+    def answer(self, command: dict[str, Any]) -> dict[str, Any]:
+        """Do what `command["do"]` says: step, reset, get_state, set_state or render."""
+        try:
+            reply: dict[str, Any] = getattr(self, "_" + command["do"])(self._host, command)
+        except EnvironmentRaised as error:
+            return {"raised": str(error), "row": error.row}
+        except Refused as error:
+            return {"refused": [str(error), error.word, error.known]}
+        return reply
+
+    def close(self) -> None:
+        """Close the environments, all of them even where one raises."""
+        with contextlib.ExitStack() as stack:
+            for slot in self._slots:
+                stack.callback(slot.env.close)
+            self._slots = []
+
+    def _step(self, host: Host, _: dict[str, Any]) -> dict[str, Any]:
         host.step()
         return {}
 
-    def reset(command: dict[str, Any]) -> dict[str, Any]:
+    def _reset(self, host: Host, command: dict[str, Any]) -> dict[str, Any]:
         host.reset(command["seeds"])
         return {}
 
-    def get_state(_: dict[str, Any]) -> dict[str, Any]:
+    def _get_state(self, host: Host, _: dict[str, Any]) -> dict[str, Any]:
         states = host.get_state()
         return {
             "json": [state for state, _ in states],
             "arrays": [{name: encode_array(array) for name, array in arrays.items()} for _, arrays in states],
         }
 
-    def set_state(command: dict[str, Any]) -> dict[str, Any]:
+    def _set_state(self, host: Host, command: dict[str, Any]) -> dict[str, Any]:
         told = time.monotonic()
 
         def alive() -> None:
             nonlocal told
             if time.monotonic() - told > _WATCH_SECONDS:
                 told = time.monotonic()
-                channel.send({"alive": True})
+                self._alive({"alive": True})
 
         states = [
             (state, {name: decode_array(array) for name, array in command["arrays"][index].items()})
@@ -833,13 +908,11 @@ def _commands(host: Host, channel: _Channel) -> dict[str, Callable[[dict[str, An
         ]
         return {"reasons": host.set_state(states, command["seeds"], alive)}
 
-    def render(_: dict[str, Any]) -> dict[str, Any]:
+    def _render(self, host: Host, _: dict[str, Any]) -> dict[str, Any]:
         try:
             return {"picture": encode_array(host.render())}
         except Undrawn as error:
             return {"undrawn": str(error), "cause": error.cause}
-
-    return {"step": step, "reset": reset, "get_state": get_state, "set_state": set_state, "render": render}
 
 
 def _serve(channel: _Channel, memory_fd: int) -> None:
@@ -850,37 +923,21 @@ def _serve(channel: _Channel, memory_fd: int) -> None:
     sys.path[:] = config["sys_path"] or [os.getcwd(), *sys.path]
     if config["core"] is not None:
         os.sched_setaffinity(0, [config["core"]])
-    slots: list[Slot] = []
-    try:
-        for index in range(config["count"]):
-            render = config["render"] and config["first"] + index == 0
-            env = build_env(config["env"], config["kwargs"], render, config["pixels"], config["grayscale"])
-            slots.append(Slot(env, config["env"]))
-        channel.send(describe(slots, config["env"]))
-    except Refused as error:
-        return channel.send({"refused": [str(error), error.word, error.known]})
-    except (Exception, SystemExit) as error:
-        failed = opengl_failure(error)
-        return channel.send({"unbuilt": traceback.format_exc(), "opengl": failed and name_and_message(failed)})
-
+    channel.awake = config["awake"]
+    share = Share(channel.send)
+    channel.send(share.build(config))
     mapping = channel.receive()
     if mapping is None:
         return
     memory = mmap.mmap(memory_fd, place(mapping["layout"])[1])
-    host = Host(slots, map_arrays(mapping["layout"], memory), config["first"], config["worker"])
-    commands = _commands(host, channel)
+    share.settle(map_arrays(mapping["layout"], memory))
     channel.send({})
     while True:
         command = channel.receive()
         if command is None:
             break
-        try:
-            channel.send(commands[command["do"]](command))
-        except EnvironmentRaised as error:
-            channel.send({"raised": str(error), "row": error.row})
-        except Refused as error:
-            channel.send({"refused": [str(error), error.word, error.known]})
-    host.close()
+        channel.send(share.answer(command))
+    share.close()
 
 
 def main() -> None:

@@ -1,14 +1,18 @@
 """Gymnasium environments in worker processes over shared memory, under this interpreter or another one.
 
-Each worker hosts a contiguous chunk of the environments. Commands go as JSON lines over a socket pair; observations,
+Each worker hosts a contiguous share of the environments. Commands go as JSON lines over a socket pair; observations,
 actions and rewards lie in one anonymous memory map, so nothing is left on disk however a run ends. Every worker is told
 to step before the first answer is awaited. Workers do not see the terminal's Ctrl-C and end by themselves when this
 process is gone.
+
+To be fast rather than isolated, the first share can stay in this process: it is stepped while the workers step theirs,
+and one process less is to be woken and waited for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import mmap
 import os
@@ -19,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from typing import IO, Any
 
 import gymnasium as gym
@@ -28,7 +33,17 @@ import torch
 from ctrlrl.envs import worker as worker_script
 from ctrlrl.envs.gymnasium_backend import HostedVector, made_without_opengl, undrawable, usage_error
 from ctrlrl.envs.vector import EnvState
-from ctrlrl.envs.worker import Refused, decode_array, encode_array, layout, map_arrays, place
+from ctrlrl.envs.worker import (
+    RECEIVED,
+    Refused,
+    Share,
+    decode_array,
+    encode_array,
+    layout,
+    map_arrays,
+    place,
+    receive_soon,
+)
 from ctrlrl.errors import EnvironmentFailure, UsageError
 
 _OUTPUT_KEPT = 8192
@@ -69,6 +84,7 @@ class WorkerVector(HostedVector):
         env_kwargs: dict[str, Any] | None = None,
         env_python: str | os.PathLike[str] | None = None,
         num_workers: int | None = None,
+        takes_part: bool = False,
         device: torch.device | str = "cpu",
         render: bool = False,
         pixels: int = 0,
@@ -82,7 +98,8 @@ class WorkerVector(HostedVector):
             env_kwargs: JSON-able arguments of `gymnasium.make`.
             env_python: another interpreter, with numpy and Gymnasium, to run the environments; None: this one.
             pixels, grayscale: as `make_env` takes them.
-            num_workers: None: one per core that this process may use, and no more than environments.
+            num_workers: shares; None: one per core that this process may use, and no more than environments.
+            takes_part: whether the first share stays in this process, where nothing limits how long a step takes.
             timeout: seconds that one step (of all environments of a worker) may take.
             start_timeout: seconds that making the environments, or a reset, may take.
 
@@ -97,6 +114,8 @@ class WorkerVector(HostedVector):
             _check_interpreter(env_python)
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None] * (os.cpu_count() or 1)
         count = min(num_envs, num_workers or len(cores))
+        # Whoever waits stays awake where that keeps nobody from working: to be woken takes as long as a few steps.
+        awake = count + (not takes_part) <= len(cores)
         bounds = [int(edge) for edge in np.linspace(0, num_envs, count + 1).round()]
         config = {
             "env": env_id,
@@ -105,6 +124,7 @@ class WorkerVector(HostedVector):
             "pixels": pixels,
             "grayscale": grayscale,
             "sys_path": sys.path if env_python is None else None,
+            "awake": awake,
         }
         try:
             json.dumps(config)
@@ -115,13 +135,17 @@ class WorkerVector(HostedVector):
         self._timeout, self._start_timeout = timeout, start_timeout
         self._renders = render
         self._at = np.full(count, -1)
-        self._workers: list[_Worker] = []
+        self._workers: list[_Worker | _Here] = []
         self._memory_file = _anonymous_file()
         try:
             python = os.fspath(env_python) if env_python is not None else sys.executable
             for index in range(count):
                 first, last = bounds[index], bounds[index + 1]
-                worker = _Worker(python, index, first, last - first, self._memory_file.fileno())
+                worker: _Worker | _Here
+                if index == 0 and takes_part:
+                    worker = _Here(last)
+                else:
+                    worker = _Worker(python, index, first, last - first, self._memory_file.fileno(), awake)
                 self._workers.append(worker)
                 core = cores[index] if count == len(cores) else None
                 worker.send({**config, "worker": index, "first": first, "count": last - first, "core": core}, timeout)
@@ -132,7 +156,9 @@ class WorkerVector(HostedVector):
             size = place(arrays)[1]
             os.truncate(self._memory_file.fileno(), size)
             buffers = map_arrays(arrays, mmap.mmap(self._memory_file.fileno(), size))
-            self._ask({"layout": arrays}, timeout)
+            for worker in self._workers:
+                worker.settle(arrays, buffers, timeout)
+            self._collect(timeout)
         except BaseException:
             self.close()
             raise
@@ -151,7 +177,7 @@ class WorkerVector(HostedVector):
             arrays += [{name: decode_array(array) for name, array in row.items()} for row in reply["arrays"]]
         return EnvState(states, arrays)
 
-    def _state_of(self, worker: _Worker) -> dict[str, Any]:
+    def _state_of(self, worker: _Worker | _Here) -> dict[str, Any]:
         if worker.awaited:  # an interrupted step: its answer is still to come
             self._receive(worker, self._timeout)
         worker.send({"do": "get_state"}, self._timeout)
@@ -221,13 +247,13 @@ class WorkerVector(HostedVector):
             raise failures[0]
         return replies
 
-    def _receive(self, worker: _Worker, timeout: float) -> dict[str, Any]:
+    def _receive(self, worker: _Worker | _Here, timeout: float) -> dict[str, Any]:
         """A worker's answer; raises what it says went wrong."""
         try:
             reply = worker.receive(timeout)
         except _WorkerGone as gone:
             row = int(self._at[worker.index])
-            where = f"environment {row} (worker {worker.index})" if row >= 0 else worker.label
+            where = f"environment {row}{worker.where}" if row >= 0 else worker.label
             return self._fail(EnvironmentFailure(f"{self.name}: {where} {gone}"))
         if "refused" in reply:
             refused = Refused(*reply["refused"])
@@ -242,7 +268,7 @@ class WorkerVector(HostedVector):
         if "unbuilt" in reply:
             self._fail(EnvironmentFailure(f"{self.name} cannot be made ({worker.label}):\n{reply['unbuilt']}"))
         if "raised" in reply:
-            text = f"{self.name}: environment {reply['row']} (worker {worker.index}) raised:\n{reply['raised']}"
+            text = f"{self.name}: environment {reply['row']}{worker.where} raised:\n{reply['raised']}"
             self._fail(EnvironmentFailure(text))
         return reply
 
@@ -251,11 +277,51 @@ class _WorkerGone(Exception):
     """A worker died, or was killed since it hung; the text continues `worker 1 ...`."""
 
 
+class _Here:
+    """The share of this process, in the place of a worker."""
+
+    index = first = 0
+    label, where = "this process", ""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._share = Share()
+        self._asked: Callable[[], dict[str, Any]] | None = None
+
+    @property
+    def awaited(self) -> bool:
+        """Whether there is something to be done, and to be answered."""
+        return self._asked is not None
+
+    def send(self, command: dict[str, Any], timeout: float) -> None:
+        """Do it when the answer is asked for, which is when the workers have been told."""
+        do = self._share.answer if "do" in command else self._share.build
+        self._asked = functools.partial(do, command)
+
+    def settle(self, arrays: Sequence[Any], buffers: dict[str, np.ndarray[Any, Any]], timeout: float) -> None:
+        """Step in `buffers`, of the layout `arrays`."""
+        self._share.settle(buffers)
+
+    def receive(self, timeout: float) -> dict[str, Any]:
+        """The answer to the command sent."""
+        assert self._asked is not None
+        do, self._asked = self._asked, None  # so that what was interrupted is not done twice
+        return do()
+
+    def leave(self) -> None:
+        """Close the environments."""
+        self._share.close()
+
+    def end(self, deadline: float) -> None:
+        """Nothing to wait for."""
+
+
 class _Worker:
     """One worker process, its socket, and the end of what it printed."""
 
-    def __init__(self, python: str, index: int, first: int, count: int, memory_fd: int) -> None:
+    def __init__(self, python: str, index: int, first: int, count: int, memory_fd: int, awake: bool) -> None:
         self.index, self.first, self.count = index, first, count
+        self.where = f" (worker {index})"
         self.label = f"worker {index} (environments {first} to {first + count - 1})"
         self.awaited = False
         self._since = 0.0
@@ -263,6 +329,8 @@ class _Worker:
         self._output = bytearray()
         self._dump = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the worker)
         self._socket, theirs = socket.socketpair()
+        self._at_once = self._socket.dup()  # without a timeout, for which Python would wait in poll()
+        self._awake = awake
         fds = (theirs.fileno(), memory_fd, self._dump.fileno())
         with theirs:
             self._process = subprocess.Popen(
@@ -286,9 +354,18 @@ class _Worker:
         """Send a command; a worker that is gone is noticed when its answer is awaited."""
         self.awaited = True
         self._since = time.monotonic()
-        self._socket.settimeout(timeout)
+        message = json.dumps(command).encode() + b"\n"
         with contextlib.suppress(ConnectionError, TimeoutError):
-            self._socket.sendall(json.dumps(command).encode() + b"\n")
+            sent = 0
+            with contextlib.suppress(BlockingIOError):
+                sent = self._at_once.send(message, socket.MSG_DONTWAIT)
+            if sent < len(message):
+                self._socket.settimeout(timeout)
+                self._socket.sendall(message[sent:])
+
+    def settle(self, arrays: Sequence[Any], buffers: dict[str, np.ndarray[Any, Any]], timeout: float) -> None:
+        """Step in the shared memory, of the layout `arrays`."""
+        self.send({"layout": arrays}, timeout)
 
     def receive(self, timeout: float) -> dict[str, Any]:
         """The answer to the command sent; raises `_WorkerGone` where none comes within `timeout` seconds of it, or of
@@ -303,6 +380,9 @@ class _Worker:
                     return reply
                 self._since = time.monotonic()
                 continue
+            if self._awake and (chunk := receive_soon(self._at_once)):
+                self._inbox += chunk
+                continue
             left = self._since + timeout - time.monotonic()
             # In slices, since a child that the environment forked can hold the socket open after the worker has died.
             ready = [key.fileobj for key, _ in self._sources.select(max(0.0, min(left, _POLL_SECONDS)))]
@@ -311,7 +391,7 @@ class _Worker:
             if self._socket in ready:
                 chunk = b""
                 with contextlib.suppress(ConnectionError):
-                    chunk = self._socket.recv(1 << 16)
+                    chunk = self._socket.recv(RECEIVED)
                 if not chunk:
                     raise self._died()
                 self._inbox += chunk
@@ -333,6 +413,7 @@ class _Worker:
         self._kill()
         self._sources.close()
         self._socket.close()
+        self._at_once.close()
         self._printed.close()
         self._dump.close()
 

@@ -2,15 +2,17 @@
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 
 import pytest
 import torch
+from torch import nn
 
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.cpu import prepare_cpu
-from ctrlrl.nn.mlp import EnsembleLinear
+from ctrlrl.nn.mlp import EnsembleLinear, mlp
 from ctrlrl.nn.optim import Adam, polyak
 
 
@@ -155,3 +157,36 @@ def test_prepared_memory_is_reused_instead_of_faulted_in_again():
         faults[asked] = int(done.stdout)
     assert faults["yes"] < 100
     assert faults["no"] > 10_000
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "elu"])
+def test_a_few_rows_by_numpy_are_what_pytorch_gives(activation):
+    network, x = mlp((5, 16, 16, 3), activation=activation), torch.randn(7, 5)
+
+    def check(made):
+        with torch.no_grad():
+            assert made.acting(x) == made.by_numpy
+            assert torch.allclose(made.by_numpy(x), made(x), atol=1e-6)
+
+    check(network)
+    with torch.no_grad():
+        for p in network.parameters():  # in place, as optimizers change them
+            p.add_(0.1)
+    check(network)
+    copied = copy.deepcopy(network)
+    network.load_state_dict(mlp((5, 16, 16, 3)).state_dict(), assign=True)
+    check(network)
+    with torch.no_grad():
+        copied[0].weight.zero_()
+    check(copied)
+    copied[2].bias = nn.Parameter(torch.randn(16))
+    check(copied)
+    check(pickle.loads(pickle.dumps(network)))
+
+
+def test_numpy_is_for_few_rows_of_what_it_knows():
+    x = torch.randn(8, 64)
+    small = mlp((64, 64, 2))
+    assert small.acting(x) == small.by_numpy
+    for network, rows in ((small, torch.randn(17, 64)), (small, x.double()), (mlp((64, 64, 2), layer_norm=True), x)):
+        assert network.acting(rows) is network

@@ -14,12 +14,15 @@ from torch import nn
 import ctrlrl
 from ctrlrl.algorithms.ppo import PPO
 from ctrlrl.algorithms.ppo_config import PPOConfig
+from ctrlrl.algorithms.registry import train_config_class
 from ctrlrl.envs.vector import Step
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.execution import Captured
 from ctrlrl.replay.rollout import Rollout
 from ctrlrl.runs.checkpoint import load_checkpoint, pack
 from ctrlrl.runs.folder import RunFolder
+from ctrlrl.training import on_policy, session
+from ctrlrl.training.on_policy import OnPolicyLoop
 from tests.runs import assert_same
 from tests.standins import MODULE
 from tests.test_execution import needs_compiler, rerun
@@ -263,7 +266,6 @@ def test_a_time_limit_is_bootstrapped_with_the_value_of_the_true_last_observatio
         rollout = collect(agent, horizon=3, n=1, ends=0.0)
         rollout.truncated[1] = True
         rollout.final_obs[1] = 2.0
-        rollout.start[2] = True
         with torch.no_grad():
             if recurrent == "none":
                 v, final = agent.critic(rollout.obs[1]), agent.critic(rollout.final_obs[1])
@@ -451,7 +453,7 @@ def test_rewards_are_divided_by_the_deviation_of_the_discounted_return():
     agent = PPO(OBS, ACT, PPOConfig(hidden=(16,), gamma=0.5, normalize_obs=False))
     rollout = collect(agent, horizon=4, n=1, ends=0.0)
     rollout.reward[:, 0] = torch.tensor([1.0, 2.0, 4.0, 8.0])
-    rollout.truncated[1] = rollout.start[2] = True
+    rollout.truncated[1] = True
     returns = np.array([1.0, 2.5, 4.0, 10.0])  # the sum starts anew with the third row
     scaled = agent._normalized(rollout)
     assert torch.allclose(scaled[:, 0], torch.tensor([1.0, 2.0, 4.0, 8.0]) / returns.std(), atol=1e-6)
@@ -780,6 +782,26 @@ def test_compiled_updates_equal_eager_ones():
         agent.update(collect(agent))
     left, right = pack(compiled.state_dict())[0], pack(eager.state_dict())[0]
     assert all(torch.allclose(left[k].double(), right[k].double(), atol=1e-5) for k in right)
+
+
+def test_cores_are_for_environments_and_for_large_networks(tmp_path, monkeypatch):
+    ppo = train_config_class("ppo")
+    long, short = ppo(env="X-v0", steps=50_000), ppo(env="X-v0", steps=49_999)
+    large = ppo(env="X-v0", agent=PPOConfig(hidden=(64, 512)))
+    assert [OnPolicyLoop.processes(c, 4) for c in (long, short)] == [4, 1]
+    assert [OnPolicyLoop.learner_threads(c, 4) for c in (long, large, replace(long, pixels=32))] == [1, 4, 4]
+
+    monkeypatch.setattr(on_policy, "_SHARED_FROM", 0)
+    shares, make = [], session.make
+    monkeypatch.setattr(session, "make", lambda *a, **k: shares.append(make(*a, **k)) or shares[-1])
+    runs = [ctrlrl.train("ppo", "Pendulum-v1", **SMALL | {"out": str(tmp_path / str(n)), "threads": n}) for n in (1, 2)]
+    assert [type(env).__name__ for env in shares] == ["GymnasiumVector"] * 2 + ["WorkerVector"] * 2
+    one, two = (run.policy.state_dict() for run in runs)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert runs[0].config.backend == runs[1].config.backend == "auto"
+    asked = SMALL | {"out": str(tmp_path / "asked"), "threads": 2, "backend": "gymnasium", "steps": 60}
+    ctrlrl.train("ppo", "Pendulum-v1", **asked)
+    assert {type(env).__name__ for env in shares[4:]} == {"GymnasiumVector"}
 
 
 def test_unsuitable_action_spaces():

@@ -31,8 +31,8 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="worker processes need POSIX")
 
 
-def workers(env_id: str, **kwargs: Any) -> Any:
-    return lambda n: WorkerVector(env_id, num_envs=n, num_workers=2, env_kwargs=kwargs)
+def workers(env_id: str, takes_part: bool = False, **kwargs: Any) -> Any:
+    return lambda n: WorkerVector(env_id, num_envs=n, num_workers=2, takes_part=takes_part, env_kwargs=kwargs)
 
 
 @pytest.fixture
@@ -89,6 +89,47 @@ def is_running(pid: int) -> bool:
 )
 def test_workers_conform(env_id: str, kwargs: dict[str, Any], ends_within: int) -> None:
     check_vector_env(workers(env_id, **kwargs), ends_within=ends_within, reference=lambda: gym.make(env_id, **kwargs))
+
+
+@pytest.mark.parametrize("env_id", ["HalfCheetah-v5", STANDIN + "MultiDiscrete-v0"])
+def test_a_share_in_this_process_conforms(env_id: str) -> None:
+    kwargs = {"max_episode_steps": 15} if env_id == "HalfCheetah-v5" else {}
+    made = workers(env_id, takes_part=True, **kwargs)
+    check_vector_env(made, ends_within=60, reference=lambda: gym.make(env_id, **kwargs))
+    env, before = made(2), children()
+    assert [type(worker).__name__ for worker in env._workers] == ["_Here", "_Worker"]
+    env.close()
+    assert len(before - children()) == 1
+
+
+def test_failures_of_either_share_name_the_environment() -> None:
+    for row, said in ((1, "environment 1 raised"), (2, "environment 2 (worker 1) raised")):
+        env = WorkerVector(STANDIN + "Crashing-v0", num_envs=4, num_workers=2, takes_part=True, env_kwargs={"above": 0})
+        env.reset(0)
+        assert said in fail_row(env, row)
+        assert [entry is None for entry in env.get_state().json] == [row == i for i in range(4)]
+        env.close()
+    env = WorkerVector(STANDIN + "Exiting-v0", num_envs=4, num_workers=2, takes_part=True, env_kwargs={"above": 0.0})
+    env.reset(0)
+    assert "environment 3 (worker 1) exited with code 7" in fail_row(env, 3)
+    env.close()
+    before = children()
+    with pytest.raises(UsageError, match="Nowhere"):
+        make_env("Nowhere-v0", num_envs=2, backend="parallel")
+    with pytest.raises(UsageError, match="cannot use env_python"):
+        make_env("CartPole-v1", num_envs=2, backend="parallel", env_python=sys.executable)
+    assert children() == before
+
+
+def test_waiting_awake_keeps_nobody_from_working(monkeypatch: pytest.MonkeyPatch) -> None:
+    awake = {}
+    for cores in (1, 2, 3):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        for takes_part in (False, True):
+            env = WorkerVector("CartPole-v1", num_envs=2, num_workers=2, takes_part=takes_part)
+            awake[cores, takes_part] = env._workers[1]._awake
+            env.close()
+    assert [key for key, value in awake.items() if value] == [(2, True), (3, False), (3, True)]
 
 
 def test_state_moves_between_backends() -> None:
@@ -236,6 +277,7 @@ def test_interrupted_step_leaves_the_environments_usable(monkeypatch: pytest.Mon
 
     with monkeypatch.context() as patched:
         patched.setattr(selectors.DefaultSelector, "select", interrupt)
+        patched.setattr(env._workers[0], "_awake", False)
         with pytest.raises(KeyboardInterrupt):
             env.step(actions[0])
     reference.step(actions[0])

@@ -17,7 +17,7 @@ from ctrlrl.errors import UsageError
 from ctrlrl.nn.discrete import Choices, make_choices
 from ctrlrl.nn.distributions import Categorical, DiagonalGaussian
 from ctrlrl.nn.encoder import Encoder, ObservationNormalizer
-from ctrlrl.nn.mlp import at_least_float32
+from ctrlrl.nn.mlp import MLP, Network, at_least_float32
 from ctrlrl.nn.policy import ActionScaling, Policy, PolicyState
 from ctrlrl.nn.recurrence import Recurrence
 from ctrlrl.tree import Obs, map_obs
@@ -37,7 +37,7 @@ class Head(nn.Module, ABC):
     outputs: int
 
     @abstractmethod
-    def distribution(self, network: nn.Module, features: Tensor, obs: Obs) -> DiagonalGaussian | Categorical:
+    def distribution(self, network: Network, features: Tensor, obs: Obs) -> DiagonalGaussian | Categorical:
         """Of what `network` makes of the features (B, F) of `obs`."""
 
     @abstractmethod
@@ -65,9 +65,8 @@ class GaussianHead(Head):
         self.inputs, self.outputs = 0, math.prod(space.shape)
         self.log_std = nn.Parameter(torch.full((self.outputs,), log_std))
 
-    def distribution(self, network: nn.Module, features: Tensor, obs: Obs) -> DiagonalGaussian:
-        mean = at_least_float32(network(features))
-        return DiagonalGaussian(mean, self.log_std.expand_as(mean))
+    def distribution(self, network: Network, features: Tensor, obs: Obs) -> DiagonalGaussian:
+        return DiagonalGaussian(at_least_float32(network(features)), self.log_std)
 
     def to_environment(self, decision: Tensor) -> Tensor:
         return self.scaling.to_environment(decision)
@@ -81,7 +80,7 @@ class CategoricalHead(Head):
         self.choices = choices
         self.observation_space, self.inputs, self.outputs = choices.observation_space, choices.inputs, choices.outputs
 
-    def distribution(self, network: nn.Module, features: Tensor, obs: Obs) -> Categorical:
+    def distribution(self, network: Network, features: Tensor, obs: Obs) -> Categorical:
         return self.choices.distribution(network, features, obs)
 
     def to_environment(self, decision: Tensor) -> Tensor:
@@ -168,12 +167,15 @@ class StochasticPolicy(Policy):
         self.head.require_any(obs)
         if self.recurrence is not None and not state:
             state = self.initial_state(len(next(iter(obs.values())) if isinstance(obs, dict) else obs))
-        distribution, state = self._step(obs, state or {})
+        distribution, state = self._step(obs, state or {}, acting=True)
         decision = distribution.sample(self.require_generator()) if explore else distribution.mode
         return self.head.to_environment(decision), state, {"decision": decision}
 
-    def _step(self, obs: Obs, state: PolicyState) -> tuple[DiagonalGaussian | Categorical, PolicyState]:
+    def _step(
+        self, obs: Obs, state: PolicyState, *, acting: bool = False
+    ) -> tuple[DiagonalGaussian | Categorical, PolicyState]:
         features = self.encoder(obs)
         if self.recurrence is not None:
             features, state = self.recurrence(features, state)
-        return self.head.distribution(self.trunk, features, obs), state
+        trunk = self.trunk.acting(features) if acting and isinstance(self.trunk, MLP) else self.trunk
+        return self.head.distribution(trunk, features, obs), state

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ctrlrl.errors import UsageError, nearest
 from ctrlrl.nn.distributions import Categorical
 from ctrlrl.nn.encoder import Encoder, ObservationNormalizer
-from ctrlrl.nn.mlp import at_least_float32
+from ctrlrl.nn.mlp import Network, at_least_float32
 from ctrlrl.nn.policy import Policy, PolicyState
 from ctrlrl.tree import Obs
 
@@ -56,13 +56,13 @@ class Choices(nn.Module, ABC):
         self._padded = not bool(exists.all())
 
     @abstractmethod
-    def score(self, network: nn.Module, features: Tensor, obs: Obs) -> Tensor:
+    def score(self, network: Network, features: Tensor, obs: Obs) -> Tensor:
         """What `network` makes of the features (B, ...) of `obs`: a number for every choice, (..., B, D * n).
 
         A policy's network gives (B, D * n), an ensemble of K critics (K, B, D * n).
         """
 
-    def distribution(self, network: nn.Module, features: Tensor, obs: Obs) -> Categorical:
+    def distribution(self, network: Network, features: Tensor, obs: Obs) -> Categorical:
         """Over the choices that exist, by a policy's network; logits (B, D, n)."""
         scores = self.score(network, features, obs)
         logits = scores.view(len(scores), *self.shape)
@@ -108,7 +108,7 @@ class FixedChoices(Choices):
         super().__init__(space, observed, mask)
         self.inputs, self.outputs = 0, self.shape[0] * self.shape[1]
 
-    def score(self, network: nn.Module, features: Tensor, obs: Obs) -> Tensor:
+    def score(self, network: Network, features: Tensor, obs: Obs) -> Tensor:
         out: Tensor = network(features)
         return at_least_float32(out)
 
@@ -123,7 +123,7 @@ class CandidateChoices(Choices):
         super().__init__(space, observed, mask)
         self.inputs, self.outputs = features, 1
 
-    def score(self, network: nn.Module, features: Tensor, obs: Obs) -> Tensor:
+    def score(self, network: Network, features: Tensor, obs: Obs) -> Tensor:
         assert isinstance(obs, dict)
         candidates = obs[CANDIDATES].to(torch.float32)  # (B, n, F)
         pairs = torch.cat([features.unsqueeze(1).expand(-1, candidates.shape[1], -1), candidates], -1)

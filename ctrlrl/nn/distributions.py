@@ -62,7 +62,7 @@ class DiagonalGaussian:
     """Independent normal numbers that make up one decision."""
 
     mean: Tensor  # (..., A)
-    log_std: Tensor  # (..., A)
+    log_std: Tensor  # (..., A), or (A,) where it is the same everywhere
 
     @property
     def mode(self) -> Tensor:
@@ -83,7 +83,8 @@ class DiagonalGaussian:
 
     def entropy(self) -> Tensor:
         """Entropy (..., 1) in nats, exact."""
-        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(-1, keepdim=True)
+        each = self.log_std + 0.5 * math.log(2 * math.pi * math.e)
+        return each.expand_as(self.mean).sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True, slots=True)

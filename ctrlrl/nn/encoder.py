@@ -158,7 +158,7 @@ class FlatEncoder(Encoder):
                 value = self.projections[_key(name)](value if seen else self._convolution(name)(value))
             else:
                 value = value.to(torch.float32) if normalizer is None else normalizer.entry(name)(value)
-            parts.append(value.flatten(1))
+            parts.append(value if value.dim() == 2 else value.flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def _each_image(self, fn: Callable[[Convolution, Tensor], Tensor], obs: Obs) -> Obs:

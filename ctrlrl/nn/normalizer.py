@@ -55,4 +55,4 @@ class RunningNormalizer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(x - mean) / std in float32, clipped to +-`clip` standard deviations."""
-        return ((x.to(torch.float32) - self.shift) * self.scale).clamp(-self.clip, self.clip)
+        return (x.to(torch.float32) - self.shift).mul_(self.scale).clamp_(-self.clip, self.clip)

@@ -71,15 +71,18 @@ def gae(decisions: Decisions, trace: float) -> Tensor:
     d = decisions
     delta = d.reward + d.discount * d.next_value - d.value
     carried = trace * d.discount * ~d.end
-    advantage = torch.zeros_like(delta)
     following = torch.zeros_like(delta[0, :, 0])
     whole = bool(d.mask.all())
-    for t in reversed(range(delta.shape[0])):
-        for j in reversed(range(delta.shape[2])):
-            here = torch.addcmul(delta[t, :, j], carried[t, :, j], following)
-            # past a decision that is not there: none in the row's rest, or a row that is no transition
-            following = here if whole else torch.where(d.mask[t, :, j], here, following)
-            advantage[t, :, j] = following
+    # One after the other, (N,) each, from the last on.
+    deltas, traces, masks = (x.transpose(1, 2).flatten(0, 1).flip(0).unbind() for x in (delta, carried, d.mask))
+    backwards = []
+    for i in range(len(deltas)):
+        here = torch.addcmul(deltas[i], traces[i], following)
+        # past a decision that is not there: none in the row's rest, or a row that is no transition
+        following = here if whole else torch.where(masks[i], here, following)
+        backwards.append(following)
+    rows, envs, each = delta.shape
+    advantage = torch.stack(backwards).flip(0).view(rows, each, envs).transpose(1, 2)
     return advantage if whole else advantage * d.mask
 
 

@@ -32,7 +32,6 @@ class Rollout:
         length: rows so far.
         reward: (T, N) float32.
         terminated, truncated, valid: (T, N) bool.
-        start: (T + 1, N) bool: the observation is an episode's first one.
         extras: (T, N, ...) each.
         policy_state: the policy's memory before row 0, for rows where `start[0]` is false.
         carried: what the agent carries from one rollout to the next, (N, ...) each: the state of a critic that
@@ -62,7 +61,7 @@ class Rollout:
         self._final = {k: torch.zeros_like(value[1:]) for k, value in self._obs.items()}
         self.reward = zeros(t, n)
         self.terminated, self.truncated, self.valid = (zeros(t, n, dtype=torch.bool) for _ in range(3))
-        self.start = zeros(t + 1, n, dtype=torch.bool)
+        self._fresh = zeros(t + 1, n, dtype=torch.bool)  # where `begin` says so
         self.extras = {k: zeros(t, n, *v.shape[1:], dtype=v.dtype) for k, v in (extras or {}).items()}
         self.policy_state = {k: v.clone() for k, v in (policy_state or {}).items()}
         self.carried: dict[str, Tensor] = {}
@@ -83,6 +82,13 @@ class Rollout:
         return self._wrap(self._final)
 
     @property
+    def start(self) -> Tensor:
+        """(T + 1, N) bool: the observation is an episode's first one."""
+        start = self._fresh.clone()
+        start[1:] |= self.ended | ~self.valid
+        return start
+
+    @property
     def ended(self) -> Tensor:
         """(T, N) bool: terminated or truncated."""
         return self.terminated | self.truncated
@@ -101,30 +107,31 @@ class Rollout:
                 value[t - 1][left] = self._obs[key][t][left]
         for key, value in self._entries(obs):
             self._obs[key][t][mask] = value.to(self.device, self._obs[key].dtype)[mask]
-        self.start[t] |= mask
+        self._fresh[t] |= mask
 
     def add(self, step: Step, extras: Mapping[str, Tensor]) -> None:
         """Store a row: from the latest observation, by the actions of which the policy said `extras`, to `step`."""
         t = self.length
-        self.reward[t] = step.reward
-        self.terminated[t] = step.terminated
-        self.truncated[t] = step.truncated
-        self.valid[t] = step.valid
+        stored = [self.reward[t], self.terminated[t], self.truncated[t], self.valid[t]]
+        given = [step.reward, step.terminated, step.truncated, step.valid]
         for name, value in extras.items():
-            self.extras[name][t] = value
+            stored.append(self.extras[name][t])
+            given.append(value)
         for key, value in self._entries(step.obs):
-            self._obs[key][t + 1] = value
+            stored.append(self._obs[key][t + 1])
+            given.append(value)
         for key, value in self._entries(step.final_obs):
-            self._final[key][t] = value
-        torch.logical_or(self.terminated[t], self.truncated[t], out=self.start[t + 1])
-        self.start[t + 1] |= ~self.valid[t]
+            stored.append(self._final[key][t])
+            given.append(value)
+        torch._foreach_copy_(stored, given)
         self.length += 1
 
     def clear(self, policy_state: Mapping[str, Tensor]) -> None:
         """Begin the next rollout where this one stopped."""
         for value in self._obs.values():
             value[0] = value[self.length]
-        self.start[0] = self.start[self.length]
+        self._fresh[0] = self.start[self.length]
+        self._fresh[1:] = False
         self.policy_state = {k: v.clone() for k, v in policy_state.items()}
         self.length = 0
 
@@ -150,7 +157,7 @@ class Rollout:
         t = self.length = state["length"]
         for key, value in self._obs.items():
             value[: t + 1] = state["obs"][_name(key)].to(self.device)
-        self.start[: t + 1] = state["start"].to(self.device)
+        self._fresh[: t + 1] = state["start"].to(self.device)
         for name, value in self._columns().items():
             value[:t] = state["columns"][name].to(self.device)
         # Copied: what lies in memory as a file does may be misaligned, which changes last bits of MKL's products.

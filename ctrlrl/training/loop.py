@@ -72,6 +72,16 @@ class Loop(ABC):
     def stored_bytes(config: Any, env: VectorEnv) -> int:
         """How much of the memory the run folder will hold."""
 
+    @staticmethod
+    def processes(config: Any, cores: int) -> int:
+        """That step environments, this one included, where `cores` may be used."""
+        return 1
+
+    @staticmethod
+    def learner_threads(config: Any, cores: int) -> int:
+        """Of the learner, where `cores` may be used."""
+        return cores
+
     advice = "Try a smaller step size, or rewards of a smaller scale."
     """What may help where a training became non-finite."""
     sizes = "--num-envs"

@@ -12,11 +12,15 @@ from ctrlrl.algorithms.agent import OnPolicyAgent
 from ctrlrl.config import OnPolicyConfig
 from ctrlrl.envs.vector import Step, VectorEnv
 from ctrlrl.errors import UsageError
+from ctrlrl.nn.cpu import SMALL
 from ctrlrl.replay.rollout import Rollout
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.training.loop import Loop, memory_of
 from ctrlrl.training.off_policy import bytes_of
 from ctrlrl.tree import Obs, obs_to
+
+_SHARED_FROM = 50_000
+"""Environment steps of a training from which on its environments are worth several processes."""
 
 
 class OnPolicyLoop(Loop):
@@ -62,6 +66,17 @@ class OnPolicyLoop(Loop):
     @staticmethod
     def stored_bytes(config: OnPolicyConfig, env: VectorEnv) -> int:
         return (config.keep_checkpoints + 1) * rollout_bytes(config, env)  # a rollout is part of each
+
+    @staticmethod
+    def processes(config: OnPolicyConfig, cores: int) -> int:
+        """All cores: half of a training's time goes into the environments. A short one is over before they are made."""
+        return cores if config.steps >= _SHARED_FROM else 1
+
+    @staticmethod
+    def learner_threads(config: OnPolicyConfig, cores: int) -> int:
+        """One, where products are too small to be shared: it would take longer together."""
+        agent = config.agent  # type: ignore[attr-defined]
+        return cores if config.pixels or agent.minibatch_size * max(agent.hidden, default=1) ** 2 > SMALL else 1
 
     def start_remark(self) -> str:
         needed = self.config.horizon * self.config.num_envs

@@ -218,8 +218,10 @@ class _Session:
         algorithm = find_algorithm(algo)
         self.loop_class, self.quiet = _LOOPS[algorithm.loop], quiet
         self.device = pick_device(config.device)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.threads = config.threads or min(cores, 8)
+        there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = config.threads or min(there, 8)
+        processes = self.loop_class.processes(config, cores)
+        self.threads = self.loop_class.learner_threads(config, cores)
         prepare_cpu(self.threads)
         torch.backends.cudnn.deterministic = True  # else convolutions on a GPU would not resume bit for bit
         random.seed(config.seed)
@@ -228,7 +230,7 @@ class _Session:
         self.source = env
         self.eval_source: EnvLike = eval_env if eval_env is not None else env
         self.eval_env: VectorEnv | None = None
-        self.env = make(env, config, config.num_envs, str(self.device))
+        self.env = make(env, config, config.num_envs, str(self.device), processes=processes)
         try:
             spaces = self.env.observation_space
             entries = list(spaces.spaces.values()) if isinstance(spaces, gym.spaces.Dict) else [spaces]
@@ -252,7 +254,8 @@ class _Session:
                         "evaluation needs an environment of its own, and an environment object cannot be made twice: "
                         "pass a function that makes one (env=lambda: MyEnv()), or eval_env=..., or eval_every=0"
                     )
-                self.eval_env = make(self.eval_source, config, eval_rows(self.eval_source, config.eval_episodes), "cpu")
+                rows = eval_rows(self.eval_source, config.eval_episodes)
+                self.eval_env = make(self.eval_source, config, rows, "cpu", processes=processes)
                 self.eval_env.reset(evaluation_seeds(self.eval_env.num_envs))  # what cannot be seeded fails now
         except BaseException:
             self.close()

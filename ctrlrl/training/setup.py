@@ -30,12 +30,23 @@ MAX_EVAL_ENVS = 16
 """Environments that evaluation steps together at most."""
 
 
-def make(env: EnvLike, config: TrainConfig, num_envs: int, device: str, *, render: bool = False) -> VectorEnv:
-    """`num_envs` environments as `config` wants them; to render, in this process where that is possible."""
+def make(
+    env: EnvLike, config: TrainConfig, num_envs: int, device: str, *, render: bool = False, processes: int = 1
+) -> VectorEnv:
+    """`num_envs` environments as `config` wants them; to render, in this process where that is possible.
+
+    Where nothing else is asked for and `env` is an ID, `processes` share them.
+    """
+    backend = config.backend
+    if render and not config.env_python:
+        backend = "gymnasium"
+    elif backend == "auto" and min(processes, num_envs) > 1 and isinstance(env, str) and not config.env_python:
+        backend = "parallel"
     made = make_env(
         env,
         num_envs=num_envs,
-        backend="gymnasium" if render and not config.env_python else config.backend,
+        backend=backend,
+        processes=processes if backend == "parallel" else None,
         env_kwargs=config.env_kwargs,
         env_python=config.env_python,
         device=device,
