@@ -16,7 +16,8 @@ Deviations from the paper:
 - b is three times the batch's mean of sigma, as in the authors' later code, instead of a constant of the task (10);
 - sigma is a softplus without a lower bound, as there, instead of an exponential with one;
 - hidden layers have ReLU instead of GELU, and the policy's mean and deviation come from one network;
-- step sizes are constant, as in the authors' code;
+- step sizes are constant, as in the authors' code, and three times theirs (1e-4); the temperature starts at 1, not e:
+  both as SAC has them, since with the authors' HalfCheetah stands still for 50,000 steps (docs/benchmarks.md);
 - one update per environment step as in SAC; the authors' scripts collect 20 steps per update;
 - the policy's and the temperature's losses are SAC's, with its deviations; the policy's follows the critics' step, as
   in the paper, where the authors' code takes all gradients before any step.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ctrlrl.algorithms.sac_config import SACConfig
@@ -10,19 +9,15 @@ from ctrlrl.algorithms.sac_config import SACConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DistributionalConfig(SACConfig):
-    """What DSAC and DSAC-T have in common: the settings of the authors' code (GOPS), which trains both with them."""
+    """What DSAC and DSAC-T have in common: the settings of the authors' code (GOPS), which trains both with them, but
+    for SAC's step sizes and initial temperature. The code's (1e-4, e) are for 1.5 million updates: in the first 50,000
+    they learn nothing on HalfCheetah (docs/benchmarks.md)."""
 
-    actor_lr: float = 1e-4
-    """Adam step size of the policy."""
-    critic_lr: float = 1e-4
-    """Adam step size of the critics."""
     hidden: tuple[int, ...] = (256, 256, 256)
     """Hidden layers of the policy and of each critic."""
     policy_delay: int = 2
     """Gradient updates of the critics per update of the policy, the temperature and all targets, counted over the whole
     training."""
-    initial_alpha: float = math.e
-    """Temperature at the start: log alpha is 1."""
     log_std_bounds: tuple[float, ...] = (-20.0, 0.5)
     """Clamp of the policy's log standard deviation."""
 

@@ -8,6 +8,7 @@ import math
 import re
 import types
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +105,7 @@ class ReplayConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Config):
+class TrainConfig(Config, ABC):
     """What every algorithm's training run takes. All budgets count environment steps, summed over environments."""
 
     compile_from: ClassVar[int] = 50_000
@@ -170,9 +171,9 @@ class TrainConfig(Config):
         self.require("checkpoint_every", self.checkpoint_every >= 1, "at least 1")
         self.require("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1")
 
+    @abstractmethod
     def planned_updates(self) -> float:
         """Gradient updates of the whole training."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

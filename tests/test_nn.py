@@ -6,14 +6,20 @@ import pickle
 import subprocess
 import sys
 
+import gymnasium as gym
 import pytest
 import torch
 from torch import nn
 
+from ctrlrl.algorithms.ppo import PPO, RolloutBatch
+from ctrlrl.algorithms.ppo_config import PPOConfig
+from ctrlrl.algorithms.sac import SAC
+from ctrlrl.algorithms.sac_config import SACConfig
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.cpu import prepare_cpu
 from ctrlrl.nn.mlp import EnsembleLinear, mlp
 from ctrlrl.nn.optim import Adam, polyak
+from tests.test_sac import make_batch
 
 
 def test_adam_equals_torchs_bit_for_bit_and_goes_on_from_its_state():
@@ -190,3 +196,29 @@ def test_numpy_is_for_few_rows_of_what_it_knows():
     assert small.acting(x) == small.by_numpy
     for network, rows in ((small, torch.randn(17, 64)), (small, x.double()), (mlp((64, 64, 2), layer_norm=True), x)):
         assert network.acting(rows) is network
+
+
+@pytest.mark.parametrize(("agent", "config"), [(SAC, SACConfig), (PPO, PPOConfig)])
+def test_a_layer_that_a_users_network_does_not_use_stays_as_it_is(agent, config):
+    class Spare(nn.Module):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.used, self.spare = nn.Linear(inputs, outputs), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return self.used(x)
+
+    space = gym.spaces.Box(-1, 1, (4,)), gym.spaces.Box(-1, 1, (2,))
+    made = agent(*space, config(normalize_obs=False), network=Spare)
+    parts = made.policy, made.critics if agent is SAC else made.critic
+    before = {name: p.clone() for part in parts for name, p in part.named_parameters()}
+    if agent is SAC:
+        made.step(make_batch(size=8, obs=4, act=space[1])[0], torch.rand(2, 8, 2))
+    else:
+        row = {"decision": torch.rand(8, 2), "start": torch.zeros(8, dtype=torch.bool), "policy_state": {}}
+        row |= {name: torch.rand(8, 1) for name in ("log_prob", "value", "advantage")}
+        made.step(RolloutBatch(obs=torch.rand(8, 4), mask=torch.ones(8, 1, dtype=torch.bool), critic_state={}, **row))
+    after = {name: p for part in parts for name, p in part.named_parameters()}
+    moved = {name: not torch.equal(p, before[name]) for name, p in after.items()}
+    assert any("spare" in name for name in moved) and any("used" in name for name in moved)
+    assert all(moved[name] == ("spare" not in name) for name in moved), moved

@@ -77,12 +77,17 @@ class Adam:
     def descend(self, loss: Tensor, *, max_norm: float = math.inf) -> None:
         """Step down the gradient of `loss` with respect to the parameters alone, shortened to `max_norm` in all.
 
-        The gradients of whatever else the loss depends on (the critics, in a policy's loss) are never computed.
+        The gradients of whatever else the loss depends on (the critics, in a policy's loss) are never computed. A
+        parameter that it does not depend on (an unused layer in a network of the user) stays as it is.
         """
-        gradients = torch.autograd.grad(loss, self.parameters)
+        found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        gradients = [
+            torch.zeros_like(p) if gradient is None else gradient
+            for p, gradient in zip(self.parameters, found, strict=True)
+        ]
         if max_norm < math.inf:
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            gradients = torch._foreach_mul(gradients, (max_norm / (norm + 1e-6)).clamp(max=1))
+            gradients = list(torch._foreach_mul(gradients, (max_norm / (norm + 1e-6)).clamp(max=1)))
         self.step(gradients)
 
     def state_dict(self) -> dict[str, list[Tensor]]:
