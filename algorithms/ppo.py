@@ -61,6 +61,21 @@ class RolloutBatch:
         rows = replace(self, policy_state={}, critic_state={})
         return rows.map(lambda value: value.transpose(0, 1).flatten(0, 1))
 
+    def split(self, order: Tensor) -> list[RolloutBatch]:
+        """A batch for each row of `order` (M, R), of the rows that it names."""
+        columns: list[tuple[Tensor, ...]] = []  # of each tensor, in the order in which `map` comes to them
+
+        def take(value: Tensor) -> Tensor:
+            columns.append(value[order].unbind())
+            return value
+
+        self.map(take)
+        batches = []
+        for parts in zip(*columns, strict=True):
+            following = iter(parts)
+            batches.append(self.map(lambda _, following=following: next(following)))  # type: ignore[misc]
+        return batches
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> RolloutBatch:
         """The batch of `fn` of each tensor."""
         return RolloutBatch(
@@ -159,8 +174,7 @@ class PPO(OnPolicyAgent):
             else:  # dealt out, what counts first, so that each minibatch has its share of it
                 order = order[torch.argsort((~counts[order]).int(), stable=True)]
                 order = order[: count * size].view(size, count).t()
-            shuffled = data.map(lambda value, order=order: value[order])  # type: ignore[misc]
-            epoch = [self._step(shuffled.map(lambda value, i=i: value[i])) for i in range(count)]  # type: ignore[misc]
+            epoch = [self._step(batch) for batch in data.split(order)]
             history += epoch
             if c.target_kl is not None and float(torch.stack([m["kl"] for m in epoch]).mean()) > 1.5 * c.target_kl:
                 break

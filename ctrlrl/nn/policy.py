@@ -100,8 +100,10 @@ class ActionScaling(nn.Module):
 
     def to_environment(self, unit: Tensor) -> Tensor:
         """(..., A) in [-1, 1] to (..., *shape) within the bounds, which rounding alone could miss."""
-        unit = unit.reshape(*unit.shape[:-1], *self.low.shape)
-        return torch.addcmul(self.center, unit, self.half_range).clamp_(self.low, self.high)
+        low = self.low
+        if low.dim() != 1:
+            unit = unit.reshape(*unit.shape[:-1], *low.shape)
+        return torch.addcmul(self.center, unit, self.half_range).clamp_(low, self.high)
 
 
 def require_bounded_box(space: gym.Space[Any], algorithm: str) -> gym.spaces.Box:
