@@ -24,7 +24,7 @@ class DistributionalConfig(SACConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DSACConfig(DistributionalConfig):
-    """Distributional soft actor-critic (Duan et al. 2021, arXiv:2001.02811), with the authors' code's defaults."""
+    """Distributional soft actor-critic (Duan et al. 2021, arXiv:2001.02811)."""
 
     num_critics: int = 1
     """Critics: one, which needs no clipped double Q."""

@@ -9,7 +9,7 @@ from ctrlrl.algorithms.dsac_config import DistributionalConfig
 
 @dataclass(frozen=True, kw_only=True)
 class DSACTConfig(DistributionalConfig):
-    """DSAC with three refinements (Duan et al. 2025, arXiv:2310.05858). Defaults are those of the authors' code."""
+    """DSAC with three refinements (Duan et al. 2025, arXiv:2310.05858)."""
 
     num_critics: int = 2
     """Critics; the one with the smallest mean makes the target."""

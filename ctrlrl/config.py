@@ -121,8 +121,9 @@ class TrainConfig(Config, ABC):
     """Environments stepped together."""
     backend: Literal["auto", "gymnasium", "workers", "parallel"] = "auto"
     """Where environments run: gymnasium in this process, workers in processes of their own, parallel in both, a share
-    each. auto is parallel for algorithms that learn from rollouts, in trainings of 50,000 steps and more, else
-    gymnasium. All give the same trajectories."""
+    each. auto is workers with env_python, and parallel where an ID is trained from rollouts for 50,000 steps or more
+    on several cores, else gymnasium. All give the same trajectories of environments that share nothing and draw from
+    no global generator."""
     env_kwargs: JsonObject = field(default_factory=dict)
     """Arguments of the environment, as JSON: '{"forward_reward_weight": 2.0}'."""
     pixels: int = 0

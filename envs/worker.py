@@ -35,6 +35,7 @@ import json
 import math
 import mmap
 import os
+import random
 import re
 import signal
 import socket
@@ -924,6 +925,8 @@ def _serve(channel: _Channel, memory_fd: int) -> None:
     if config["core"] is not None:
         os.sched_setaffinity(0, [config["core"]])
     channel.awake = config["awake"]
+    random.seed(config["generators"] + config["worker"])
+    np.random.seed((config["generators"] + config["worker"]) % 2**32)
     share = Share(channel.send)
     channel.send(share.build(config))
     mapping = channel.receive()

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from typing import IO, Any
 
@@ -51,6 +52,7 @@ _OUTPUT_KEPT = 8192
 _POLL_SECONDS = 0.5
 _CLOSE_SECONDS = 5.0
 _DUMP_SECONDS = 2.0
+_DRAIN_SECONDS = 1.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 _PROBE = """
@@ -68,9 +70,10 @@ print(json.dumps({"python": list(sys.version_info[:2]), "missing": missing, "gym
 class WorkerVector(HostedVector):
     """N Gymnasium environments in worker processes; the same trajectories as `GymnasiumVector`, seed for seed.
 
-    What worker 0 prints goes to stderr; of what the others print, the end is shown when they fail. Each worker computes
-    with one thread, unless `OMP_NUM_THREADS` and its like are set. Where workers fill all cores, each keeps to its own;
-    fewer are left to the scheduler, so that several runs on one machine do not meet on the same cores.
+    What the first worker prints goes to stderr, a second later at most; of what the others print, the end is shown when
+    they fail. Each worker computes with one thread, unless `OMP_NUM_THREADS` and its like are set. Where workers alone
+    fill all cores, each keeps to its own; else they are left to the scheduler, so that several runs on one machine do
+    not meet on the same cores.
 
     After an `EnvironmentFailure` only `get_state` and `close` work: the state is None for an environment that raised,
     and for all environments of a worker that died or hung.
@@ -125,6 +128,8 @@ class WorkerVector(HostedVector):
             "grayscale": grayscale,
             "sys_path": sys.path if env_python is None else None,
             "awake": awake,
+            # Environments that draw from global generators do so in the same way in every run of one seed.
+            "generators": zlib.crc32(np.random.get_state(legacy=True)[1].tobytes()),  # type: ignore[index]
         }
         try:
             json.dumps(config)
@@ -145,9 +150,10 @@ class WorkerVector(HostedVector):
                 if index == 0 and takes_part:
                     worker = _Here(last)
                 else:
-                    worker = _Worker(python, index, first, last - first, self._memory_file.fileno(), awake)
+                    shown = index == int(takes_part)
+                    worker = _Worker(python, index, first, last - first, self._memory_file.fileno(), awake, shown)
                 self._workers.append(worker)
-                core = cores[index] if count == len(cores) else None
+                core = cores[index] if count == len(cores) and not takes_part else None
                 worker.send({**config, "worker": index, "first": first, "count": last - first, "core": core}, timeout)
             descriptions = self._collect(start_timeout)
             if any(description != descriptions[0] for description in descriptions):
@@ -195,13 +201,14 @@ class WorkerVector(HostedVector):
         return decode_array(reply["picture"])
 
     def close(self) -> None:
-        for worker in self._workers:
-            worker.leave()
+        workers, self._workers = self._workers, []
         deadline = time.monotonic() + _CLOSE_SECONDS
-        for worker in self._workers:
-            worker.end(deadline)
-        self._workers = []
-        self._memory_file.close()
+        with contextlib.ExitStack() as stack:  # all of it, even where an environment of this process raises
+            stack.callback(self._memory_file.close)
+            for worker in workers:
+                stack.callback(worker.end, deadline)
+            for worker in workers:
+                stack.callback(worker.leave)
 
     def _reset(self, seeds: list[int | None]) -> None:
         self._settle()
@@ -258,7 +265,7 @@ class WorkerVector(HostedVector):
         if "refused" in reply:
             refused = Refused(*reply["refused"])
             if refused.word in gym.registry:
-                raise UsageError(
+                raise RegisteredHereOnly(
                     f"{refused.word} is registered in this process, but not in its worker processes: put the call of "
                     f"gymnasium.register in a module and pass 'module:{refused.word}'"
                 )
@@ -271,6 +278,10 @@ class WorkerVector(HostedVector):
             text = f"{self.name}: environment {reply['row']}{worker.where} raised:\n{reply['raised']}"
             self._fail(EnvironmentFailure(text))
         return reply
+
+
+class RegisteredHereOnly(UsageError):
+    """Workers do not know an ID that this process knows."""
 
 
 class _WorkerGone(Exception):
@@ -319,7 +330,9 @@ class _Here:
 class _Worker:
     """One worker process, its socket, and the end of what it printed."""
 
-    def __init__(self, python: str, index: int, first: int, count: int, memory_fd: int, awake: bool) -> None:
+    def __init__(
+        self, python: str, index: int, first: int, count: int, memory_fd: int, awake: bool, shown: bool
+    ) -> None:
         self.index, self.first, self.count = index, first, count
         self.where = f" (worker {index})"
         self.label = f"worker {index} (environments {first} to {first + count - 1})"
@@ -330,7 +343,8 @@ class _Worker:
         self._dump = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the worker)
         self._socket, theirs = socket.socketpair()
         self._at_once = self._socket.dup()  # without a timeout, for which Python would wait in poll()
-        self._awake = awake
+        self._awake, self._shown = awake, shown
+        self._drained = 0.0
         fds = (theirs.fileno(), memory_fd, self._dump.fileno())
         with theirs:
             self._process = subprocess.Popen(
@@ -354,6 +368,8 @@ class _Worker:
         """Send a command; a worker that is gone is noticed when its answer is awaited."""
         self.awaited = True
         self._since = time.monotonic()
+        if self._since - self._drained > _DRAIN_SECONDS:
+            self._drain()
         message = json.dumps(command).encode() + b"\n"
         with contextlib.suppress(ConnectionError, TimeoutError):
             sent = 0
@@ -454,10 +470,11 @@ class _Worker:
         return where + (f"\nThe end of what it printed:\n{printed}" if printed else "")
 
     def _drain(self) -> None:
+        self._drained = time.monotonic()
         while chunk := self._printed.read(1 << 16):
             self._output += chunk
             del self._output[:-_OUTPUT_KEPT]
-            if self.index == 0:
+            if self._shown:
                 sys.stderr.write(chunk.decode(errors="replace"))
         if chunk == b"" and self._printed in self._sources.get_map():  # closed, by the environment or by the end
             self._sources.unregister(self._printed)

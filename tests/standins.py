@@ -7,6 +7,7 @@ worker process too. Workers need not have torch: `native_vector`, which does, im
 from __future__ import annotations
 
 import os
+import random
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -246,6 +247,21 @@ class PrintingEnv(FaultyEnv):
         return obs, reward
 
 
+class UnclosableEnv(FaultyEnv):
+    """Raises when it is closed."""
+
+    def close(self) -> None:
+        raise RuntimeError("the window is gone")
+
+
+class GlobalDrawsEnv(WalkEnv):
+    """Draws from the generators of the process."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, _, terminated, truncated, info = super().step(action)
+        return obs, float(np.random.rand() + random.random()), terminated, truncated, info
+
+
 class NanEnv(FaultyEnv):
     """Observation and reward become NaN."""
 
@@ -283,6 +299,8 @@ _ENVS = {
     "Printing": PrintingEnv,
     "Nan": NanEnv,
     "MaskedCartPole": MaskedCartPoleEnv,
+    "Unclosable": UnclosableEnv,
+    "GlobalDraws": GlobalDrawsEnv,
 }
 
 

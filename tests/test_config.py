@@ -27,7 +27,10 @@ TrainSAC = train_config_class("sac")
         (lambda: SACConfig(log_std_bounds=(2, -5)), "agent.log_std_bounds must be two numbers, the lower one first"),
         (lambda: ReplayConfig(n_step=0), "buffer.n_step must be between 1 and 1000, got 0"),
         (lambda: TrainSAC(env="X", steps=0), "steps must be at least 1, got 0"),
-        (lambda: TrainSAC(env="X", backend="gpu"), "backend must be one of auto, gymnasium, workers, got 'gpu'"),
+        (
+            lambda: TrainSAC(env="X", backend="gpu"),
+            "backend must be one of auto, gymnasium, workers, parallel, got 'gpu'",
+        ),
         (lambda: TrainSAC(env="X", seed=-1), "seed must be between 0 and 4294967295, got -1"),
         (
             lambda: TrainSAC(env="X", num_envs=8, buffer={"capacity": 4}),

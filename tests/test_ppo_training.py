@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+import json
 
 import gymnasium as gym
 import numpy as np
@@ -22,7 +22,7 @@ from ctrlrl.runs.folder import RunFolder
 from ctrlrl.training import on_policy, session
 from ctrlrl.training.on_policy import OnPolicyLoop
 from tests.runs import assert_same
-from tests.standins import MODULE
+from tests.standins import MODULE, WalkEnv
 from tests.test_ppo import ACT, OBS, PLAIN
 
 SMALL = {
@@ -272,19 +272,51 @@ def test_cartpole_without_velocities_needs_memory(tmp_path):
 
 def test_cores_are_for_environments_and_for_large_networks(tmp_path, monkeypatch):
     ppo = train_config_class("ppo")
-    long, short = ppo(env="X-v0", steps=50_000), ppo(env="X-v0", steps=49_999)
-    large = ppo(env="X-v0", agent=PPOConfig(hidden=(64, 512)))
-    assert [OnPolicyLoop.processes(c, 4) for c in (long, short)] == [4, 1]
-    assert [OnPolicyLoop.learner_threads(c, 4) for c in (long, large, replace(long, pixels=32))] == [1, 4, 4]
+    assert OnPolicyLoop.shares_environments(ppo(env="X-v0", steps=50_000))
+    assert not OnPolicyLoop.shares_environments(ppo(env="X-v0", steps=49_999))
+    for hidden, threads in (((64, 64), 1), ((64, 512), 4)):
+        config = ppo(env="X-v0", agent=PPOConfig(hidden=hidden))
+        assert OnPolicyLoop.learner_threads(config, PPO(OBS, ACT, config.agent), 4) == threads
 
     monkeypatch.setattr(on_policy, "_SHARED_FROM", 0)
     shares, make = [], session.make
-    monkeypatch.setattr(session, "make", lambda *a, **k: shares.append(make(*a, **k)) or shares[-1])
-    runs = [ctrlrl.train("ppo", "Pendulum-v1", **SMALL | {"out": str(tmp_path / str(n)), "threads": n}) for n in (1, 2)]
-    assert [type(env).__name__ for env in shares] == ["GymnasiumVector"] * 2 + ["WorkerVector"] * 2
-    one, two = (run.policy.state_dict() for run in runs)
+
+    def watched(*args, **how):
+        env = make(*args, **how)
+        shares.append(len(getattr(env, "_workers", [])))
+        return env
+
+    monkeypatch.setattr(session, "make", watched)
+
+    def run(name, env="Pendulum-v1", **how):
+        shares.clear()
+        how = SMALL | {"out": str(tmp_path / name), "threads": 2} | how
+        return ctrlrl.train("ppo", env, **how)
+
+    one, two = run("one", threads=1), run("two")
+    assert shares == [2, 2]
+    assert two.config.backend == "auto" and json.loads((two.path / "provenance.json").read_text())["threads"] == 1
+    one, two = one.policy.state_dict(), two.policy.state_dict()
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert runs[0].config.backend == runs[1].config.backend == "auto"
-    asked = SMALL | {"out": str(tmp_path / "asked"), "threads": 2, "backend": "gymnasium", "steps": 60}
-    ctrlrl.train("ppo", "Pendulum-v1", **asked)
-    assert {type(env).__name__ for env in shares[4:]} == {"GymnasiumVector"}
+
+    short = {"steps": 60, "eval_every": 0}
+    run("here", backend="gymnasium", **short)
+    assert shares == [0]
+    run("asked", backend="workers", threads=1, **short)
+    assert shares == [1]
+    monkeypatch.setattr(on_policy, "_SHARED_FROM", 10**9)
+    run("shared", backend="parallel", **short)
+    assert shares == [2]
+
+
+def test_an_id_that_workers_do_not_know_stays_in_this_process_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(on_policy, "_SHARED_FROM", 0)
+    gym.register("ctrlrl-test/Mine-v0", entry_point=WalkEnv, max_episode_steps=20)
+    how = SMALL | {"threads": 2, "steps": 60, "eval_every": 0}
+    try:
+        run = ctrlrl.train("ppo", "ctrlrl-test/Mine-v0", out=str(tmp_path / "run"), **how)
+        with pytest.raises(UsageError, match="registered in this process, but not in its worker"):
+            ctrlrl.train("ppo", "ctrlrl-test/Mine-v0", out=str(tmp_path / "no"), **how | {"backend": "parallel"})
+    finally:
+        del gym.registry["ctrlrl-test/Mine-v0"]
+    assert "which alone knows ctrlrl-test/Mine-v0" in (run.path / "metrics.jsonl").read_text()

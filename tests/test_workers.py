@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import selectors
 import signal
@@ -121,6 +122,29 @@ def test_failures_of_either_share_name_the_environment() -> None:
     assert children() == before
 
 
+def test_processes_end_where_an_environment_of_this_one_cannot_be_closed() -> None:
+    before = children()
+    env = WorkerVector(STANDIN + "Unclosable-v0", num_envs=3, num_workers=3, takes_part=True, env_kwargs={"above": 0.0})
+    with pytest.raises(RuntimeError, match="the window is gone"):
+        env.close()
+    env.close()
+    assert children() == before
+
+
+def test_draws_from_global_generators_are_those_of_the_seed() -> None:
+    rewards = []
+    for seed in (0, 0, 1):
+        np.random.seed(seed)
+        random.seed(seed)
+        env = workers(STANDIN + "GlobalDraws-v0", takes_part=True)(4)
+        env.reset(0)
+        rewards.append([step.reward.tolist() for step in rollout(env, 3)])
+        env.close()
+    assert rewards[0] == rewards[1] != rewards[2]
+    assert len({tuple(column) for column in zip(*rewards[0], strict=True)}) == 4, "each row draws its own"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="workers that fill two cores are kept to them")
 def test_waiting_awake_keeps_nobody_from_working(monkeypatch: pytest.MonkeyPatch) -> None:
     awake = {}
     for cores in (1, 2, 3):

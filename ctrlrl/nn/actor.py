@@ -177,5 +177,5 @@ class StochasticPolicy(Policy):
         features = self.encoder(obs)
         if self.recurrence is not None:
             features, state = self.recurrence(features, state)
-        trunk = self.trunk.acting(features) if acting and isinstance(self.trunk, MLP) else self.trunk
+        trunk = self.trunk.without_gradient if acting and isinstance(self.trunk, MLP) else self.trunk
         return self.head.distribution(trunk, features, obs), state

@@ -78,7 +78,7 @@ class Adam:
         """Step down the gradient of `loss` with respect to the parameters alone, shortened to `max_norm` in all.
 
         The gradients of whatever else the loss depends on (the critics, in a policy's loss) are never computed. A
-        parameter that it does not depend on (an unused layer in a network of the user) stays as it is.
+        parameter that no loss ever depends on (an unused layer in a network of the user) stays as it is.
         """
         found = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         gradients = [

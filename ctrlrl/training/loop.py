@@ -73,13 +73,13 @@ class Loop(ABC):
         """How much of the memory the run folder will hold."""
 
     @staticmethod
-    def processes(config: Any, cores: int) -> int:
-        """That step environments, this one included, where `cores` may be used."""
-        return 1
+    def shares_environments(config: Any) -> bool:
+        """Whether environments are worth several processes where nothing else is asked for."""
+        return False
 
     @staticmethod
-    def learner_threads(config: Any, cores: int) -> int:
-        """Of the learner, where `cores` may be used."""
+    def learner_threads(config: Any, agent: Any, cores: int) -> int:
+        """Of the learner, where `cores` may be used and networks are the built-in ones for vectors."""
         return cores
 
     advice = "Try a smaller step size, or rewards of a smaller scale."

@@ -68,15 +68,16 @@ class OnPolicyLoop(Loop):
         return (config.keep_checkpoints + 1) * rollout_bytes(config, env)  # a rollout is part of each
 
     @staticmethod
-    def processes(config: OnPolicyConfig, cores: int) -> int:
-        """All cores: half of a training's time goes into the environments. A short one is over before they are made."""
-        return cores if config.steps >= _SHARED_FROM else 1
+    def shares_environments(config: OnPolicyConfig) -> bool:
+        """Half of a training's time goes into them. A short one is over before processes have started."""
+        return config.steps >= _SHARED_FROM
 
     @staticmethod
-    def learner_threads(config: OnPolicyConfig, cores: int) -> int:
+    def learner_threads(config: OnPolicyConfig, agent: OnPolicyAgent, cores: int) -> int:
         """One, where products are too small to be shared: it would take longer together."""
-        agent = config.agent  # type: ignore[attr-defined]
-        return cores if config.pixels or agent.minibatch_size * max(agent.hidden, default=1) ** 2 > SMALL else 1
+        largest = max((p.numel() for p in agent.policy.parameters()), default=0)
+        rows: int = config.agent.minibatch_size  # type: ignore[attr-defined]
+        return cores if rows * largest > SMALL else 1
 
     def start_remark(self) -> str:
         needed = self.config.horizon * self.config.num_envs

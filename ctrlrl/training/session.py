@@ -18,6 +18,7 @@ from ctrlrl.algorithms.agent import Agent
 from ctrlrl.algorithms.registry import find_algorithm, train_config_class
 from ctrlrl.config import TrainConfig, changed_fields
 from ctrlrl.envs.vector import EnvState, VectorEnv, derive_seeds
+from ctrlrl.envs.workers import RegisteredHereOnly
 from ctrlrl.errors import CtrlrlError, Interrupted, UsageError
 from ctrlrl.nn.cpu import prepare_cpu
 from ctrlrl.nn.encoder import EncoderFactory
@@ -220,9 +221,9 @@ class _Session:
         self.device = pick_device(config.device)
         there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cores = config.threads or min(there, 8)
-        processes = self.loop_class.processes(config, cores)
-        self.threads = self.loop_class.learner_threads(config, cores)
-        prepare_cpu(self.threads)
+        self._share = cores if self.loop_class.shares_environments(config) else 1
+        self.remark = ""
+        prepare_cpu(cores)
         torch.backends.cudnn.deterministic = True  # else convolutions on a GPU would not resume bit for bit
         random.seed(config.seed)
         np.random.seed(config.seed)
@@ -230,7 +231,7 @@ class _Session:
         self.source = env
         self.eval_source: EnvLike = eval_env if eval_env is not None else env
         self.eval_env: VectorEnv | None = None
-        self.env = make(env, config, config.num_envs, str(self.device), processes=processes)
+        self.env = self._make(env, config, config.num_envs, str(self.device))
         try:
             spaces = self.env.observation_space
             entries = list(spaces.spaces.values()) if isinstance(spaces, gym.spaces.Dict) else [spaces]
@@ -238,7 +239,8 @@ class _Session:
             agent = config.agent  # type: ignore[attr-defined]
             if getattr(agent, "recurrent", "none") != "none":  # unrolled, that takes minutes to compile
                 plain = False
-            config, self.remark = settle_execution(config, self.device, plain=plain, resumed=resumed)
+            config, remark = settle_execution(config, self.device, plain=plain, resumed=resumed)
+            self.remark = "; ".join(filter(None, (self.remark, remark)))
             self.config = config
             self.agent: Agent = algorithm.load_agent_class()(
                 self.env.observation_space,
@@ -248,6 +250,8 @@ class _Session:
                 device=self.device,
                 **given(network=network, encoder=encoder),
             )
+            self.threads = cores if not plain else self.loop_class.learner_threads(config, self.agent, cores)
+            prepare_cpu(self.threads)
             if config.eval_every:
                 if eval_env is None and isinstance(env, gym.Env | gym.vector.VectorEnv | VectorEnv):
                     raise UsageError(
@@ -255,11 +259,22 @@ class _Session:
                         "pass a function that makes one (env=lambda: MyEnv()), or eval_env=..., or eval_every=0"
                     )
                 rows = eval_rows(self.eval_source, config.eval_episodes)
-                self.eval_env = make(self.eval_source, config, rows, "cpu", processes=processes)
+                self.eval_env = self._make(self.eval_source, config, rows, "cpu")
                 self.eval_env.reset(evaluation_seeds(self.eval_env.num_envs))  # what cannot be seeded fails now
         except BaseException:
             self.close()
             raise
+
+    def _make(self, env: EnvLike, config: TrainConfig, rows: int, device: str) -> VectorEnv:
+        """The environments, shared by processes where that is quicker and possible."""
+        try:
+            return make(env, config, rows, device, share=self._share)
+        except RegisteredHereOnly:
+            if config.backend != "auto":
+                raise
+            self._share = 1
+            self.remark = f"the environments stay in this process, which alone knows {env}: module:ID would spread them"
+            return make(env, config, rows, device)
 
     def close(self) -> None:
         """Close the environments, but not a vector environment that the caller made."""

@@ -31,22 +31,22 @@ MAX_EVAL_ENVS = 16
 
 
 def make(
-    env: EnvLike, config: TrainConfig, num_envs: int, device: str, *, render: bool = False, processes: int = 1
+    env: EnvLike, config: TrainConfig, num_envs: int, device: str, *, render: bool = False, share: int = 1
 ) -> VectorEnv:
     """`num_envs` environments as `config` wants them; to render, in this process where that is possible.
 
-    Where nothing else is asked for and `env` is an ID, `processes` share them.
+    Where nothing else is asked for and `env` is an ID, `share` processes share them.
     """
-    backend = config.backend
+    backend, processes = config.backend, config.threads
     if render and not config.env_python:
         backend = "gymnasium"
-    elif backend == "auto" and min(processes, num_envs) > 1 and isinstance(env, str) and not config.env_python:
-        backend = "parallel"
+    elif backend == "auto" and min(share, num_envs) > 1 and isinstance(env, str) and not config.env_python:
+        backend, processes = "parallel", share
     made = make_env(
         env,
         num_envs=num_envs,
         backend=backend,
-        processes=processes if backend == "parallel" else None,
+        processes=processes,
         env_kwargs=config.env_kwargs,
         env_python=config.env_python,
         device=device,
