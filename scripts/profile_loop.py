@@ -31,30 +31,34 @@ from ctrlrl.training.session import train  # noqa: E402
 
 
 class Clock(Callback):
-    """Sums up the seconds in methods of a training's parts."""
+    """Sums up the seconds in methods of a training's parts, in the iterations from step `after` on."""
 
     def __init__(self, after: int) -> None:
         self.seconds: Counter[str] = Counter()
         self.steps = 0
         self._after = after
-        self._begun: int | None = None
+        self._counts = False
 
     def on_start(self, loop: Loop) -> None:
         """Wrap what the parts do."""
-        self._watch(loop, "_iterate", "all")
+        iterate = loop._iterate
+
+        def iteration() -> None:
+            before, begun = loop.env_steps, time.perf_counter()
+            self._counts = before >= self._after
+            iterate()
+            if self._counts:
+                self.seconds["all"] += time.perf_counter() - begun
+                self.steps += loop.env_steps - before
+            self._counts = False
+
+        object.__setattr__(loop, "_iterate", iteration)
         self._watch(loop, "_learn", "updates")
         self._watch(loop, "_store", "storing")
         self._watch(loop, "_evaluate", "apart")
         self._watch(loop, "checkpoint", "apart")
         self._watch(loop.env, "step", "environments")
         self._watch(loop.agent.policy, "act", "acting")
-
-    def on_step(self, loop: Loop) -> None:
-        """Begin once the first steps are over."""
-        if self._begun is None and loop.env_steps >= self._after:
-            self._begun = loop.env_steps
-            self.seconds.clear()
-        self.steps = loop.env_steps - (self._begun or loop.env_steps)
 
     def _watch(self, owner: Any, name: str, part: str) -> None:
         method = getattr(owner, name)
@@ -65,7 +69,8 @@ class Clock(Callback):
             try:
                 return method(*args, **kwargs)
             finally:
-                self.seconds[part] += time.perf_counter() - begun
+                if self._counts:
+                    self.seconds[part] += time.perf_counter() - begun
 
         object.__setattr__(owner, name, timed)
 
@@ -89,6 +94,8 @@ def main() -> None:
             train(options.algo, config.env, config=config, preset=preset and preset.name, callbacks=[clock], quiet=True)
         except CtrlrlError as error:
             parser.error(str(error))
+    if not clock.steps:
+        parser.error(f"nothing is left of {options.steps} steps after the first tenth: take more")
     shares = clock.seconds
     whole = shares.pop("all") - shares.pop("apart", 0.0)
     shares["the rest"] = whole - sum(shares.values())
