@@ -31,6 +31,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from ctrlrl.cores import usable_cores
 from ctrlrl.envs import worker as worker_script
 from ctrlrl.envs.gymnasium_backend import HostedVector, made_without_opengl, undrawable, usage_error
 from ctrlrl.envs.vector import EnvState
@@ -116,9 +117,10 @@ class WorkerVector(HostedVector):
         if env_python is not None:
             _check_interpreter(env_python)
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [None] * (os.cpu_count() or 1)
-        count = min(num_envs, num_workers or len(cores))
+        usable = usable_cores()
+        count = min(num_envs, num_workers or usable)
         # Whoever waits stays awake where that keeps nobody from working: to be woken takes as long as a few steps.
-        awake = count + (not takes_part) <= len(cores)
+        awake = count + (not takes_part) <= usable
         bounds = [int(edge) for edge in np.linspace(0, num_envs, count + 1).round()]
         config = {
             "env": env_id,

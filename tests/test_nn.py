@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from ctrlrl import cores
 from ctrlrl.algorithms.ppo import PPO, RolloutBatch
 from ctrlrl.algorithms.ppo_config import PPOConfig
 from ctrlrl.algorithms.sac import SAC
@@ -226,3 +227,12 @@ def test_a_layer_that_a_users_network_does_not_use_stays_as_it_is(agent, config)
     moved = {name: not torch.equal(p, before[name]) for name, p in after.items()}
     assert any("spare" in name for name in moved) and any("used" in name for name in moved)
     assert all(moved[name] == ("spare" not in name) for name in moved), moved
+
+
+def test_a_containers_quota_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(cores, "CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    assert cores.usable_cores() == 16
+    for quota, expected in (("max 100000", 16), ("250000 100000", 3), ("5000 100000", 1), ("9000000 100000", 16)):
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+        assert cores.usable_cores() == expected

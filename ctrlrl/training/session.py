@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ import torch
 from ctrlrl.algorithms.agent import Agent
 from ctrlrl.algorithms.registry import find_algorithm, train_config_class
 from ctrlrl.config import TrainConfig, changed_fields
+from ctrlrl.cores import usable_cores
 from ctrlrl.envs.vector import EnvState, VectorEnv, derive_seeds
 from ctrlrl.envs.workers import RegisteredHereOnly
 from ctrlrl.errors import CtrlrlError, Interrupted, UsageError
@@ -219,8 +219,7 @@ class _Session:
         algorithm = find_algorithm(algo)
         self.loop_class, self.quiet = _LOOPS[algorithm.loop], quiet
         self.device = pick_device(config.device)
-        there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        cores = config.threads or min(there, 8)
+        cores = config.threads or min(usable_cores(), 8)
         self._share = cores if self.loop_class.shares_environments(config) else 1
         self.remark = ""
         prepare_cpu(cores)
