@@ -149,15 +149,14 @@ class FlatEncoder(Encoder):
         return self._each_image(lambda convolution, x: convolution(x), obs)
 
     def forward(self, obs: Obs) -> Tensor:
-        parts = []
+        parts, normalizer = [], self._normalizer[0]
         for name in self.names:
             value = obs[name] if isinstance(obs, dict) else obs
-            normalizer = self._normalizer[0]
-            if _key(name) in self.convolutions:
+            if self.sees and _key(name) in self.convolutions:
                 seen = value.is_floating_point()  # by `see`: images are of integers
                 value = self.projections[_key(name)](value if seen else self._convolution(name)(value))
             else:
-                value = value.to(torch.float32) if normalizer is None else normalizer.entry(name)(value)
+                value = value.to(torch.float32) if normalizer is None else normalizer.entry(name).forward(value)
             parts.append(value if value.dim() == 2 else value.flatten(1))
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 

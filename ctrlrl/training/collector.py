@@ -127,11 +127,14 @@ class Collector:
 
 def require_finite(env: VectorEnv, step: Step, rows: Tensor, lengths: Sequence[int] | Array | Tensor) -> None:
     """Raise `NonFiniteError` if one of `rows` (N,) got NaN or infinity; `lengths` (N,) counts its steps before."""
-    named = [("reward", step.reward), *obs_items(step.final_obs)]
-    named = [(name, value) for name, value in named if value.is_floating_point()]
-    if math.isfinite(sum(map(_sum, (value for _, value in named)))):  # so is every entry: the usual case, quickly
+    final = step.final_obs
+    values = final.values() if isinstance(final, dict) else (final,)
+    # The usual case, quickly: where a sum is finite, so is every entry.
+    if math.isfinite(_sum(step.reward) + sum(_sum(value) for value in values if value.is_floating_point())):
         return
-    for name, value in named:
+    for name, value in (("reward", step.reward), *obs_items(final)):
+        if not value.is_floating_point():
+            continue
         bad = rows & ~torch.isfinite(value).flatten(1).all(1) if value.dim() > 1 else rows & ~torch.isfinite(value)
         if not bool(bad.any()):
             continue
