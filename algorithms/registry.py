@@ -155,7 +155,15 @@ ALGORITHMS = {
             config="ctrlrl.algorithms.ppo_config:PPOConfig",
             agent="ctrlrl.algorithms.ppo:PPO",
             loop="on-policy",
-            presets=_CONTINUOUS[:1],
+            presets=(
+                *_CONTINUOUS[:1],
+                Preset(
+                    "lunarlander",
+                    r"LunarLander-",
+                    {"agent": {"gamma": 0.999, "gae_lambda": 0.98, "entropy_coef": 0.01}},
+                    "RL Zoo's: landing takes hundreds of steps",
+                ),
+            ),
         ),
         Algorithm(
             name="sac-discrete",
