@@ -220,7 +220,8 @@ class _Session:
         self.loop_class, self.quiet = _LOOPS[algorithm.loop], quiet
         self.device = pick_device(config.device)
         cores = config.threads or min(usable_cores(), 8)
-        self._share = cores if self.loop_class.shares_environments(config) else 1
+        shares = self.loop_class.shares_environments(config) and os.name == "posix"  # which worker processes need
+        self._share = cores if shares else 1
         self.remark = ""
         prepare_cpu(cores)
         torch.backends.cudnn.deterministic = True  # else convolutions on a GPU would not resume bit for bit
