@@ -184,7 +184,7 @@ ALGORITHMS = {
                     "lunarlander",
                     r"LunarLander-",
                     {"learning_starts": 1_000, "agent": {"critic_lr": 6e-4, "batch_size": 128}},
-                    "step size and batch of RL Zoo's DQN",
+                    "ours: faster critics, smaller batches",
                 ),
             ),
         ),
