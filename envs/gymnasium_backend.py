@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -217,7 +218,8 @@ class GymnasiumVector(HostedVector):
         except BaseException as error:
             if owned:
                 for env in envs:
-                    env.close()
+                    with contextlib.suppress(Exception):  # `error` matters more
+                        env.close()
             if isinstance(error, Refused):
                 raise usage_error(error) from error
             if isinstance(error, CtrlrlError) or not isinstance(error, Exception):

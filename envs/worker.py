@@ -43,7 +43,7 @@ import struct
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -727,9 +727,7 @@ class Host:
 
     def close(self) -> None:
         """Close the environments, all of them even where one raises."""
-        with contextlib.ExitStack() as stack:
-            for _, slot in self.rows:
-                stack.callback(slot.env.close)
+        close_all(slot for _, slot in self.rows)
 
     def _write_first(self, row: int, obs: dict[str, Any]) -> None:
         arrays = self._arrays
@@ -751,6 +749,13 @@ class Host:
             self.rows[row - self._span.start][1].broken = True
             raise EnvironmentRaised(row) from error
         self._at[0] = -1
+
+
+def close_all(slots: Iterable[Slot]) -> None:
+    """Close the environments, all of them even where one raises."""
+    with contextlib.ExitStack() as stack:
+        for slot in slots:
+            stack.callback(slot.env.close)
 
 
 def draw(render: Callable[[], Any]) -> np.ndarray[Any, Any]:
@@ -851,12 +856,13 @@ class Share:
                 self._slots.append(Slot(env, config["env"]))
             return describe(self._slots, config["env"])
         except Refused as error:
-            self.close()
-            return {"refused": [str(error), error.word, error.known]}
+            reply: dict[str, Any] = {"refused": [str(error), error.word, error.known]}
         except (Exception, SystemExit) as error:
-            self.close()
             failed = opengl_failure(error)
-            return {"unbuilt": traceback.format_exc(), "opengl": failed and name_and_message(failed)}
+            reply = {"unbuilt": traceback.format_exc(), "opengl": failed and name_and_message(failed)}
+        with contextlib.suppress(Exception):  # why there is none matters more than what closing the others raises
+            self.close()
+        return reply
 
     def settle(self, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
         """Step in these `arrays` from now on."""
@@ -874,10 +880,8 @@ class Share:
 
     def close(self) -> None:
         """Close the environments, all of them even where one raises."""
-        with contextlib.ExitStack() as stack:
-            for slot in self._slots:
-                stack.callback(slot.env.close)
-            self._slots = []
+        slots, self._slots = self._slots, []
+        close_all(slots)
 
     def _step(self, host: Host, _: dict[str, Any]) -> dict[str, Any]:
         host.step()

@@ -254,6 +254,18 @@ class UnclosableEnv(FaultyEnv):
         raise RuntimeError("the window is gone")
 
 
+class OnlyEnv(UnclosableEnv):
+    """There can be only one in a process."""
+
+    made = 0
+
+    def __init__(self, **kwargs: Any) -> None:
+        OnlyEnv.made += 1
+        if OnlyEnv.made > 1:
+            raise RuntimeError("there is one robot only")
+        super().__init__(**kwargs)
+
+
 class GlobalDrawsEnv(WalkEnv):
     """Draws from the generators of the process."""
 
@@ -300,6 +312,7 @@ _ENVS = {
     "Nan": NanEnv,
     "MaskedCartPole": MaskedCartPoleEnv,
     "Unclosable": UnclosableEnv,
+    "Only": OnlyEnv,
     "GlobalDraws": GlobalDrawsEnv,
 }
 

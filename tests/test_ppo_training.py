@@ -21,21 +21,14 @@ from ctrlrl.runs.checkpoint import load_checkpoint
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.training import on_policy, session
 from ctrlrl.training.on_policy import OnPolicyLoop
+from tests import runs
 from tests.runs import assert_same
 from tests.standins import MODULE, WalkEnv
 from tests.test_ppo import ACT, OBS, PLAIN
 
-SMALL = {
+SMALL = {name: value for name, value in runs.SMALL.items() if name != "learning_starts"} | {
     "num_envs": 3,
     "rollout_steps": 60,
-    "steps": 400,
-    "log_every": 50,
-    "eval_every": 150,
-    "eval_episodes": 2,
-    "checkpoint_every": 70,
-    "threads": 1,
-    "video": False,
-    "quiet": True,
     "agent": {"hidden": [16, 16], "minibatch_size": 16, "epochs": 2},
 }
 

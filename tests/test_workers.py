@@ -131,6 +131,15 @@ def test_processes_end_where_an_environment_of_this_one_cannot_be_closed() -> No
     assert children() == before
 
 
+@pytest.mark.parametrize("backend", ["gymnasium", "workers"])
+def test_why_an_environment_cannot_be_made_is_said_though_the_others_cannot_be_closed(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(standins.OnlyEnv, "made", 0)
+    with pytest.raises(EnvironmentFailure, match="there is one robot only"):
+        make_env(STANDIN + "Only-v0", num_envs=2, backend=backend, processes=1 if backend == "workers" else None)
+
+
 def test_draws_from_global_generators_are_those_of_the_seed() -> None:
     rewards = []
     for seed in (0, 0, 1):
