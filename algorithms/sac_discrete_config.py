@@ -20,7 +20,7 @@ class SACDiscreteConfig(OffPolicyAgentConfig):
     """Adam step size of the temperature; 0 keeps it at initial_alpha."""
     initial_alpha: float = 1.0
     """Temperature at the start."""
-    target_entropy_ratio: float = 0.5
+    target_entropy_ratio: float = 0.2
     """Target entropy as a share of log(n), the entropy of all n actions of a row alike, in [0, 1]."""
     double_q: Literal["mean", "min"] = "mean"
     """What is made of the critics' values: mean (Zhou et al.), or min (Christodoulou)."""
