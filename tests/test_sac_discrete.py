@@ -196,7 +196,7 @@ def test_vanilla_losses_by_hand():
     # min Q = (1, 0, 3): J = -0.2 H - (1/2 * 1 + 1/4 * 0 + 1/4 * 3)
     assert metrics["actor_loss"].item() == pytest.approx(-0.2 * ENTROPY - 1.25, abs=1e-5)
     assert metrics["entropy"].item() == pytest.approx(ENTROPY, abs=1e-6)
-    assert metrics["target_entropy"].item() == pytest.approx(0.5 * math.log(3), abs=1e-6)
+    assert metrics["target_entropy"].item() == pytest.approx(0.2 * math.log(3), abs=1e-6)
 
 
 def test_stabilized_losses_by_hand():
