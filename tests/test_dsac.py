@@ -98,6 +98,7 @@ class DistributionalReference(Reference):
         self.m = [None] * members
         self.actor_optimizer, self.alpha_optimizer = Adam64(3e-4), Adam64(3e-4)
         self.critic_optimizers = [Adam64(3e-4) for _ in range(members)]
+        self.tau = 0.01 if self.twin else 0.005
 
     def sample(self, params, obs, noise):
         h = torch.relu(obs @ params["0.weight"].T + params["0.bias"])
@@ -158,7 +159,7 @@ class DistributionalReference(Reference):
         pairs = [(self.target_actor, self.actor), *zip(self.targets, self.critics, strict=True)]
         for target, source in pairs:
             for name in target:
-                target[name] = target[name] + 0.005 * (source[name] - target[name])
+                target[name] = target[name] + self.tau * (source[name] - target[name])
 
 
 @BOTH
@@ -267,7 +268,7 @@ def test_targets_see_images_through_one_convolution_of_their_own():
     start = [p.detach().clone() for p in target.parameters()]
     agent.update(batch)
     for before, ours, theirs in zip(start, target.parameters(), online.parameters(), strict=True):
-        assert torch.allclose(ours, before + 0.005 * (theirs - before), atol=1e-7)  # once, not twice
+        assert torch.allclose(ours, before + 0.01 * (theirs - before), atol=1e-7)  # once, not twice
         assert not torch.equal(ours, before)
 
 
