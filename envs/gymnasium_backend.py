@@ -14,8 +14,9 @@ import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
+from ctrlrl.envs.actions import ActionBuffer
 from ctrlrl.envs.spaces import build_space
-from ctrlrl.envs.vector import EnvState, RenderFailure, Step, VectorEnv, derive_seeds
+from ctrlrl.envs.vector import EnvState, RenderFailure, Step, VectorEnv, derive_seeds, seed_per_env
 from ctrlrl.envs.worker import (
     EnvironmentRaised,
     Host,
@@ -55,46 +56,21 @@ def made_without_opengl(name: str, text: str, cause: str) -> RenderFailure:
     )
 
 
+def raise_unmade(name: str, error: BaseException) -> NoReturn:
+    """Raise what the user is told where making environments `name` raised `error`; to be called while it is handled."""
+    if isinstance(error, Refused):
+        raise usage_error(error) from error
+    if isinstance(error, CtrlrlError) or not isinstance(error, Exception):
+        raise error
+    failed = opengl_failure(error)
+    if failed is not None:
+        raise made_without_opengl(name, traceback.format_exc(), name_and_message(failed)) from error
+    raise EnvironmentFailure(f"{name} cannot be made:\n{traceback.format_exc()}") from error
+
+
 def undrawable(name: str, text: str, cause: str) -> RenderFailure:
     """The failure to draw environment 0; `text` is the traceback, `cause` what was raised."""
     return RenderFailure(f"{name}: environment 0 cannot be drawn:\n{text}", cause)
-
-
-def seed_per_env(seed: int | Sequence[int] | None, num_envs: int) -> list[int | None]:
-    """What `VectorEnv.reset` takes, as one seed per environment; raises UsageError where the number is not theirs."""
-    if seed is None:
-        return [None] * num_envs
-    if isinstance(seed, (int, np.integer)):
-        return list(derive_seeds(int(seed), num_envs))
-    if len(seed) != num_envs:
-        raise UsageError(f"reset takes one seed, or {num_envs}, one per environment; got {len(seed)}")
-    return [int(value) for value in seed]
-
-
-class ActionBuffer:
-    """The (N, ...) array that environments read their actions from; what is written is clipped to the bounds.
-
-    A Box keeps its dtype, Discrete and MultiDiscrete are int64 and carry values as the environment counts them.
-    """
-
-    def __init__(self, space: gym.Space[Any], array: Array) -> None:
-        self.array = array
-        self.tensor = torch.from_numpy(array)
-        self._bounds: tuple[Tensor, Tensor] | None = None
-        if isinstance(space, gym.spaces.Box):
-            self._bounds = torch.from_numpy(space.low.copy()), torch.from_numpy(space.high.copy())
-
-    def write(self, action: Tensor) -> None:
-        """Take `action` (N, ...); raises UsageError on another shape, or fractions where the space counts."""
-        if action.shape != self.tensor.shape:
-            raise UsageError(f"step takes actions of shape {tuple(self.tensor.shape)}, got {tuple(action.shape)}")
-        if action.is_floating_point() and not self.tensor.is_floating_point():
-            raise UsageError(f"step takes actions of dtype {self.tensor.dtype}, got {action.dtype}")
-        action = action.detach()
-        if self._bounds is None:
-            self.tensor.copy_(action)
-        else:
-            torch.clamp(action.to(self.tensor.device, self.tensor.dtype), *self._bounds, out=self.tensor)
 
 
 class HostedVector(VectorEnv):
@@ -220,14 +196,7 @@ class GymnasiumVector(HostedVector):
                 for env in envs:
                     with contextlib.suppress(Exception):  # `error` matters more
                         env.close()
-            if isinstance(error, Refused):
-                raise usage_error(error) from error
-            if isinstance(error, CtrlrlError) or not isinstance(error, Exception):
-                raise
-            name, failed = name or "the environment", opengl_failure(error)
-            if failed is not None:
-                raise made_without_opengl(name, traceback.format_exc(), name_and_message(failed)) from error
-            raise EnvironmentFailure(f"{name} cannot be made:\n{traceback.format_exc()}") from error
+            raise_unmade(name or "the environment", error)
         arrays = layout(description, len(slots))
         buffers = map_arrays(arrays, bytearray(place(arrays)[1]))
         super().__init__(name, description, buffers, len(slots), device)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import gymnasium as gym
 
+from ctrlrl.envs.tasks.registry import task_of
 from ctrlrl.envs.worker import EXTRAS, PixelObservation, build_env, family_of, newest_versions
 from ctrlrl.errors import UsageError, nearest
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from ctrlrl.envs.vector import VectorEnv
 
-BACKENDS = ("auto", "gymnasium", "workers", "parallel")
+BACKENDS = ("auto", "native", "native-fast", "gymnasium", "workers", "parallel")
 
 _LONGEST_TIMEOUT = 1e9  # seconds; the operating system's clocks do not count far beyond
 
@@ -40,6 +41,8 @@ class EnvInfo:
     """`mujoco`, `classic_control`, ... for Gymnasium's own, else the namespace or package that registered it."""
     installed: bool
     """Whether the package that its family needs is there."""
+    native: bool = False
+    """Whether there is a task of ours, which the backend `native` steps as a batch."""
 
 
 def make_env(
@@ -49,7 +52,7 @@ def make_env(
     backend: str = "auto",
     env_kwargs: dict[str, Any] | None = None,
     env_python: str | os.PathLike[str] | None = None,
-    processes: int | None = None,
+    cores: int | None = None,
     device: torch.device | str = "cpu",
     render: bool = False,
     worker_timeout: float = 60.0,
@@ -61,10 +64,13 @@ def make_env(
     Args:
         env: an id (`HalfCheetah-v5`, `module:ID`), an environment (one only), a function that makes one, a
             `gymnasium.vector.VectorEnv`, or a `VectorEnv` of ours, which is returned as it is.
-        backend: `gymnasium` steps in this process, `workers` in worker processes (ids only), `parallel` in this process
-            and workers, a share each, which is the fastest; `auto` takes workers where `env_python` is given, else this
-            process.
-        processes: that step environments, with `workers` and `parallel`; by default as many as there are cores.
+        backend: `native` steps ids of which there is a task of ours (`has_native`) as one batch, on threads, with the
+            same results; `native-fast` too, with contact forces that differ (see `tasks.gymnasium_mujoco`).
+            `gymnasium` steps one after the other in this process, `workers` in worker processes (ids only), `parallel`
+            in this process and workers, a share each. `auto` takes workers where `env_python` is given, native where
+            there is that, else gymnasium.
+        cores: that step environments: threads of `native`, processes of `workers` and `parallel`; by default those
+            there are.
         env_kwargs: arguments of `gymnasium.make`; for ids only.
         env_python: interpreter that runs the environments in worker processes; it needs numpy and Gymnasium only.
         device: where the tensors lie. A `VectorEnv` of ours keeps its own.
@@ -94,7 +100,7 @@ def make_env(
         )
     if backend not in BACKENDS:
         raise UsageError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.{nearest(backend, BACKENDS)}")
-    if env_python is not None and backend in ("gymnasium", "parallel"):
+    if env_python is not None and backend not in ("auto", "workers"):
         raise UsageError(f"backend {backend!r} steps in this process and cannot use env_python; use 'workers'")
     workers = backend in ("workers", "parallel") or env_python is not None
     if pixels < 0:
@@ -103,6 +109,23 @@ def make_env(
         raise UsageError("grayscale goes with pixels: pictures of how many pixels a side?")
     render_headless()
 
+    native = backend in ("native", "native-fast")
+    if native and not isinstance(env, str):
+        raise UsageError(f"backend {backend!r} makes environments from an id, and got a {type(env).__name__}")
+    if native and pixels:
+        raise UsageError(f"backend {backend!r} does not observe pictures; use 'gymnasium' or 'workers' with pixels")
+    if native or (backend == "auto" and has_native(env, env_python=env_python, pixels=pixels)):
+        from ctrlrl.envs.native import make_native
+
+        return make_native(
+            cast(str, env),
+            num_envs=num_envs,
+            env_kwargs=env_kwargs,
+            render=render,
+            threads=cores,
+            exact=backend != "native-fast",
+            device=device,
+        )
     if isinstance(env, str):
         if workers:
             from ctrlrl.envs.workers import WorkerVector
@@ -112,7 +135,7 @@ def make_env(
                 num_envs=num_envs,
                 env_kwargs=env_kwargs,
                 env_python=env_python,
-                num_workers=processes,
+                num_workers=cores,
                 takes_part=backend == "parallel",
                 device=device,
                 render=render,
@@ -153,6 +176,11 @@ def make_env(
     raise UsageError(
         f"env must be an id, a gymnasium.Env, a function that makes one, or a vector environment; got {env!r}"
     )
+
+
+def has_native(env: object, *, env_python: object = None, pixels: int = 0) -> bool:
+    """Whether `make_env` steps `env` natively where the backend is `auto`."""
+    return isinstance(env, str) and task_of(env) is not None and env_python is None and not pixels
 
 
 def _checked(maker: Callable[[], gym.Env[Any, Any]], pixels: int, grayscale: bool) -> Callable[[], gym.Env[Any, Any]]:
@@ -196,7 +224,8 @@ def list_envs() -> list[EnvInfo]:
             package = spec.entry_point.partition(":")[0].partition(".")[0]
             infos.append(EnvInfo(env_id, spec.namespace or package, _is_installed(package)))
         else:
-            infos.append(EnvInfo(env_id, family, _is_installed(EXTRAS[family][0]) if family in EXTRAS else True))
+            installed = _is_installed(EXTRAS[family][0]) if family in EXTRAS else True
+            infos.append(EnvInfo(env_id, family, installed, has_native(env_id)))
     return sorted(infos, key=lambda info: (info.family, info.id))
 
 

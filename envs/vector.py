@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctrlrl.errors import EnvironmentFailure
+from ctrlrl.errors import EnvironmentFailure, UsageError
 from ctrlrl.tree import Obs
 
 
@@ -140,3 +140,14 @@ class VectorEnv(ABC):
 def derive_seeds(seed: int, count: int) -> list[int]:
     """`count` independent 32-bit seeds from one, the first ones the same whatever `count` is."""
     return [int(child.generate_state(1)[0]) for child in np.random.SeedSequence(seed).spawn(count)]
+
+
+def seed_per_env(seed: int | Sequence[int] | None, num_envs: int) -> list[int | None]:
+    """What `VectorEnv.reset` takes, as one seed per environment; raises UsageError where the number is not theirs."""
+    if seed is None:
+        return [None] * num_envs
+    if isinstance(seed, (int, np.integer)):
+        return list(derive_seeds(int(seed), num_envs))
+    if len(seed) != num_envs:
+        raise UsageError(f"reset takes one seed, or {num_envs}, one per environment; got {len(seed)}")
+    return [int(value) for value in seed]

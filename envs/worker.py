@@ -579,8 +579,10 @@ class Slot:
                 self._replay(state, arrays, alive)
             elif state["method"] == "own":
                 self._restore_own(state, arrays)
-            else:
+            elif state["method"] == "none":
                 raise _NotRestored(state["why"])
+            else:
+                raise _NotRestored("its state was saved by another backend")
             self._generator().state = join_arrays(state["generator"], arrays)
             return self._obs, None  # type: ignore[return-value]
         except Exception as error:

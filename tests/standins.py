@@ -338,8 +338,7 @@ def native_vector(num_envs: int, *, divergence: float = 0.02, length: int = 30) 
     import torch
     from torch import Tensor
 
-    from ctrlrl.envs.gymnasium_backend import seed_per_env
-    from ctrlrl.envs.vector import EnvState, Step, VectorEnv
+    from ctrlrl.envs.vector import EnvState, Step, VectorEnv, seed_per_env
 
     class NativeVector(VectorEnv):
         name = "native-standin"

@@ -30,7 +30,7 @@ STANDIN = standins.MODULE + "ctrlrl-test/"
 
 
 def in_process(env_id: str, **kwargs: Any) -> Any:
-    return lambda n: make_env(env_id, num_envs=n, env_kwargs=kwargs)
+    return lambda n: make_env(env_id, num_envs=n, env_kwargs=kwargs, backend="gymnasium")
 
 
 # --- the contract -----------------------------------------------------------------------------------------------------

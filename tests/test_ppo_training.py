@@ -281,7 +281,7 @@ def test_cores_are_for_environments_and_for_large_networks(tmp_path, monkeypatch
 
     monkeypatch.setattr(session, "make", watched)
 
-    def run(name, env="Pendulum-v1", **how):
+    def run(name, env=MODULE + "ctrlrl-test/Walk-v0", **how):
         shares.clear()
         how = SMALL | {"out": str(tmp_path / name), "threads": 2} | how
         return ctrlrl.train("ppo", env, **how)

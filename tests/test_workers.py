@@ -137,7 +137,7 @@ def test_why_an_environment_cannot_be_made_is_said_though_the_others_cannot_be_c
 ) -> None:
     monkeypatch.setattr(standins.OnlyEnv, "made", 0)
     with pytest.raises(EnvironmentFailure, match="there is one robot only"):
-        make_env(STANDIN + "Only-v0", num_envs=2, backend=backend, processes=1 if backend == "workers" else None)
+        make_env(STANDIN + "Only-v0", num_envs=2, backend=backend, cores=1 if backend == "workers" else None)
 
 
 def test_draws_from_global_generators_are_those_of_the_seed() -> None:
@@ -166,7 +166,7 @@ def test_waiting_awake_keeps_nobody_from_working(monkeypatch: pytest.MonkeyPatch
 
 
 def test_state_moves_between_backends() -> None:
-    ours = make_env("HalfCheetah-v5", num_envs=3, env_kwargs={"max_episode_steps": 10})
+    ours = make_env("HalfCheetah-v5", num_envs=3, env_kwargs={"max_episode_steps": 10}, backend="gymnasium")
     theirs = workers("HalfCheetah-v5", max_episode_steps=10)(3)
     ours.reset(1)
     rollout(ours, 14)
@@ -300,7 +300,7 @@ def test_printing_does_not_disturb_the_protocol(faulty: Any, capfd: pytest.Captu
 
 
 def test_interrupted_step_leaves_the_environments_usable(monkeypatch: pytest.MonkeyPatch) -> None:
-    env, reference = workers("Pendulum-v1")(2), make_env("Pendulum-v1", num_envs=2)
+    env, reference = workers("Pendulum-v1")(2), make_env("Pendulum-v1", num_envs=2, backend="gymnasium")
     env.reset(0)
     reference.reset(0)
     actions = actions_for(env, 2)

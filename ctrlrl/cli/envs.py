@@ -25,7 +25,6 @@ def run(arguments: Sequence[str]) -> int:
 
     for info in list_envs():
         if options.pattern.lower() in info.id.lower():
-            print(
-                f"{info.id:<36} {info.family:<18}{'' if info.installed else ' (needs a package that is not installed)'}"
-            )
+            remark = " (needs a package that is not installed)" if not info.installed else " native" * info.native
+            print(f"{info.id:<36} {info.family:<18}{remark}".rstrip())
     return 0

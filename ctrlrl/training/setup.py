@@ -14,7 +14,7 @@ import torch
 from ctrlrl.algorithms.registry import ALGORITHMS, find_algorithm, train_config_class
 from ctrlrl.config import Config, TrainConfig
 from ctrlrl.envs.frame_stack import FrameStack
-from ctrlrl.envs.make import make_env
+from ctrlrl.envs.make import has_native, make_env
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.execution import multiplies_bfloat16, unavailable
@@ -37,16 +37,16 @@ def make(
 
     Where nothing else is asked for and `env` is an ID, `share` processes share them.
     """
-    backend, processes = config.backend, config.threads
+    backend, cores = config.backend, config.threads
     if render and not config.env_python:
         backend = "gymnasium"
-    elif backend == "auto" and min(share, num_envs) > 1 and isinstance(env, str) and not config.env_python:
-        backend, processes = "parallel", share
+    elif backend == "auto" and share > 1 and num_envs > 1 and _spreads(env, config):
+        backend, cores = "parallel", share
     made = make_env(
         env,
         num_envs=num_envs,
         backend=backend,
-        processes=processes,
+        cores=cores,
         env_kwargs=config.env_kwargs,
         env_python=config.env_python,
         device=device,
@@ -63,6 +63,18 @@ def make(
         if made is not env:
             made.close()
         raise
+
+
+def _spreads(env: EnvLike, config: TrainConfig) -> bool:
+    """Whether `env` can be made in worker processes of this interpreter, and is not better stepped natively."""
+    return isinstance(env, str) and not config.env_python and not steps_natively(env, config)
+
+
+def steps_natively(env: EnvLike, config: TrainConfig) -> bool:
+    """Whether `config` has `env` stepped by a task of ours."""
+    if config.backend == "auto":
+        return has_native(env, env_python=config.env_python, pixels=config.pixels)
+    return config.backend in ("native", "native-fast")
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,0 +1,193 @@
+"""Tasks as a vector environment: N rows stepped together in this process, without an object for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctrlrl.envs.actions import ActionBuffer
+from ctrlrl.envs.gymnasium_backend import raise_unmade, undrawable, usage_error
+from ctrlrl.envs.tasks.registry import load_task, task_of
+from ctrlrl.envs.tasks.task import RowRandom, Task
+from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds, seed_per_env
+from ctrlrl.envs.worker import Refused, Undrawn, build_env, draw
+from ctrlrl.errors import UsageError
+from ctrlrl.tree import Obs, map_obs, obs_items, obs_to
+
+_METHOD = "native"
+
+
+class NativeVector(VectorEnv):
+    """A task behind the vector contract.
+
+    An episode ends where the task terminates it, or after `max_episode_steps`. A row whose simulation diverged is no
+    transition (`valid` is False) and starts a new episode.
+    """
+
+    def __init__(self, task: Task, device: torch.device | str = "cpu") -> None:
+        """`device`: where the tensors given lie; those of the task are moved there."""
+        self.task = task
+        self.name, self.num_envs, self.device = task.name, task.num_envs, torch.device(device)
+        self.observation_space, self.action_space = task.observation_space, task.action_space
+        self.control_dt, self.may_be_invalid = task.control_dt, task.may_diverge
+        shape = (self.num_envs, *(self.action_space.shape or ()))
+        self._action = ActionBuffer(self.action_space, np.zeros(shape, self.action_space.dtype))
+        self._random = RowRandom(self.num_envs)
+        self._elapsed = torch.zeros(self.num_envs, dtype=torch.int64)
+        self._limit = task.max_episode_steps
+        self._begun = False
+        self._never = torch.zeros(self.num_envs, dtype=torch.bool)
+        self._always = torch.ones(self.num_envs, dtype=torch.bool)
+
+    def reset(self, seed: int | Sequence[int] | None = None) -> Obs:
+        for row, own in enumerate(seed_per_env(seed, self.num_envs)):
+            if own is not None:
+                self._random.seed(row, own)
+        self._begin(self._always)
+        return obs_to(self.task.observe(), self.device)
+
+    def step(self, action: Tensor) -> Step:
+        self._action.write(action)
+        outcome = self.task.step(self._action.tensor)
+        self._elapsed += 1
+        reward, terminated, valid = outcome.reward.float(), outcome.terminated, self._always
+        truncated = self._never if self._limit is None else self._elapsed >= self._limit
+        over = terminated | truncated
+        if outcome.diverged is not None:
+            valid = ~outcome.diverged
+            reward, terminated, truncated = torch.where(valid, reward, 0.0), terminated & valid, truncated & valid
+            over |= outcome.diverged
+        obs = final_obs = self.task.observe()
+        if over.any():
+            final_obs = map_obs(torch.clone, obs)
+            self._begin(over)
+            obs = self.task.observe()
+            if outcome.diverged is not None:  # nothing that was seen of it is to be relied on
+                final_obs = _where(outcome.diverged, obs, final_obs)
+        step = Step(obs, self._action.tensor, reward, terminated, truncated, final_obs, valid, outcome.log)
+        return step if self.device.type == "cpu" else _moved(step, self.device)
+
+    def get_state(self) -> EnvState:
+        if not self._begun:
+            return super().get_state()
+        tensors = self.task.get_state()
+        json: list[dict[str, Any] | None] = [
+            {"method": _METHOD, "elapsed": int(elapsed), "generator": generator.bit_generator.state}
+            for elapsed, generator in zip(self._elapsed, self._random.generators, strict=True)
+        ]
+        arrays = [{name: value[row].numpy().copy() for name, value in tensors.items()} for row in range(self.num_envs)]
+        return EnvState(json, arrays)
+
+    def set_state(self, state: EnvState, *, seed: int) -> tuple[Obs, list[str | None]]:
+        if len(state.json) != self.num_envs:
+            raise UsageError(
+                f"{self.name}: the state saved is of {len(state.json)} environments, these are {self.num_envs}; "
+                "make as many as before to go on from it"
+            )
+        self.reset(derive_seeds(seed, self.num_envs))
+        now = {name: value.clone() for name, value in self.task.get_state().items()}
+        reasons = [self._why_not(*row, now) for row in zip(state.json, state.arrays, strict=True)]
+        goes_on = torch.tensor([reason is None for reason in reasons])
+        for row in goes_on.nonzero().flatten().tolist():
+            json, arrays = state.json[row], state.arrays[row]
+            assert json is not None
+            for name, value in now.items():
+                value[row] = torch.from_numpy(np.asarray(arrays[name]))
+            self._elapsed[row] = json["elapsed"]
+            self._random.generators[row].bit_generator.state = json["generator"]
+        self.task.set_state(goes_on, now)
+        return obs_to(self.task.observe(), self.device), reasons
+
+    def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        if not self.task.renders:
+            raise UsageError(f"{self.name} was made without pictures; make it with render=True")
+        try:
+            return draw(self.task.render)
+        except Refused as error:
+            raise usage_error(error) from error
+        except Undrawn as error:
+            raise undrawable(self.name, str(error), error.cause) from error.__cause__
+
+    def close(self) -> None:
+        self.task.close()
+
+    def _begin(self, rows: Tensor) -> None:
+        self._begun = True
+        self.task.begin(rows, self._random)
+        self._elapsed.masked_fill_(rows, 0)
+
+    def _why_not(
+        self, json: dict[str, Any] | None, arrays: dict[str, np.ndarray[Any, Any]], now: dict[str, Tensor]
+    ) -> str | None:
+        if json is None:
+            return "no state was saved"
+        if json.get("method") != _METHOD:
+            return "its state was saved by another backend"
+        shapes = {name: tuple(value.shape[1:]) for name, value in now.items()}
+        if {name: array.shape for name, array in arrays.items()} != shapes:
+            return "the state saved is of another model"
+        return None
+
+
+def make_native(
+    env_id: str,
+    *,
+    num_envs: int,
+    env_kwargs: dict[str, Any] | None = None,
+    render: bool = False,
+    threads: int | None = None,
+    exact: bool = True,
+    device: torch.device | str = "cpu",
+) -> NativeVector:
+    """The environments that Gymnasium registers as `env_id`, as a task of ours.
+
+    Args:
+        env_id: one of which `task_of` knows a task.
+        num_envs: N.
+        env_kwargs: arguments of `gymnasium.make`.
+        render: give pictures of environment 0.
+        threads: that step; by default as many as there are cores.
+        exact: contact forces as Gymnasium's, which takes longer.
+        device: where the tensors given lie.
+
+    Raises:
+        UsageError: there is no task of ours, or Gymnasium refuses the arguments.
+        RenderFailure, EnvironmentFailure: as `make_env`.
+    """
+    place = task_of(env_id)
+    if place is None:
+        raise UsageError(
+            f"{env_id} has no native backend; `ctrlrl envs` marks those that have. Take --backend auto, or gymnasium"
+        )
+    try:
+        twin = build_env(env_id, env_kwargs or {}, render)
+        return NativeVector(load_task(place)(twin, env_id, num_envs, threads=threads, exact=exact), device)
+    except BaseException as error:
+        raise_unmade(env_id, error)
+
+
+def _moved(step: Step, device: torch.device) -> Step:
+    """`step` on `device`."""
+    action, reward, terminated, truncated, valid = (
+        value.to(device) for value in (step.action, step.reward, step.terminated, step.truncated, step.valid)
+    )
+    obs, final_obs = obs_to(step.obs, device), obs_to(step.final_obs, device)
+    log = {name: value.to(device) for name, value in step.log.items()}
+    return Step(obs, action, reward, terminated, truncated, final_obs, valid, log)
+
+
+def _where(rows: Tensor, chosen: Obs, other: Obs) -> Obs:
+    """`chosen` where `rows` (N,), else `other`."""
+    if isinstance(chosen, dict):
+        others = dict(obs_items(other))
+        return {name: _pick(rows, value, others[name]) for name, value in chosen.items()}
+    assert isinstance(other, Tensor)
+    return _pick(rows, chosen, other)
+
+
+def _pick(rows: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
+    return torch.where(rows.view(-1, *[1] * (chosen.dim() - 1)), chosen, other)

@@ -1,0 +1,211 @@
+#!/usr/bin/env python3
+"""Environment steps per second: ours, Gymnasium's, Stable-Baselines3's and EnvPool's, beside the limit of the machine.
+
+    python scripts/bench_envs.py                                       # HalfCheetah, Ant, Humanoid, 64 environments
+    python scripts/bench_envs.py --env HalfCheetah-v5 --num-envs 8 64 512 --kinds native envpool
+    python scripts/bench_envs.py --env Pendulum-v1 CartPole-v1 --num-envs 64 4096 --kinds native gymnasium-sync
+
+with the interpreter of .venv. The limit is MuJoCo alone: a loop of `mj_step` over one simulation in each of as many
+processes as there are cores, with the environment's rule of when an episode ends and nothing else. Every kind has its
+own process (peers in virtual environments of their own, made at the first run), random actions drawn beforehand, and
+all the cores. Round by round each steps for --seconds while the others wait; a ratio is the median over the rounds of
+the ratios to the limit of the same round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))  # where ctrlrl is not installed
+
+import gymnasium as gym  # noqa: E402
+import numpy as np  # noqa: E402
+from peers.turns import serve  # noqa: E402
+from peers.venv import python_of  # noqa: E402
+
+from ctrlrl.cores import usable_cores  # noqa: E402
+from ctrlrl.errors import CtrlrlError  # noqa: E402
+
+OURS = ("native", "native-fast", "gymnasium")
+THEIRS = ("gymnasium-sync", "gymnasium-async", "sb3-dummy", "sb3-subproc", "envpool")
+HEALTHY = {"Ant-v5": (0.2, 1.0), "Humanoid-v5": (1.0, 2.0)}
+"""Where an episode goes on, as heights of the root, for the limit."""
+
+
+class Stepper:
+    """Processes of one kind that step together when told."""
+
+    def __init__(self, kind: str, env_id: str, num_envs: int, threads: int) -> None:
+        self.kind = kind
+        shared = ["--kind", kind, "--env", env_id, "--num-envs", str(num_envs), "--threads", str(threads)]
+        if kind in OURS or kind == "limit":
+            command = [sys.executable, str(Path(__file__).resolve()), "--worker", *shared]
+        else:
+            library = kind.partition("-")[0]
+            python = sys.executable if library == "gymnasium" else str(python_of(library))
+            command = [python, str(HERE / "peers" / "envs.py"), *shared]
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read when a process fails
+        self._processes = [
+            subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+            for _ in range(threads if kind == "limit" else 1)
+        ]
+        self.peak_mib = 0.0
+        self._read()  # that they are warm
+
+    def go(self, seconds: float) -> float:
+        """Step for `seconds`; returns environment steps per second."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{seconds}\n")
+            process.stdin.flush()
+        records = self._read()
+        self.peak_mib = sum(record["peak_mib"] for record in records)
+        return sum(record["steps"] / record["seconds"] for record in records)
+
+    def close(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.close()
+            process.wait()
+
+    def _read(self) -> list[dict[str, float]]:
+        lines = [process.stdout.readline() for process in self._processes if process.stdout is not None]
+        if not all(lines):
+            self._log.seek(0)
+            raise SystemExit(f"{self.kind} failed:\n{self._log.read()[-3000:]}")
+        return [json.loads(line) for line in lines]
+
+
+def raw_steps(env_id: str) -> Callable[[float], int]:
+    """The limit: `mj_step` on one simulation, started anew where the environment would."""
+    import mujoco
+
+    own: Any = gym.make(env_id).unwrapped
+    model, data, substeps = own.model, own.data, own.frame_skip
+    low, high = HEALTHY.get(env_id, (-np.inf, np.inf))
+    actions = np.random.default_rng(0).uniform(*model.actuator_ctrlrange.T, (1024, model.nu))
+    height = 2 if env_id in HEALTHY else 0
+    control, qpos, step = data.ctrl, data.qpos, mujoco.mj_step
+    own.reset(seed=0)
+
+    def run(seconds: float) -> int:
+        begun, steps, since = time.perf_counter(), 0, 0
+        while time.perf_counter() - begun < seconds:
+            for action in actions:
+                control[:] = action
+                step(model, data, substeps)
+                since += 1
+                if since == 1000 or not low <= qpos[height] <= high:
+                    own.reset()
+                    since = 0
+            steps += len(actions)
+        return steps
+
+    return run
+
+
+def our_steps(kind: str, env_id: str, num_envs: int, threads: int) -> Callable[[float], int]:
+    """A backend of ours."""
+    import torch
+
+    from ctrlrl.envs.make import make_env
+
+    torch.set_num_threads(1)
+    env = make_env(env_id, num_envs=num_envs, backend=kind, cores=threads)
+    env.reset(0)
+    space, random = env.action_space, np.random.default_rng(0)
+    shape = (32, num_envs, *(space.shape or ()))
+    if isinstance(space, gym.spaces.Box):
+        actions = torch.from_numpy(random.uniform(space.low, space.high, shape).astype(np.float32))
+    else:
+        actions = torch.from_numpy(random.integers(0, space.n, shape))  # type: ignore[attr-defined]
+
+    def run(seconds: float) -> int:
+        begun, steps = time.perf_counter(), 0
+        while time.perf_counter() - begun < seconds:
+            for action in actions[:8]:
+                env.step(action)
+            steps += 8 * num_envs
+        return steps
+
+    return run
+
+
+def compare(env_id: str, num_envs: int, kinds: Sequence[str], options: argparse.Namespace) -> str:
+    """The table of one environment."""
+    threads = usable_cores()
+    limited = gym.spec(env_id).entry_point.startswith("gymnasium.envs.mujoco")  # type: ignore[union-attr]
+    steppers = [Stepper(kind, env_id, num_envs, threads) for kind in (["limit"] if limited else []) + list(kinds)]
+    rates: dict[str, list[float]] = {stepper.kind: [] for stepper in steppers}
+    for _ in range(options.rounds):
+        for stepper in steppers:
+            rates[stepper.kind].append(stepper.go(options.seconds))
+    against = "limit" if limited else kinds[0]
+    lines = [
+        f"{env_id}, {num_envs} environments, {threads} cores",
+        "",
+        f"| | environment steps/s (range) | of the {against} (range) | memory |",
+        "|---|---|---|---|",
+    ]
+    for stepper in steppers:
+        own = rates[stepper.kind]
+        ratios = [a / b for a, b in zip(own, rates[against], strict=True)]
+        lines.append(
+            f"| {stepper.kind} | {statistics.median(own):,.0f} ({min(own):,.0f} to {max(own):,.0f}) | "
+            f"{statistics.median(ratios):.0%} ({min(ratios):.0%} to {max(ratios):.0%}) | {stepper.peak_mib:,.0f} MiB |"
+        )
+        stepper.close()
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Compare, and print a table for each environment and number of them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", nargs="+", default=["HalfCheetah-v5", "Ant-v5", "Humanoid-v5"])
+    parser.add_argument("--num-envs", nargs="+", type=int, default=[64])
+    parser.add_argument("--kinds", nargs="+", choices=(*OURS, *THEIRS), help="default: all that there are")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--kind", help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        env_id, num_envs = options.env[0], options.num_envs[0]
+        serve(
+            raw_steps(env_id) if options.kind == "limit" else our_steps(options.kind, env_id, num_envs, options.threads)
+        )
+        return 0
+    try:
+        for env_id in options.env:
+            for num_envs in options.num_envs:
+                forces = env_id.startswith(("Ant-", "Humanoid"))
+                kinds = options.kinds or [k for k in (*OURS, *THEIRS) if forces or k != "native-fast"]
+                print(compare(env_id, num_envs, kinds, options) + "\n", flush=True)
+    except CtrlrlError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
