@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ctrlrl.envs.actions import ActionBuffer
 from ctrlrl.envs.spaces import build_space
-from ctrlrl.envs.vector import EnvState, RenderFailure, Step, VectorEnv, derive_seeds, seed_per_env
+from ctrlrl.envs.vector import EnvState, RenderFailure, Step, VectorEnv, derive_seeds, require_as_many, seed_per_env
 from ctrlrl.envs.worker import (
     EnvironmentRaised,
     Host,
@@ -66,6 +66,20 @@ def raise_unmade(name: str, error: BaseException) -> NoReturn:
     if failed is not None:
         raise made_without_opengl(name, traceback.format_exc(), name_and_message(failed)) from error
     raise EnvironmentFailure(f"{name} cannot be made:\n{traceback.format_exc()}") from error
+
+
+def picture(
+    name: str, renders: bool, render: Callable[[], np.ndarray[Any, np.dtype[np.uint8]]]
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The picture (H, W, 3) of `render`, which raises as `draw` does; `renders`: whether made to give pictures."""
+    if not renders:
+        raise UsageError(f"{name} was made without pictures; make it with render=True")
+    try:
+        return render()
+    except Refused as error:
+        raise usage_error(error) from error
+    except Undrawn as error:
+        raise undrawable(name, str(error), error.cause) from error.__cause__
 
 
 def undrawable(name: str, text: str, cause: str) -> RenderFailure:
@@ -124,11 +138,7 @@ class HostedVector(VectorEnv):
 
     def set_state(self, state: EnvState, *, seed: int) -> tuple[Obs, list[str | None]]:
         self._require_health()
-        if len(state.json) != self.num_envs:
-            raise UsageError(
-                f"{self.name}: the state saved is of {len(state.json)} environments, these are {self.num_envs}; "
-                "make as many as before to go on from it"
-            )
+        require_as_many(self, state)
         reasons = self._set_state(state, derive_seeds(seed, self.num_envs))
         return self._observation("obs/"), reasons
 
@@ -209,14 +219,7 @@ class GymnasiumVector(HostedVector):
         return EnvState([json for json, _ in states], [arrays for _, arrays in states])
 
     def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        if not self._renders:
-            raise UsageError(f"{self.name} was made without pictures; make it with render=True")
-        try:
-            return self._host.render()
-        except Refused as error:
-            raise usage_error(error) from error
-        except Undrawn as error:
-            raise undrawable(self.name, str(error), error.cause) from error.__cause__
+        return picture(self.name, self._renders, self._host.render)
 
     def close(self) -> None:
         if self._to_close:

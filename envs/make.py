@@ -114,7 +114,7 @@ def make_env(
         raise UsageError(f"backend {backend!r} makes environments from an id, and got a {type(env).__name__}")
     if native and pixels:
         raise UsageError(f"backend {backend!r} does not observe pictures; use 'gymnasium' or 'workers' with pixels")
-    if native or (backend == "auto" and has_native(env, env_python=env_python, pixels=pixels)):
+    if native or (backend == "auto" and has_native(env, env_kwargs=env_kwargs, env_python=env_python, pixels=pixels)):
         from ctrlrl.envs.native import make_native
 
         return make_native(
@@ -178,9 +178,13 @@ def make_env(
     )
 
 
-def has_native(env: object, *, env_python: object = None, pixels: int = 0) -> bool:
+def has_native(
+    env: object, *, env_kwargs: dict[str, Any] | None = None, env_python: object = None, pixels: int = 0
+) -> bool:
     """Whether `make_env` steps `env` natively where the backend is `auto`."""
-    return isinstance(env, str) and task_of(env) is not None and env_python is None and not pixels
+    if env_python is not None or pixels or (env_kwargs or {}).get("render_mode") == "human":
+        return False
+    return isinstance(env, str) and task_of(env) is not None
 
 
 def _checked(maker: Callable[[], gym.Env[Any, Any]], pixels: int, grayscale: bool) -> Callable[[], gym.Env[Any, Any]]:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
 
 from ctrlrl.envs.actions import ActionBuffer
-from ctrlrl.envs.gymnasium_backend import raise_unmade, undrawable, usage_error
+from ctrlrl.envs.gymnasium_backend import picture, raise_unmade
 from ctrlrl.envs.tasks.registry import load_task, task_of
 from ctrlrl.envs.tasks.task import RowRandom, Task
-from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds, seed_per_env
-from ctrlrl.envs.worker import Refused, Undrawn, build_env, draw
-from ctrlrl.errors import UsageError
+from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds, require_as_many, seed_per_env
+from ctrlrl.envs.worker import build_env, draw
+from ctrlrl.errors import EnvironmentFailure, UsageError
 from ctrlrl.tree import Obs, map_obs, obs_items, obs_to
+
+T = TypeVar("T")
 
 _METHOD = "native"
 
@@ -40,26 +44,29 @@ class NativeVector(VectorEnv):
         self._elapsed = torch.zeros(self.num_envs, dtype=torch.int64)
         self._limit = task.max_episode_steps
         self._begun = False
-        self._never = torch.zeros(self.num_envs, dtype=torch.bool)
-        self._always = torch.ones(self.num_envs, dtype=torch.bool)
+        self._failure: EnvironmentFailure | None = None
 
     def reset(self, seed: int | Sequence[int] | None = None) -> Obs:
         for row, own in enumerate(seed_per_env(seed, self.num_envs)):
             if own is not None:
                 self._random.seed(row, own)
-        self._begin(self._always)
+        self._begin(torch.ones(self.num_envs, dtype=torch.bool))
         return obs_to(self.task.observe(), self.device)
 
     def step(self, action: Tensor) -> Step:
+        if not self._begun:
+            raise UsageError(f"{self.name}: call reset before step")
         self._action.write(action)
-        outcome = self.task.step(self._action.tensor)
+        self._require_choices(self._action.tensor)
+        outcome = self._guarded(lambda: self.task.step(self._action.tensor))
         self._elapsed += 1
-        reward, terminated, valid = outcome.reward.float(), outcome.terminated, self._always
-        truncated = self._never if self._limit is None else self._elapsed >= self._limit
-        over = terminated | truncated
+        reward, terminated, log = outcome.reward.float(), outcome.terminated, outcome.log
+        truncated = torch.zeros_like(terminated) if self._limit is None else self._elapsed >= self._limit
+        valid, over = torch.ones_like(terminated), terminated | truncated
         if outcome.diverged is not None:
             valid = ~outcome.diverged
             reward, terminated, truncated = torch.where(valid, reward, 0.0), terminated & valid, truncated & valid
+            log = {name: torch.where(valid, value, torch.nan) for name, value in log.items()}
             over |= outcome.diverged
         obs = final_obs = self.task.observe()
         if over.any():
@@ -68,7 +75,7 @@ class NativeVector(VectorEnv):
             obs = self.task.observe()
             if outcome.diverged is not None:  # nothing that was seen of it is to be relied on
                 final_obs = _where(outcome.diverged, obs, final_obs)
-        step = Step(obs, self._action.tensor, reward, terminated, truncated, final_obs, valid, outcome.log)
+        step = Step(obs, self._action.tensor, reward, terminated, truncated, final_obs, valid, log)
         return step if self.device.type == "cpu" else _moved(step, self.device)
 
     def get_state(self) -> EnvState:
@@ -83,11 +90,7 @@ class NativeVector(VectorEnv):
         return EnvState(json, arrays)
 
     def set_state(self, state: EnvState, *, seed: int) -> tuple[Obs, list[str | None]]:
-        if len(state.json) != self.num_envs:
-            raise UsageError(
-                f"{self.name}: the state saved is of {len(state.json)} environments, these are {self.num_envs}; "
-                "make as many as before to go on from it"
-            )
+        require_as_many(self, state)
         self.reset(derive_seeds(seed, self.num_envs))
         now = {name: value.clone() for name, value in self.task.get_state().items()}
         reasons = [self._why_not(*row, now) for row in zip(state.json, state.arrays, strict=True)]
@@ -103,22 +106,31 @@ class NativeVector(VectorEnv):
         return obs_to(self.task.observe(), self.device), reasons
 
     def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        if not self.task.renders:
-            raise UsageError(f"{self.name} was made without pictures; make it with render=True")
-        try:
-            return draw(self.task.render)
-        except Refused as error:
-            raise usage_error(error) from error
-        except Undrawn as error:
-            raise undrawable(self.name, str(error), error.cause) from error.__cause__
+        return picture(self.name, self.task.renders, lambda: draw(self.task.render))
 
     def close(self) -> None:
         self.task.close()
 
+    def _require_choices(self, action: Tensor) -> None:
+        """Raise UsageError for a choice that a discrete space does not have; a task relies on that."""
+        space = self.action_space
+        if isinstance(space, gym.spaces.Discrete) and not bool(((action >= 0) & (action < int(space.n))).all()):
+            raise UsageError(f"{self.name} takes actions from 0 to {space.n - 1}, got {action.tolist()}")
+
     def _begin(self, rows: Tensor) -> None:
         self._begun = True
-        self.task.begin(rows, self._random)
+        self._guarded(lambda: self.task.begin(rows, self._random))
         self._elapsed.masked_fill_(rows, 0)
+
+    def _guarded(self, call: Callable[[], T]) -> T:
+        """What `call` gives; once MuJoCo has failed, what the simulations hold is no longer of one moment."""
+        if self._failure is not None:
+            raise EnvironmentFailure(f"{self.name} has failed before and must be made anew. {self._failure}")
+        try:
+            return call()
+        except EnvironmentFailure as error:
+            self._failure = error
+            raise EnvironmentFailure(f"{self.name}: {error}") from error
 
     def _why_not(
         self, json: dict[str, Any] | None, arrays: dict[str, np.ndarray[Any, Any]], now: dict[str, Tensor]
@@ -129,7 +141,7 @@ class NativeVector(VectorEnv):
             return "its state was saved by another backend"
         shapes = {name: tuple(value.shape[1:]) for name, value in now.items()}
         if {name: array.shape for name, array in arrays.items()} != shapes:
-            return "the state saved is of another model"
+            return "the state saved is of another model, or of native-fast where this is native"
         return None
 
 
@@ -158,15 +170,21 @@ def make_native(
         UsageError: there is no task of ours, or Gymnasium refuses the arguments.
         RenderFailure, EnvironmentFailure: as `make_env`.
     """
-    place = task_of(env_id)
-    if place is None:
-        raise UsageError(
-            f"{env_id} has no native backend; `ctrlrl envs` marks those that have. Take --backend auto, or gymnasium"
-        )
+    if (env_kwargs or {}).get("render_mode") == "human":
+        raise UsageError(f"{env_id}: no window is opened (render_mode 'human'); take backend='gymnasium'")
+    twin: Any = None
     try:
         twin = build_env(env_id, env_kwargs or {}, render)
+        place = task_of(env_id)
+        if place is None:
+            raise UsageError(
+                f"{env_id} has no native backend; `ctrlrl envs` marks those that have. Take --backend auto or gymnasium"
+            )
         return NativeVector(load_task(place)(twin, env_id, num_envs, threads=threads, exact=exact), device)
     except BaseException as error:
+        with contextlib.suppress(Exception):  # `error` matters more
+            if twin is not None:
+                twin.close()
         raise_unmade(env_id, error)
 
 

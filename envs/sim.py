@@ -5,8 +5,8 @@
 show after a step, contact forces among them (see there). Both give, to the bit, what a loop over single simulations
 gives, whatever the number of threads.
 
-Fields have the names of `mujoco.MjData`. State fields (qpos, qvel, ctrl, ...) are read and written; derived ones (xpos,
-sensordata, ...) are read, and belong to the state before the last substep, as after `mj_step`.
+Fields have the names of `mujoco.MjData`. State fields (qpos, qvel, ctrl, mocap_pos, ...) are read and written; derived
+ones (xpos, sensordata, ...) are read, and belong to the state before the last substep, as after `mj_step`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from __future__ import annotations
 import itertools
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import mujoco
@@ -25,12 +25,28 @@ from mujoco.batch import Batch, SimulationError
 from torch import Tensor
 
 from ctrlrl.cores import usable_cores
+from ctrlrl.errors import EnvironmentFailure, UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _DIVERGED = slice(int(mujoco.mjtWarning.mjWARN_BADQPOS), int(mujoco.mjtWarning.mjWARN_BADQACC) + 1)
 """The warnings of an unstable simulation: positions, velocities or accelerations that are NaN or huge."""
 _STATE = mujoco.mjtState.mjSTATE_INTEGRATION
+_STATE_FIELDS = {
+    name: getattr(mujoco.mjtState, f"mjSTATE_{name.removeprefix('qacc_').upper()}")
+    for name in (
+        "qpos",
+        "qvel",
+        "act",
+        "qacc_warmstart",
+        "ctrl",
+        "qfrc_applied",
+        "xfrc_applied",
+        "mocap_pos",
+        "mocap_quat",
+    )
+}
+"""Fields that are parts of the state, in its order, which is that of their bits."""
 _INTEGRATION = "integration"
 _NOTHING = int(mujoco.mjtStage.mjSTAGE_NONE)
 
@@ -54,7 +70,11 @@ class Sim(ABC):
 
     @abstractmethod
     def step(self, substeps: int) -> None:
-        """Advance all simulations by `substeps` steps of the model's timestep, with `ctrl` as it is."""
+        """Advance all simulations by `substeps` steps of the model's timestep, from the state fields as they are.
+
+        Raises:
+            EnvironmentFailure: MuJoCo raised an error (out of memory for contacts, say).
+        """
 
     @abstractmethod
     def reset(self, rows: Tensor) -> None:
@@ -77,7 +97,7 @@ class Sim(ABC):
         """Go on from what `get_state` gave where `rows` (N,) bool."""
 
     def close(self) -> None:  # noqa: B027  (most hold nothing)
-        """Stop the threads. Safe to call twice."""
+        """Free what is not freed with the object. Safe to call twice."""
 
 
 def threads_for(num_sims: int, threads: int | None = None) -> int:
@@ -93,10 +113,10 @@ class BatchSim(Sim):
     """
 
     def __init__(self, model: mujoco.MjModel, num_sims: int, threads: int | None = None) -> None:
+        _require_whole_state(model)
         self.model, self.num_sims = model, num_sims
         self._batch = Batch(model, num_sims, threads_for(num_sims, threads))
         self._warnings = self._batch.warning[:, _DIVERGED, 1]
-        self._failed: list[int] = []
         self._derived: dict[str, Tensor] = {}
 
     def field(self, name: str) -> Tensor:
@@ -110,24 +130,19 @@ class BatchSim(Sim):
         return self._derived[name]
 
     def step(self, substeps: int) -> None:
-        try:
-            self._batch.step(nstep=substeps)
-        except SimulationError as error:
-            self._failed = [int(row) for row in error.ids]
+        self._call(lambda: self._batch.step(nstep=substeps))
 
     def reset(self, rows: Tensor) -> None:
-        self._batch.reset(rows.numpy(), stage=_NOTHING)
+        self._call(lambda: self._batch.reset(rows.numpy(), stage=_NOTHING))
 
     def forward(self, rows: Tensor) -> None:
-        self._batch.forward(rows.numpy())
+        self._call(lambda: self._batch.forward(rows.numpy()))
 
     def diverged(self) -> Tensor | None:
-        if not self._failed and not self._warnings.any():
+        if not self._warnings.any():
             return None
         rows = self._warnings.any(1)
-        rows[self._failed] = True
         self._warnings[:] = 0
-        self._failed = []
         return torch.from_numpy(rows)
 
     def get_state(self) -> dict[str, Tensor]:
@@ -138,6 +153,12 @@ class BatchSim(Sim):
         self._batch.state[rows.numpy()] = state[_INTEGRATION][rows].numpy()
         for name, value in self._derived.items():
             value[rows] = state[name][rows]
+
+    def _call(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except SimulationError as error:
+            raise EnvironmentFailure(f"MuJoCo failed: {error}") from error
 
 
 class ThreadSim(Sim):
@@ -154,35 +175,36 @@ class ThreadSim(Sim):
         threads: int | None = None,
         after: Callable[[mujoco.MjModel, mujoco.MjData], None] | None = None,
     ) -> None:
+        _require_whole_state(model)
         self.model, self.num_sims = model, num_sims
         self._after = after
         self._data = [mujoco.MjData(model) for _ in range(num_sims)]
-        self._fields: dict[str, Array] = {}
-        self._read: list[list[tuple[Array, Array]]] = [[] for _ in range(num_sims)]
-        self._written: list[list[tuple[Array, Array]]] = [[] for _ in range(num_sims)]
-        self._control: list[tuple[Array, Array]] = []
         self._warnings = [data.warning.number[_DIVERGED] for data in self._data]
         self._warned = np.zeros(num_sims, np.bool_)
+        self._state = np.empty((num_sims, mujoco.mj_stateSize(model, _STATE)))
+        self._derived: dict[str, Array] = {}
+        self._read: list[list[tuple[Array, Array]]] = [[] for _ in range(num_sims)]
+        for row in range(num_sims):
+            self._take(row)
         threads = threads_for(num_sims, threads)
         # A few shares per thread, since a simulation in contact takes longer than one in the air.
         edges = np.linspace(0, num_sims, min(num_sims, 1 if threads == 1 else 4 * threads) + 1).astype(int)
         self._shares = [range(first, last) for first, last in itertools.pairwise(edges)]
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
-        self.field("ctrl")
 
     def field(self, name: str) -> Tensor:
-        if name not in self._fields:
+        first = getattr(self._data[0], name)
+        if name in _STATE_FIELDS:
+            component = _STATE_FIELDS[name]
+            begin = mujoco.mj_stateSize(self.model, int(_STATE) & (int(component) - 1))
+            view = self._state[:, begin : begin + mujoco.mj_stateSize(self.model, component)]
+            return torch.from_numpy(view.reshape(self.num_sims, *np.shape(first)))
+        if name not in self._derived:
             views = [getattr(data, name) for data in self._data]
-            self._fields[name] = np.stack(views)
-            pairs = list(zip(views, self._fields[name], strict=True))
-            if name == "ctrl":
-                self._control = pairs
-            else:
-                for row, pair in enumerate(pairs):
-                    self._read[row].append(pair)
-                    if name in ("qpos", "qvel", "act"):
-                        self._written[row].append(pair)
-        return torch.from_numpy(self._fields[name])
+            self._derived[name] = np.stack(views)
+            for row, pair in enumerate(zip(views, self._derived[name], strict=True)):
+                self._read[row].append(pair)
+        return torch.from_numpy(self._derived[name])
 
     def step(self, substeps: int) -> None:
         model, after = self.model, self._after
@@ -190,30 +212,28 @@ class ThreadSim(Sim):
         def advance(share: range) -> None:
             for row in share:
                 data = self._data[row]
-                view, ours = self._control[row]
-                view[:] = ours
+                mujoco.mj_setState(model, data, self._state[row], _STATE)
                 mujoco.mj_step(model, data, substeps)
                 if after is not None:
                     after(model, data)
-                for view, ours in self._read[row]:
-                    ours[:] = view
+                self._take(row)
                 self._warned[row] = self._warnings[row].any()
 
-        self._each_share(advance)
+        try:
+            self._each_share(advance)
+        except mujoco.FatalError as error:
+            raise EnvironmentFailure(f"MuJoCo failed: {error}") from error
 
     def reset(self, rows: Tensor) -> None:
         for row in rows.nonzero().flatten().tolist():
             mujoco.mj_resetData(self.model, self._data[row])
-            for view, ours in self._read[row]:
-                ours[:] = view
+            self._take(row)
 
     def forward(self, rows: Tensor) -> None:
         for row in rows.nonzero().flatten().tolist():
-            for view, ours in self._written[row]:
-                view[:] = ours
+            mujoco.mj_setState(self.model, self._data[row], self._state[row], _STATE)
             mujoco.mj_forward(self.model, self._data[row])
-            for view, ours in self._read[row]:
-                ours[:] = view
+            self._take(row)
 
     def diverged(self) -> Tensor | None:
         if not self._warned.any():
@@ -225,28 +245,42 @@ class ThreadSim(Sim):
         return torch.from_numpy(rows)
 
     def get_state(self) -> dict[str, Tensor]:
-        state = np.empty((self.num_sims, mujoco.mj_stateSize(self.model, _STATE)))
-        for row, data in enumerate(self._data):
-            mujoco.mj_getState(self.model, data, state[row], _STATE)
-        fields = {name: torch.from_numpy(value.copy()) for name, value in self._fields.items()}
-        return {_INTEGRATION: torch.from_numpy(state)} | fields
+        fields = {name: torch.from_numpy(value.copy()) for name, value in self._derived.items()}
+        return {_INTEGRATION: torch.from_numpy(self._state.copy())} | fields
 
     def set_state(self, rows: Tensor, state: dict[str, Tensor]) -> None:
-        for row in rows.nonzero().flatten().tolist():
-            mujoco.mj_setState(self.model, self._data[row], state[_INTEGRATION][row].numpy(), _STATE)
-            for name, value in self._fields.items():
-                value[row] = state[name][row].numpy()
+        self._state[rows.numpy()] = state[_INTEGRATION][rows].numpy()
+        for name, value in self._derived.items():
+            value[rows.numpy()] = state[name][rows].numpy()
 
     def close(self) -> None:
         if self._pool is not None:
             self._pool.shutdown()
             self._pool = None
 
+    def _take(self, row: int) -> None:
+        """Read state and derived fields of one simulation."""
+        mujoco.mj_getState(self.model, self._data[row], self._state[row], _STATE)
+        for view, ours in self._read[row]:
+            ours[:] = view
+
     def _each_share(self, work: Callable[[range], None]) -> None:
-        shares: Sequence[range] = self._shares
         if self._pool is None:
-            for share in shares:
+            for share in self._shares:
                 work(share)
-        else:
-            for _ in self._pool.map(work, shares):
-                pass
+            return
+        futures = [self._pool.submit(work, share) for share in self._shares]
+        try:
+            for future in futures:
+                future.result()
+        finally:
+            wait(futures)  # an interrupt must not leave threads at work on what is used next
+
+
+def _require_whole_state(model: mujoco.MjModel) -> None:
+    """Raise UsageError where a model's simulations depend on more than `mjSTATE_INTEGRATION`."""
+    if model.opt.enableflags & mujoco.mjtEnableBit.mjENBL_SLEEP:
+        raise UsageError(
+            "the model lets bodies sleep (<flag sleep='enable'/>), whose bookkeeping is no part of MuJoCo's state; "
+            "turn that off, or take --backend gymnasium"
+        )

@@ -142,6 +142,15 @@ def derive_seeds(seed: int, count: int) -> list[int]:
     return [int(child.generate_state(1)[0]) for child in np.random.SeedSequence(seed).spawn(count)]
 
 
+def require_as_many(env: VectorEnv, state: EnvState) -> None:
+    """Raise UsageError unless `state` is of as many environments as `env` has."""
+    if len(state.json) != env.num_envs:
+        raise UsageError(
+            f"{env.name}: the state saved is of {len(state.json)} environments, these are {env.num_envs}; "
+            "make as many as before to go on from it"
+        )
+
+
 def seed_per_env(seed: int | Sequence[int] | None, num_envs: int) -> list[int | None]:
     """What `VectorEnv.reset` takes, as one seed per environment; raises UsageError where the number is not theirs."""
     if seed is None:

@@ -34,7 +34,7 @@ import numpy as np
 from cells import Cell, Interrupted, OwnCell, PeerCell, Scheduler, read_json
 from peers import recipes
 from peers import venv as peers
-from peers.venv import PEERS, python_of
+from peers.venv import python_of
 
 from ctrlrl.cli.train import describe_preset
 from ctrlrl.errors import CtrlrlError
@@ -146,7 +146,7 @@ def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
     cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algo", default="sac", help="what to train: ctrlrl algos lists them (default: sac)")
-    parser.add_argument("--peer", choices=PEERS, help="train with this library instead of ours")
+    parser.add_argument("--peer", choices=tuple(recipes.LIBRARIES), help="train with this library instead of ours")
     parser.add_argument("--env", nargs="+", required=True, help="environments")
     parser.add_argument("--seeds", nargs="+", type=int, required=True)
     parser.add_argument("--steps", type=int, default=100_000, help="environment steps of each run (default: 100,000)")

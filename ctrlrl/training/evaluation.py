@@ -21,7 +21,7 @@ MAX_STEPS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """One entry per episode, in the order of the seeds."""
+    """One entry per episode, in the order of the seeds. An episode whose simulation diverged ends there."""
 
     seeds: list[int]
     returns: list[float]
@@ -90,7 +90,7 @@ def _evaluate(
             ended = counted & (step.terminated | step.truncated)
             if "success" in step.log:
                 outcome = torch.where(ended, step.log["success"].float(), outcome)
-            running &= ~ended
+            running &= ~ended & step.valid  # an episode whose simulation diverged is over, too
             if not running.any():
                 break
             fresh = step.terminated | step.truncated | ~step.valid

@@ -73,7 +73,7 @@ def _spreads(env: EnvLike, config: TrainConfig) -> bool:
 def steps_natively(env: EnvLike, config: TrainConfig) -> bool:
     """Whether `config` has `env` stepped by a task of ours."""
     if config.backend == "auto":
-        return has_native(env, env_python=config.env_python, pixels=config.pixels)
+        return has_native(env, env_kwargs=config.env_kwargs, env_python=config.env_python, pixels=config.pixels)
     return config.backend in ("native", "native-fast")
 
 

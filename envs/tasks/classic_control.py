@@ -61,7 +61,6 @@ class CartPole(ClassicTask):
 
     def numbers(self, own: Any) -> None:
         self.n = own
-        self.control_dt = own.tau
         self._fallen, self._upright = (-1.0, 0.0) if own._sutton_barto_reward else (1.0, 1.0)
 
     def start(self, rows: Tensor, random: RowRandom) -> Tensor:
@@ -83,7 +82,7 @@ class CartPole(ClassicTask):
         else:
             x_dot, theta_dot = x_dot + n.tau * x_acc, theta_dot + n.tau * theta_acc
             x, theta = x + n.tau * x_dot, theta + n.tau * theta_dot
-        self.state = torch.stack((x, x_dot, theta, theta_dot), 1)
+        self.state.copy_(torch.stack((x, x_dot, theta, theta_dot), 1))
         terminated = (x.abs() > n.x_threshold) | (theta.abs() > n.theta_threshold_radians)
         return Outcome(torch.where(terminated, self._fallen, self._upright), terminated)
 
@@ -94,7 +93,7 @@ class Pendulum(ClassicTask):
     size = 2
 
     def numbers(self, own: Any) -> None:
-        self.control_dt = self.dt = own.dt
+        self.dt = own.dt
         self.n = own
         self._gravity, self._torque = 3 * own.g / (2 * own.l), 3.0 / (own.m * own.l**2)
 
@@ -110,8 +109,8 @@ class Pendulum(ClassicTask):
         cost = angle.square() + 0.1 * speed.square() + 0.001 * torque.square()
         speed = speed + (self._gravity * sin(theta) + self._torque * torque) * self.dt
         speed = speed.clamp(-self.n.max_speed, self.n.max_speed)
-        self.state = torch.stack((theta + speed * self.dt, speed), 1)
-        return Outcome(-cost, self._never)
+        self.state.copy_(torch.stack((theta + speed * self.dt, speed), 1))
+        return Outcome(-cost, self.nowhere())
 
     def observe(self) -> Tensor:
         theta, speed = self.state.unbind(1)
@@ -127,7 +126,6 @@ class Acrobot(ClassicTask):
 
     def numbers(self, own: Any) -> None:
         self.n = own
-        self.control_dt = own.dt
         self._torques = torch.tensor(own.AVAIL_TORQUE, dtype=torch.float64)
 
     def start(self, rows: Tensor, random: RowRandom) -> Tensor:
@@ -145,7 +143,7 @@ class Acrobot(ClassicTask):
         speeds = torch.stack(
             (state[:, 2].clamp(-n.MAX_VEL_1, n.MAX_VEL_1), state[:, 3].clamp(-n.MAX_VEL_2, n.MAX_VEL_2)), 1
         )
-        self.state = torch.cat((angles, speeds), 1)
+        self.state.copy_(torch.cat((angles, speeds), 1))
         first, second = angles.unbind(1)
         terminated = -cos(first) - cos(second + first) > 1.0
         return Outcome(torch.where(terminated, 0.0, -1.0), terminated)
@@ -204,7 +202,7 @@ class MountainCar(ClassicTask):
         n = self.n
         position, speed = self.state.unbind(1)
         speed = speed + ((action - 1).double() * n.force + cos(3 * position) * -n.gravity)
-        self.state = _drive(n, position, speed)
+        self.state.copy_(_drive(n, position, speed))
         terminated = (self.state[:, 0] >= n.goal_position) & (self.state[:, 1] >= n.goal_velocity)
         return Outcome(torch.full_like(position, -1.0), terminated)
 
@@ -228,7 +226,7 @@ class MountainCarContinuous(ClassicTask):
         speed = speed + (force * n.power - (0.0025 * slope).float())
         started = _drive(n, self.state[:, 0], speed.double()).float()
         moved = torch.where(fresh.unsqueeze(1), started, _drive(n, position, speed))
-        self.state = torch.cat((moved, torch.zeros(self.num_envs, 1)), 1).double()
+        self.state.copy_(torch.cat((moved, torch.zeros(self.num_envs, 1)), 1).double())
         terminated = (moved[:, 0] >= n.goal_position) & (moved[:, 1] >= n.goal_velocity)
         return Outcome(torch.where(terminated, 100.0, 0.0) - force.double().square() * 0.1, terminated)
 

@@ -45,7 +45,7 @@ class MujocoTask(GymnasiumTask):
     ) -> None:
         super().__init__(twin, name, num_envs, threads=threads, exact=exact)
         own = self.own
-        self.control_dt = self.dt = float(own.dt)
+        self.dt = float(own.dt)
         self.sim = self._simulations(own, threads, exact)
         self.qpos, self.qvel, self.ctrl = (self.sim.field(field) for field in ("qpos", "qvel", "ctrl"))
         self.frame_skip = int(own.frame_skip)
@@ -76,8 +76,8 @@ class MujocoTask(GymnasiumTask):
         self.sim.reset(rows)
         self.qpos[rows], self.qvel[rows] = qpos[rows], qvel[rows]
         self.sim.forward(rows)
-        if self.contact_forces:
-            self.forces[rows] = 0.0  # Gymnasium's are those of the last step, and there was none
+        if isinstance(self.sim, BatchSim) and self.contact_forces:
+            self.forces[rows] = 0.0  # as after `mj_resetData`; a batch's are of the last step on the same thread
 
     def step(self, action: Tensor) -> Outcome:
         self.before()
@@ -148,7 +148,7 @@ class Runner(MujocoTask):
         forward = self._forward * ((self.qpos[:, 0] - self._x) / self.dt)
         control = self._control * sum_of_squares(action)
         log = {"reward/forward": forward, "reward/control": -control}
-        return Outcome(forward - control, self._never, log)
+        return Outcome(forward - control, self.nowhere(), log)
 
 
 class HalfCheetah(Runner):
@@ -187,7 +187,7 @@ class Hopper(Runner):
         forward = self._forward * ((self.qpos[:, 0] - self._x) / self.dt)
         survive, control = healthy * self._survive, self._control * sum_of_squares(action)
         log = {"reward/forward": forward, "reward/survive": survive, "reward/control": -control}
-        return Outcome(forward + survive - control, ~healthy if self._ends else self._never, log)
+        return Outcome(forward + survive - control, ~healthy if self._ends else self.nowhere(), log)
 
 
 class Walker2d(Hopper):
@@ -235,7 +235,7 @@ class Ant(MujocoTask):
         log = {"reward/forward": forward, "reward/survive": survive}
         log |= {"reward/control": -control, "reward/contact": -contact}
         reward = forward + survive - (control + contact)
-        return Outcome(reward, ~healthy if self._ends else self._never, log)
+        return Outcome(reward, ~healthy if self._ends else self.nowhere(), log)
 
 
 class _Human(MujocoTask):
@@ -289,7 +289,7 @@ class Humanoid(_Human):
         log = {"reward/forward": forward, "reward/survive": survive}
         log |= {"reward/control": -control, "reward/contact": -contact}
         reward = forward + survive - (control + contact)
-        return Outcome(reward, ~healthy if self._ends else self._never, log)
+        return Outcome(reward, ~healthy if self._ends else self.nowhere(), log)
 
 
 class HumanoidStandup(_Human):
@@ -305,7 +305,7 @@ class HumanoidStandup(_Human):
         control = self._control * sum_of_squares(self.ctrl)
         impact = (self._impact * sum_of_squares(self.forces.flatten(1))).clamp(*self._range)
         log = {"reward/up": up, "reward/control": -control, "reward/impact": -impact}
-        return Outcome(up - control - impact + 1, self._never, log)
+        return Outcome(up - control - impact + 1, self.nowhere(), log)
 
 
 # --- reaching and balancing -------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ class Reacher(MujocoTask):
     def outcome(self, action: Tensor) -> Outcome:
         distance = -(self._tip - self._target).norm(dim=1) * self._near
         control = -sum_of_squares(action) * self._control
-        return Outcome(distance + control, self._never, {"reward/distance": distance, "reward/control": control})
+        return Outcome(distance + control, self.nowhere(), {"reward/distance": distance, "reward/control": control})
 
 
 def _within_the_circle(generator: np.random.Generator) -> Array:
@@ -372,7 +372,7 @@ class Pusher(MujocoTask):
         distance = -(self._object - self._goal).norm(dim=1) * self._far
         control = -sum_of_squares(action) * self._control
         log = {"reward/distance": distance, "reward/control": control, "reward/near": near}
-        return Outcome(distance + control + near, self._never, log)
+        return Outcome(distance + control + near, self.nowhere(), log)
 
 
 def _away_from_the_goal(generator: np.random.Generator) -> Array:

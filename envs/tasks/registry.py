@@ -34,8 +34,14 @@ _TASKS = {
 
 
 def task_of(env_id: str) -> str | None:
-    """What `load_task` loads for an ID as Gymnasium registers it, or None where there is nothing."""
-    spec = gym.registry.get(env_id)
+    """What `load_task` loads for an ID (`ID` or `module:ID`), or None where there is nothing."""
+    module, _, name = env_id.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except Exception:  # whoever makes the environment says what is wrong
+            return None
+    spec = gym.registry.get(name)
     if spec is None or spec.additional_wrappers or not isinstance(spec.entry_point, str):
         return None
     return _TASKS.get(spec.entry_point)

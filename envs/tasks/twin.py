@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ctrlrl.envs.tasks.task import Task
+from ctrlrl.envs.worker import control_dt
 
 
 class GymnasiumTask(Task):
@@ -36,10 +37,13 @@ class GymnasiumTask(Task):
     ) -> None:
         self.name, self.num_envs = name, num_envs
         self.observation_space, self.action_space = twin.observation_space, twin.action_space
-        self.max_episode_steps = _time_limit(twin)
+        self.control_dt, self.max_episode_steps = control_dt(twin), _time_limit(twin)
         self.renders = twin.render_mode == "rgb_array"
         self._twin = twin
-        self._never = torch.zeros(num_envs, dtype=torch.bool)
+
+    def nowhere(self) -> Tensor:
+        """(N,) bool, all False."""
+        return torch.zeros(self.num_envs, dtype=torch.bool)
 
     @property
     def own(self) -> Any:

@@ -50,7 +50,7 @@ def main() -> None:
     options = parser.parse_args()
     step, space = make_stepper(options.kind, options.env, options.num_envs, options.threads)
     random = np.random.default_rng(0)
-    shape = (32, options.num_envs, *(space.shape or ()))
+    shape = (8, options.num_envs, *(space.shape or ()))
     if space.shape:
         actions = random.uniform(space.low, space.high, shape).astype(space.dtype)
     else:
@@ -59,7 +59,7 @@ def main() -> None:
     def run(seconds: float) -> int:
         begun, steps = time.perf_counter(), 0
         while time.perf_counter() - begun < seconds:
-            for action in actions[:8]:
+            for action in actions:
                 step(action)
             steps += 8 * options.num_envs
         return steps
