@@ -14,11 +14,11 @@ from torch import Tensor
 from ctrlrl.envs.actions import ActionBuffer
 from ctrlrl.envs.gymnasium_backend import picture, raise_unmade
 from ctrlrl.envs.tasks.registry import load_task, task_of
-from ctrlrl.envs.tasks.task import RowRandom, Task
+from ctrlrl.envs.tasks.task import Array, RowRandom, Task
 from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds, require_as_many, seed_per_env
 from ctrlrl.envs.worker import build_env, draw
 from ctrlrl.errors import EnvironmentFailure, UsageError
-from ctrlrl.tree import Obs, map_obs, obs_items, obs_to
+from ctrlrl.tree import Obs
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class NativeVector(VectorEnv):
         shape = (self.num_envs, *(self.action_space.shape or ()))
         self._action = ActionBuffer(self.action_space, np.zeros(shape, self.action_space.dtype))
         self._random = RowRandom(self.num_envs)
-        self._elapsed = torch.zeros(self.num_envs, dtype=torch.int64)
+        self._elapsed = np.zeros(self.num_envs, np.int64)
         self._limit = task.max_episode_steps
         self._begun = False
         self._failure: EnvironmentFailure | None = None
@@ -50,60 +50,72 @@ class NativeVector(VectorEnv):
         for row, own in enumerate(seed_per_env(seed, self.num_envs)):
             if own is not None:
                 self._random.seed(row, own)
-        self._begin(torch.ones(self.num_envs, dtype=torch.bool))
-        return obs_to(self.task.observe(), self.device)
+        self._begin(np.ones(self.num_envs, np.bool_))
+        return self._tensor(self.task.observe())
 
     def step(self, action: Tensor) -> Step:
         if not self._begun:
             raise UsageError(f"{self.name}: call reset before step")
         self._action.write(action)
-        self._require_choices(self._action.tensor)
-        outcome = self._guarded(lambda: self.task.step(self._action.tensor))
+        self._require_choices(self._action.array)
+        outcome = self._guarded(lambda: self.task.step(self._action.array))
         self._elapsed += 1
-        reward, terminated, log = outcome.reward.float(), outcome.terminated, outcome.log
-        truncated = torch.zeros_like(terminated) if self._limit is None else self._elapsed >= self._limit
-        valid, over = torch.ones_like(terminated), terminated | truncated
+        reward, terminated, log = outcome.reward.astype(np.float32), outcome.terminated, outcome.log
+        truncated = np.zeros_like(terminated) if self._limit is None else self._elapsed >= self._limit
+        valid, over = np.ones_like(terminated), terminated | truncated
         if outcome.diverged is not None:
             valid = ~outcome.diverged
-            reward, terminated, truncated = torch.where(valid, reward, 0.0), terminated & valid, truncated & valid
-            log = {name: torch.where(valid, value, torch.nan) for name, value in log.items()}
+            reward, terminated, truncated = (
+                np.where(valid, reward, np.float32(0)),
+                terminated & valid,
+                truncated & valid,
+            )
+            log = {name: np.where(valid, value, np.nan) for name, value in log.items()}
             over |= outcome.diverged
         obs = final_obs = self.task.observe()
         if over.any():
-            final_obs = map_obs(torch.clone, obs)
             self._begin(over)
             obs = self.task.observe()
             if outcome.diverged is not None:  # nothing that was seen of it is to be relied on
-                final_obs = _where(outcome.diverged, obs, final_obs)
-        step = Step(obs, self._action.tensor, reward, terminated, truncated, final_obs, valid, log)
-        return step if self.device.type == "cpu" else _moved(step, self.device)
+                final_obs[outcome.diverged] = obs[outcome.diverged]
+        seen = self._tensor(obs)
+        return Step(
+            obs=seen,
+            action=self._tensor(self._action.array),
+            reward=self._tensor(reward),
+            terminated=self._tensor(terminated),
+            truncated=self._tensor(truncated),
+            final_obs=seen if final_obs is obs else self._tensor(final_obs),
+            valid=self._tensor(valid),
+            log={name: self._tensor(value) for name, value in log.items()},
+        )
 
     def get_state(self) -> EnvState:
         if not self._begun:
             return super().get_state()
-        tensors = self.task.get_state()
+        state = self.task.get_state()
         json: list[dict[str, Any] | None] = [
             {"method": _METHOD, "elapsed": int(elapsed), "generator": generator.bit_generator.state}
             for elapsed, generator in zip(self._elapsed, self._random.generators, strict=True)
         ]
-        arrays = [{name: value[row].numpy().copy() for name, value in tensors.items()} for row in range(self.num_envs)]
+        arrays = [{name: value[row].copy() for name, value in state.items()} for row in range(self.num_envs)]
         return EnvState(json, arrays)
 
     def set_state(self, state: EnvState, *, seed: int) -> tuple[Obs, list[str | None]]:
         require_as_many(self, state)
         self.reset(derive_seeds(seed, self.num_envs))
-        now = {name: value.clone() for name, value in self.task.get_state().items()}
+        now = {name: value.copy() for name, value in self.task.get_state().items()}
         reasons = [self._why_not(*row, now) for row in zip(state.json, state.arrays, strict=True)]
-        goes_on = torch.tensor([reason is None for reason in reasons])
-        for row in goes_on.nonzero().flatten().tolist():
+        goes_on = np.array([reason is None for reason in reasons])
+        for row in np.flatnonzero(goes_on).tolist():
             json, arrays = state.json[row], state.arrays[row]
             assert json is not None
             for name, value in now.items():
-                value[row] = torch.from_numpy(np.asarray(arrays[name]))
+                value[row] = arrays[name]
             self._elapsed[row] = json["elapsed"]
             self._random.generators[row].bit_generator.state = json["generator"]
         self.task.set_state(goes_on, now)
-        return obs_to(self.task.observe(), self.device), reasons
+        return self._tensor(self.task.observe()), reasons
 
     def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return picture(self.name, self.task.renders, lambda: draw(self.task.render))
@@ -111,16 +123,19 @@ class NativeVector(VectorEnv):
     def close(self) -> None:
         self.task.close()
 
-    def _require_choices(self, action: Tensor) -> None:
+    def _tensor(self, array: Array) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    def _require_choices(self, action: Array) -> None:
         """Raise UsageError for a choice that a discrete space does not have; a task relies on that."""
         space = self.action_space
-        if isinstance(space, gym.spaces.Discrete) and not bool(((action >= 0) & (action < int(space.n))).all()):
+        if isinstance(space, gym.spaces.Discrete) and not ((action >= 0) & (action < space.n)).all():
             raise UsageError(f"{self.name} takes actions from 0 to {space.n - 1}, got {action.tolist()}")
 
-    def _begin(self, rows: Tensor) -> None:
+    def _begin(self, rows: Array) -> None:
         self._begun = True
         self._guarded(lambda: self.task.begin(rows, self._random))
-        self._elapsed.masked_fill_(rows, 0)
+        self._elapsed[rows] = 0
 
     def _guarded(self, call: Callable[[], T]) -> T:
         """What `call` gives; once MuJoCo has failed, what the simulations hold is no longer of one moment."""
@@ -132,9 +147,7 @@ class NativeVector(VectorEnv):
             self._failure = error
             raise EnvironmentFailure(f"{self.name}: {error}") from error
 
-    def _why_not(
-        self, json: dict[str, Any] | None, arrays: dict[str, np.ndarray[Any, Any]], now: dict[str, Tensor]
-    ) -> str | None:
+    def _why_not(self, json: dict[str, Any] | None, arrays: dict[str, Array], now: dict[str, Array]) -> str | None:
         if json is None:
             return "no state was saved"
         if json.get("method") != _METHOD:
@@ -186,26 +199,3 @@ def make_native(
             if twin is not None:
                 twin.close()
         raise_unmade(env_id, error)
-
-
-def _moved(step: Step, device: torch.device) -> Step:
-    """`step` on `device`."""
-    action, reward, terminated, truncated, valid = (
-        value.to(device) for value in (step.action, step.reward, step.terminated, step.truncated, step.valid)
-    )
-    obs, final_obs = obs_to(step.obs, device), obs_to(step.final_obs, device)
-    log = {name: value.to(device) for name, value in step.log.items()}
-    return Step(obs, action, reward, terminated, truncated, final_obs, valid, log)
-
-
-def _where(rows: Tensor, chosen: Obs, other: Obs) -> Obs:
-    """`chosen` where `rows` (N,), else `other`."""
-    if isinstance(chosen, dict):
-        others = dict(obs_items(other))
-        return {name: _pick(rows, value, others[name]) for name, value in chosen.items()}
-    assert isinstance(other, Tensor)
-    return _pick(rows, chosen, other)
-
-
-def _pick(rows: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
-    return torch.where(rows.view(-1, *[1] * (chosen.dim() - 1)), chosen, other)

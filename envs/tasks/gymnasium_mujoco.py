@@ -21,14 +21,16 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 import torch
-from torch import Tensor
 
 from ctrlrl.envs.sim import BatchSim, Sim, ThreadSim
-from ctrlrl.envs.tasks.numpy_math import cos, sin, sum_of_squares
-from ctrlrl.envs.tasks.task import Outcome, RowRandom
+from ctrlrl.envs.tasks.task import Array, Outcome, RowRandom
 from ctrlrl.envs.tasks.twin import GymnasiumTask, between
 
-Array = np.ndarray[Any, np.dtype[Any]]
+
+def sum_of_squares(x: Array) -> Array:
+    """Over the last dimension, in x's own type."""
+    total: Array = np.square(x).sum(-1)
+    return total
 
 
 class MujocoTask(GymnasiumTask):
@@ -47,23 +49,27 @@ class MujocoTask(GymnasiumTask):
         own = self.own
         self.dt = float(own.dt)
         self.sim = self._simulations(own, threads, exact)
-        self.qpos, self.qvel, self.ctrl = (self.sim.field(field) for field in ("qpos", "qvel", "ctrl"))
+        self.qpos, self.qvel, self.ctrl = (self.field(field) for field in ("qpos", "qvel", "ctrl"))
         self.frame_skip = int(own.frame_skip)
         self._noise = float(getattr(own, "_reset_noise_scale", 0.0))
-        self._start = torch.from_numpy(own.init_qpos), torch.from_numpy(own.init_qvel)
+        self._start = own.init_qpos.copy(), own.init_qvel.copy()
         self.bind(own)
 
     def bind(self, own: Any) -> None:
         """Ask for the derived fields and take the numbers of the Gymnasium environment `own`."""
 
+    def field(self, name: str) -> Array:
+        """The live (N, ...) array of a field of the simulations."""
+        return self.sim.field(name).numpy()
+
     @abstractmethod
-    def outcome(self, action: Tensor) -> Outcome:
+    def outcome(self, action: Array) -> Outcome:
         """What the step that was just simulated came to."""
 
     def before(self) -> None:
         """Remember what is needed of the state before a step."""
 
-    def start(self, rows: Tensor, random: RowRandom) -> tuple[Tensor, Tensor]:
+    def start(self, rows: Array, random: RowRandom) -> tuple[Array, Array]:
         """(N, nq), (N, nv): positions and velocities to start from, in the order in which Gymnasium draws them."""
         noise = self._noise
         qpos = self._start[0] + random.uniform(rows, -noise, noise, self.sim.model.nq)
@@ -71,30 +77,33 @@ class MujocoTask(GymnasiumTask):
             return qpos, self._start[1] + noise * random.normal(rows, self.sim.model.nv)
         return qpos, self._start[1] + random.uniform(rows, -noise, noise, self.sim.model.nv)
 
-    def begin(self, rows: Tensor, random: RowRandom) -> None:
+    def begin(self, rows: Array, random: RowRandom) -> None:
         qpos, qvel = self.start(rows, random)
-        self.sim.reset(rows)
+        which = torch.from_numpy(rows)
+        self.sim.reset(which)
         self.qpos[rows], self.qvel[rows] = qpos[rows], qvel[rows]
-        self.sim.forward(rows)
+        self.sim.forward(which)
         if isinstance(self.sim, BatchSim) and self.contact_forces:
             self.forces[rows] = 0.0  # as after `mj_resetData`; a batch's are of the last step on the same thread
 
-    def step(self, action: Tensor) -> Outcome:
+    def step(self, action: Array) -> Outcome:
         self.before()
-        self.ctrl.copy_(action)
+        self.ctrl[:] = action
         self.sim.step(self.frame_skip)
         outcome = self.outcome(action)
-        outcome.diverged = self.sim.diverged()
+        diverged = self.sim.diverged()
+        outcome.diverged = None if diverged is None else diverged.numpy()
         return outcome
 
-    def get_state(self) -> dict[str, Tensor]:
-        return self.sim.get_state()
+    def get_state(self) -> dict[str, Array]:
+        return {name: value.numpy() for name, value in self.sim.get_state().items()}
 
-    def set_state(self, rows: Tensor, state: dict[str, Tensor]) -> None:
-        self.sim.set_state(rows, state)
+    def set_state(self, rows: Array, state: dict[str, Array]) -> None:
+        tensors = {name: torch.from_numpy(value) for name, value in state.items()}
+        self.sim.set_state(torch.from_numpy(rows), tensors)
 
     def show(self, own: Any) -> None:
-        own.data.qpos[:], own.data.qvel[:] = self.qpos[0].numpy(), self.qvel[0].numpy()
+        own.data.qpos[:], own.data.qvel[:] = self.qpos[0], self.qvel[0]
         mujoco.mj_forward(own.model, own.data)
 
     def close(self) -> None:
@@ -109,7 +118,7 @@ class MujocoTask(GymnasiumTask):
             sim = ThreadSim(own.model, self.num_envs, threads, mujoco.mj_rnePostConstraint)
         else:
             sim = BatchSim(with_contact_forces(own.fullpath), self.num_envs, threads)
-        self.forces = sim.field("cfrc_ext")
+        self.forces = sim.field("cfrc_ext").numpy()
         return sim
 
 
@@ -135,16 +144,16 @@ class Runner(MujocoTask):
     def bind(self, own: Any) -> None:
         self._forward, self._control = own._forward_reward_weight, own._ctrl_cost_weight
         self._first = self.skipped if own._exclude_current_positions_from_observation else 0
-        self._x = torch.zeros(self.num_envs, dtype=torch.float64)
+        self._x = np.zeros(self.num_envs)
 
     def before(self) -> None:
-        self._x.copy_(self.qpos[:, 0])
+        self._x[:] = self.qpos[:, 0]
 
-    def observe(self) -> Tensor:
-        velocity = self.qvel.clamp(-10, 10) if self.clipped else self.qvel
-        return torch.cat((self.qpos[:, self._first :], velocity), 1)
+    def observe(self) -> Array:
+        velocity = self.qvel.clip(-10, 10) if self.clipped else self.qvel
+        return np.concatenate((self.qpos[:, self._first :], velocity), 1)
 
-    def outcome(self, action: Tensor) -> Outcome:
+    def outcome(self, action: Array) -> Outcome:
         forward = self._forward * ((self.qpos[:, 0] - self._x) / self.dt)
         control = self._control * sum_of_squares(action)
         log = {"reward/forward": forward, "reward/control": -control}
@@ -174,15 +183,15 @@ class Hopper(Runner):
         self._height, self._angle = own._healthy_z_range, own._healthy_angle_range
         self._state = getattr(own, "_healthy_state_range", None)
 
-    def healthy(self) -> Tensor:
+    def healthy(self) -> Array:
         """(N,) bool."""
         z, angle = self.qpos[:, 1], self.qpos[:, 2]
         healthy = between(z, self._height) & between(angle, self._angle)
         if self._state is not None:
-            healthy &= between(torch.cat((self.qpos, self.qvel), 1)[:, 2:], self._state).all(1)
+            healthy &= between(np.concatenate((self.qpos, self.qvel), 1)[:, 2:], self._state).all(1)
         return healthy
 
-    def outcome(self, action: Tensor) -> Outcome:
+    def outcome(self, action: Array) -> Outcome:
         healthy = self.healthy()
         forward = self._forward * ((self.qpos[:, 0] - self._x) / self.dt)
         survive, control = healthy * self._survive, self._control * sum_of_squares(action)
@@ -213,25 +222,25 @@ class Ant(MujocoTask):
         self._contact, self._range = own._contact_cost_weight, own._contact_force_range
         self._shows_forces = own._include_cfrc_ext_in_observation
         self._first = 2 if own._exclude_current_positions_from_observation else 0
-        self._body = self.sim.field("xpos")[:, own.data.body(own._main_body).id, 0]
-        self._x = torch.zeros(self.num_envs, dtype=torch.float64)
+        self._body = self.field("xpos")[:, own.data.body(own._main_body).id, 0]
+        self._x = np.zeros(self.num_envs)
 
     def before(self) -> None:
-        self._x.copy_(self._body)
+        self._x[:] = self._body
 
-    def observe(self) -> Tensor:
+    def observe(self) -> Array:
         parts = [self.qpos[:, self._first :], self.qvel]
         if self._shows_forces:
-            parts.append(self.forces[:, 1:].clamp(*self._range).flatten(1))
-        return torch.cat(parts, 1)
+            parts.append(self.forces[:, 1:].clip(*self._range).reshape(self.num_envs, -1))
+        return np.concatenate(parts, 1)
 
-    def outcome(self, action: Tensor) -> Outcome:
+    def outcome(self, action: Array) -> Outcome:
         z = self.qpos[:, 2]
         healthy = (self._height[0] <= z) & (z <= self._height[1])
-        healthy &= self.qpos.isfinite().all(1) & self.qvel.isfinite().all(1)
+        healthy &= np.isfinite(self.qpos).all(1) & np.isfinite(self.qvel).all(1)
         forward, survive = (self._body - self._x) / self.dt * self._forward, healthy * self._survive
         control = self._control * sum_of_squares(action)
-        contact = self._contact * sum_of_squares(self.forces.clamp(*self._range).flatten(1))
+        contact = self._contact * sum_of_squares(self.forces.clip(*self._range).reshape(self.num_envs, -1))
         log = {"reward/forward": forward, "reward/survive": survive}
         log |= {"reward/control": -control, "reward/contact": -contact}
         reward = forward + survive - (control + contact)
@@ -248,18 +257,18 @@ class _Human(MujocoTask):
         self._control = own._ctrl_cost_weight
         shown = []
         if own._include_cinert_in_observation:
-            shown.append(self.sim.field("cinert")[:, 1:])
+            shown.append(self.field("cinert")[:, 1:])
         if own._include_cvel_in_observation:
-            shown.append(self.sim.field("cvel")[:, 1:])
+            shown.append(self.field("cvel")[:, 1:])
         if own._include_qfrc_actuator_in_observation:
-            shown.append(self.sim.field("qfrc_actuator")[:, 6:])
+            shown.append(self.field("qfrc_actuator")[:, 6:])
         if own._include_cfrc_ext_in_observation:
             shown.append(self.forces[:, 1:])
         self._shown = shown
 
-    def observe(self) -> Tensor:
-        shown = [value.flatten(1) for value in self._shown]
-        return torch.cat([self.qpos[:, self._first :], self.qvel, *shown], 1)
+    def observe(self) -> Array:
+        shown = [value.reshape(self.num_envs, -1) for value in self._shown]
+        return np.concatenate([self.qpos[:, self._first :], self.qvel, *shown], 1)
 
 
 class Humanoid(_Human):
@@ -270,22 +279,23 @@ class Humanoid(_Human):
         self._forward, self._survive = own._forward_reward_weight, own._healthy_reward
         self._ends, self._height = own._terminate_when_unhealthy, own._healthy_z_range
         self._contact, self._range = own._contact_cost_weight, own._contact_cost_range
-        self._mass = torch.from_numpy(own.model.body_mass)
-        self._centers = self.sim.field("xipos")[:, :, 0]
-        self._x = torch.zeros(self.num_envs, dtype=torch.float64)
+        self._mass = own.model.body_mass.copy()
+        self._centers = self.field("xipos")[:, :, 0]
+        self._x = np.zeros(self.num_envs)
 
-    def center(self) -> Tensor:
+    def center(self) -> Array:
         """(N,) x of the center of mass."""
-        return (self._centers * self._mass).sum(1) / self._mass.sum()
+        center: Array = (self._centers * self._mass).sum(1) / self._mass.sum()
+        return center
 
     def before(self) -> None:
-        self._x.copy_(self.center())
+        self._x[:] = self.center()
 
-    def outcome(self, action: Tensor) -> Outcome:
+    def outcome(self, action: Array) -> Outcome:
         healthy = between(self.qpos[:, 2], self._height)
         forward, survive = self._forward * ((self.center() - self._x) / self.dt), healthy * self._survive
         control = self._control * sum_of_squares(self.ctrl)
-        contact = (self._contact * sum_of_squares(self.forces.flatten(1))).clamp(*self._range)
+        contact = (self._contact * sum_of_squares(self.forces.reshape(self.num_envs, -1))).clip(*self._range)
         log = {"reward/forward": forward, "reward/survive": survive}
         log |= {"reward/control": -control, "reward/contact": -contact}
         reward = forward + survive - (control + contact)
@@ -300,10 +310,10 @@ class HumanoidStandup(_Human):
         self._impact, self._range = own._impact_cost_weight, own._impact_cost_range
         self._timestep = own.model.opt.timestep
 
-    def outcome(self, action: Tensor) -> Outcome:
+    def outcome(self, action: Array) -> Outcome:
         up = self.qpos[:, 2] / self._timestep
         control = self._control * sum_of_squares(self.ctrl)
-        impact = (self._impact * sum_of_squares(self.forces.flatten(1))).clamp(*self._range)
+        impact = (self._impact * sum_of_squares(self.forces.reshape(self.num_envs, -1))).clip(*self._range)
         log = {"reward/up": up, "reward/control": -control, "reward/impact": -impact}
         return Outcome(up - control - impact + 1, self.nowhere(), log)
 
@@ -316,10 +326,10 @@ class Reacher(MujocoTask):
 
     def bind(self, own: Any) -> None:
         self._near, self._control = own._reward_dist_weight, own._reward_control_weight
-        positions = self.sim.field("xpos")
+        positions = self.field("xpos")
         self._tip, self._target = (positions[:, own.data.body(body).id] for body in ("fingertip", "target"))
 
-    def start(self, rows: Tensor, random: RowRandom) -> tuple[Tensor, Tensor]:
+    def start(self, rows: Array, random: RowRandom) -> tuple[Array, Array]:
         nq, nv = self.sim.model.nq, self.sim.model.nv
         qpos = random.uniform(rows, -0.1, 0.1, nq) + self._start[0]
         qpos[:, -2:] = random.each(rows, 2, _within_the_circle)
@@ -327,13 +337,13 @@ class Reacher(MujocoTask):
         qvel[:, -2:] = 0
         return qpos, qvel
 
-    def observe(self) -> Tensor:
+    def observe(self) -> Array:
         angles = self.qpos[:, :2]
         away = (self._tip - self._target)[:, :2]
-        return torch.cat((cos(angles), sin(angles), self.qpos[:, 2:], self.qvel[:, :2], away), 1)
+        return np.concatenate((np.cos(angles), np.sin(angles), self.qpos[:, 2:], self.qvel[:, :2], away), 1)
 
-    def outcome(self, action: Tensor) -> Outcome:
-        distance = -(self._tip - self._target).norm(dim=1) * self._near
+    def outcome(self, action: Array) -> Outcome:
+        distance = -np.linalg.norm(self._tip - self._target, axis=1) * self._near
         control = -sum_of_squares(action) * self._control
         return Outcome(distance + control, self.nowhere(), {"reward/distance": distance, "reward/control": control})
 
@@ -351,25 +361,25 @@ class Pusher(MujocoTask):
     def bind(self, own: Any) -> None:
         self._near, self._far = own._reward_near_weight, own._reward_dist_weight
         self._control = own._reward_control_weight
-        positions = self.sim.field("xpos")
+        positions = self.field("xpos")
         self._tips, self._object, self._goal = (
             positions[:, own.data.body(body).id] for body in ("tips_arm", "object", "goal")
         )
 
-    def start(self, rows: Tensor, random: RowRandom) -> tuple[Tensor, Tensor]:
-        qpos = self._start[0].repeat(self.num_envs, 1)
+    def start(self, rows: Array, random: RowRandom) -> tuple[Array, Array]:
+        qpos = np.tile(self._start[0], (self.num_envs, 1))
         qpos[:, -4:-2] = random.each(rows, 2, _away_from_the_goal)
         qpos[:, -2:] = 0
         qvel = self._start[1] + random.uniform(rows, -0.005, 0.005, self.sim.model.nv)
         qvel[:, -4:] = 0
         return qpos, qvel
 
-    def observe(self) -> Tensor:
-        return torch.cat((self.qpos[:, :7], self.qvel[:, :7], self._tips, self._object, self._goal), 1)
+    def observe(self) -> Array:
+        return np.concatenate((self.qpos[:, :7], self.qvel[:, :7], self._tips, self._object, self._goal), 1)
 
-    def outcome(self, action: Tensor) -> Outcome:
-        near = -(self._object - self._tips).norm(dim=1) * self._near
-        distance = -(self._object - self._goal).norm(dim=1) * self._far
+    def outcome(self, action: Array) -> Outcome:
+        near = -np.linalg.norm(self._object - self._tips, axis=1) * self._near
+        distance = -np.linalg.norm(self._object - self._goal, axis=1) * self._far
         control = -sum_of_squares(action) * self._control
         log = {"reward/distance": distance, "reward/control": control, "reward/near": near}
         return Outcome(distance + control + near, self.nowhere(), log)
@@ -385,13 +395,13 @@ def _away_from_the_goal(generator: np.random.Generator) -> Array:
 class InvertedPendulum(MujocoTask):
     """A pole on a cart."""
 
-    def observe(self) -> Tensor:
-        return torch.cat((self.qpos, self.qvel), 1)
+    def observe(self) -> Array:
+        return np.concatenate((self.qpos, self.qvel), 1)
 
-    def outcome(self, action: Tensor) -> Outcome:
+    def outcome(self, action: Array) -> Outcome:
         obs = self.observe()
-        terminated = ~obs.isfinite().all(1) | (obs[:, 1].abs() > 0.2)
-        return Outcome((~terminated).double(), terminated)
+        terminated = ~np.isfinite(obs).all(1) | (np.abs(obs[:, 1]) > 0.2)
+        return Outcome((~terminated).astype(np.float64), terminated)
 
 
 class InvertedDoublePendulum(MujocoTask):
@@ -401,15 +411,15 @@ class InvertedDoublePendulum(MujocoTask):
 
     def bind(self, own: Any) -> None:
         self._survive = own._healthy_reward
-        self._tip = self.sim.field("site_xpos")[:, 0]
-        self._constraint = self.sim.field("qfrc_constraint")
+        self._tip = self.field("site_xpos")[:, 0]
+        self._constraint = self.field("qfrc_constraint")
 
-    def observe(self) -> Tensor:
+    def observe(self) -> Array:
         angles = self.qpos[:, 1:]
-        force = self._constraint[:, :1].clamp(-10, 10)
-        return torch.cat((self.qpos[:, :1], sin(angles), cos(angles), self.qvel.clamp(-10, 10), force), 1)
+        force = self._constraint[:, :1].clip(-10, 10)
+        return np.concatenate((self.qpos[:, :1], np.sin(angles), np.cos(angles), self.qvel.clip(-10, 10), force), 1)
 
-    def outcome(self, action: Tensor) -> Outcome:
+    def outcome(self, action: Array) -> Outcome:
         x, y = self._tip[:, 0], self._tip[:, 2]
         first, second = self.qvel[:, 1], self.qvel[:, 2]
         terminated = y <= 1

@@ -1,44 +1,46 @@
-"""What a task is: N environments as batched tensors, behind `begin`, `step` and `observe`.
+"""What a task is: N environments as batched arrays, behind `begin`, `step` and `observe`.
 
 `ctrlrl.envs.native.NativeVector` makes a vector environment of it: it keeps seeds, time limits, automatic resets, the
 true last observation, and saved state, so a task says only what is its own.
+
+Arrays are NumPy's: these tasks must agree with environments written in NumPy to the last bit, and between two steps of
+a simulation, when the caches are cold, NumPy's calls take a fraction of torch's time.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import gymnasium as gym
 import numpy as np
-import torch
-from torch import Tensor
 
-from ctrlrl.tree import Obs
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What one control step of N environments came to. The tensors may be reused by the next step."""
+    """What one control step of N environments came to; arrays of its own."""
 
-    reward: Tensor
+    reward: Array
     """(N,) of any float type; the vector environment makes it float32."""
-    terminated: Tensor
+    terminated: Array
     """(N,) bool."""
-    log: dict[str, Tensor] = field(default_factory=dict)
+    log: dict[str, Array] = field(default_factory=dict)
     """Per-row figures (N,): the reward's terms, `success`."""
-    diverged: Tensor | None = None
+    diverged: Array | None = None
     """(N,) bool: rows that are no transition since their simulation became unstable; None where there are none."""
 
 
 class Task(ABC):
-    """N environments; a row of every tensor is one.
+    """N environments; a row of every array is one.
 
     Attributes:
         name: what a user types to get it.
         num_envs: N.
-        observation_space: of one environment.
+        observation_space: of one environment, a Box.
         action_space: of one environment.
         control_dt: seconds of simulated time per step; None where there is no clock.
         max_episode_steps: after which an episode is truncated; None never.
@@ -56,23 +58,23 @@ class Task(ABC):
     renders: bool = False
 
     @abstractmethod
-    def begin(self, rows: Tensor, random: RowRandom) -> None:
+    def begin(self, rows: Array, random: RowRandom) -> None:
         """Start a new episode where `rows` (N,) bool; the others must not change."""
 
     @abstractmethod
-    def step(self, action: Tensor) -> Outcome:
+    def step(self, action: Array) -> Outcome:
         """One control step of all rows with `action` (N, ...), which lies within the action space."""
 
     @abstractmethod
-    def observe(self) -> Obs:
-        """The observations (N, ...) of now, in a new tensor or one that is reused."""
+    def observe(self) -> Array:
+        """The observations (N, ...) of now, in a new array."""
 
     @abstractmethod
-    def get_state(self) -> dict[str, Tensor]:
+    def get_state(self) -> dict[str, Array]:
         """Everything that later steps and observations depend on, (N, ...) each; may be live."""
 
     @abstractmethod
-    def set_state(self, rows: Tensor, state: dict[str, Tensor]) -> None:
+    def set_state(self, rows: Array, state: dict[str, Array]) -> None:
         """Go on from what `get_state` gave, where `rows` (N,) bool."""
 
     def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -97,21 +99,17 @@ class RowRandom:
         """Start row's generator anew."""
         self.generators[row] = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
 
-    def uniform(self, rows: Tensor, low: float, high: float, size: int) -> Tensor:
+    def uniform(self, rows: Array, low: float, high: float, size: int) -> Array:
         """(N, size) float64, drawn where `rows`, zero elsewhere."""
-        return self._draw(rows, size, lambda generator: generator.uniform(low, high, size))
+        return self.each(rows, size, lambda generator: generator.uniform(low, high, size))
 
-    def normal(self, rows: Tensor, size: int) -> Tensor:
+    def normal(self, rows: Array, size: int) -> Array:
         """(N, size) float64, standard normal where `rows`, zero elsewhere."""
-        return self._draw(rows, size, lambda generator: generator.standard_normal(size))
+        return self.each(rows, size, lambda generator: generator.standard_normal(size))
 
-    def each(self, rows: Tensor, size: int, draw: Any) -> Tensor:
+    def each(self, rows: Array, size: int, draw: Callable[[np.random.Generator], Array]) -> Array:
         """(N, size) float64: `draw(generator)` of each row where `rows`, zero elsewhere."""
-        return self._draw(rows, size, draw)
-
-    def _draw(self, rows: Tensor, size: int, draw: Any) -> Tensor:
-        values = torch.zeros(len(self.generators), size, dtype=torch.float64)
-        array = values.numpy()
-        for row in rows.nonzero().flatten().tolist():
-            array[row] = draw(self.generators[row])
+        values = np.zeros((len(self.generators), size))
+        for row in np.flatnonzero(rows):
+            values[row] = draw(self.generators[row])
         return values

@@ -8,10 +8,8 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
-from torch import Tensor
 
-from ctrlrl.envs.tasks.task import Task
+from ctrlrl.envs.tasks.task import Array, Task
 from ctrlrl.envs.worker import control_dt
 
 
@@ -41,9 +39,9 @@ class GymnasiumTask(Task):
         self.renders = twin.render_mode == "rgb_array"
         self._twin = twin
 
-    def nowhere(self) -> Tensor:
+    def nowhere(self) -> Array:
         """(N,) bool, all False."""
-        return torch.zeros(self.num_envs, dtype=torch.bool)
+        return np.zeros(self.num_envs, np.bool_)
 
     @property
     def own(self) -> Any:
@@ -72,6 +70,7 @@ def _time_limit(env: gym.Env[Any, Any]) -> int | None:
     return None
 
 
-def between(value: Tensor, limits: tuple[float, float]) -> Tensor:
+def between(value: Array, limits: tuple[float, float]) -> Array:
     """Whether strictly between the two limits."""
-    return (limits[0] < value) & (value < limits[1])
+    within: Array = (limits[0] < value) & (value < limits[1])
+    return within
