@@ -41,6 +41,7 @@ class NativeVector(VectorEnv):
         shape = (self.num_envs, *(self.action_space.shape or ()))
         self._action = ActionBuffer(self.action_space, np.zeros(shape, self.action_space.dtype))
         self._random = RowRandom(self.num_envs)
+        self._on_cpu = self.device.type == "cpu"
         self._elapsed = np.zeros(self.num_envs, np.int64)
         self._limit = task.max_episode_steps
         self._begun = False
@@ -124,7 +125,8 @@ class NativeVector(VectorEnv):
         self.task.close()
 
     def _tensor(self, array: Array) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        tensor = torch.from_numpy(array)
+        return tensor if self._on_cpu else tensor.to(self.device)
 
     def _require_choices(self, action: Array) -> None:
         """Raise UsageError for a choice that a discrete space does not have; a task relies on that."""

@@ -46,7 +46,7 @@ def collect(env, policy, steps):
     for _ in range(steps):
         step, extras, next_extras = collector.step(random=False)
         buffer.add(step, extras, next_extras)
-        episodes += collector.finished(step)
+        episodes += collector.finished(step)[0]
     return collector, buffer, episodes
 
 

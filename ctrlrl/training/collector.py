@@ -75,16 +75,23 @@ class Collector:
         self.obs = step.obs
         return step, extras, next_extras
 
-    def finished(self, step: Step) -> list[Episode]:
-        """The episodes that ended with `step`."""
+    def finished(self, step: Step) -> tuple[list[Episode], int]:
+        """The episodes that ended with `step`, and how many of its rows are transitions."""
         reward, terminated, truncated, valid = (
             x.cpu().numpy() for x in (step.reward, step.terminated, step.truncated, step.valid)
         )
-        self.returns += np.where(valid, reward, 0.0) if self.env.may_be_invalid else reward
-        self.lengths += valid
-        done = terminated | truncated | ~valid
+        done = terminated | truncated
+        if self.env.may_be_invalid and not valid.all():
+            self.returns += np.where(valid, reward, 0.0)
+            self.lengths += valid
+            done |= ~valid
+            transitions = int(valid.sum())
+        else:
+            self.returns += reward
+            self.lengths += 1
+            transitions = len(valid)
         if not done.any():
-            return []
+            return [], transitions
         success = step.log.get("success")
         rows = (done & (self.lengths > 0) & valid).nonzero()[0].tolist()
         episodes = [
@@ -98,7 +105,7 @@ class Collector:
         ]
         self.returns[done] = 0
         self.lengths[done] = 0
-        return episodes
+        return episodes, transitions
 
     def restart(self, obs: Obs, rows: list[bool]) -> None:
         """Go on from `obs`, where the episodes of `rows` were started afresh."""

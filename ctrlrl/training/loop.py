@@ -188,8 +188,8 @@ class Loop(ABC):
         with self._saved_on_failure(continue_episodes=False):  # what the environments did in this step is lost
             step, extras, next_extras = self.collector.step(random=self._acts_at_random())
         self._store(step, extras, next_extras)
-        self.env_steps += int(step.valid.sum()) if self.env.may_be_invalid else self.env.num_envs
-        episodes = self.collector.finished(step)
+        episodes, transitions = self.collector.finished(step)
+        self.env_steps += transitions
 
         self._learn(before)
 
