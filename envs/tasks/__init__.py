@@ -1,1 +1,1 @@
-"""Tasks: what is observed, rewarded and ends an episode, written once for N environments as batched tensors."""
+"""Tasks: what is observed, rewarded and ends an episode, written once for N environments."""
