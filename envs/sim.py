@@ -89,6 +89,25 @@ class Sim(ABC):
         """(N,) bool: simulations that became unstable in the last step (MuJoCo set them back); None where none did."""
 
     @abstractmethod
+    def expand(self, name: str) -> Tensor:
+        """The live (N, ...) tensor of an `MjModel` field (`geom_friction`, `opt.gravity`): each simulation's own, from
+        now on. Before the first step, since a captured step holds on to what it was captured with.
+
+        Raises:
+            UsageError: the field cannot differ between these simulations.
+        """
+
+    @abstractmethod
+    def set_const(self, rows: Tensor) -> None:
+        """Compute what MuJoCo derives from expanded fields (`mj_setConst`), where `rows` (N,) bool: after masses,
+        inertias, frames or the reference pose have changed."""
+
+    def overflow(self) -> Tensor | None:
+        """(N,) bool: simulations that have had more contacts or constraints than there was memory for, and lost some;
+        None where memory grows as needed."""
+        return None
+
+    @abstractmethod
     def get_state(self) -> dict[str, Tensor]:
         """A copy, (N, ...) each, of what steps depend on (`mjSTATE_INTEGRATION`) and of the derived fields in use."""
 
@@ -145,6 +164,15 @@ class BatchSim(Sim):
         self._warnings[:] = 0
         return torch.from_numpy(rows)
 
+    def expand(self, name: str) -> Tensor:
+        try:
+            return torch.from_numpy(self._batch.expand(name))
+        except (ValueError, AttributeError, KeyError) as error:
+            raise UsageError(f"the model's {name} cannot differ between simulations: {error}") from error
+
+    def set_const(self, rows: Tensor) -> None:
+        self._call(lambda: self._batch.set_const(rows.numpy()))
+
     def get_state(self) -> dict[str, Tensor]:
         state = torch.from_numpy(self._batch.state.copy())
         return {_INTEGRATION: state} | {name: value.clone() for name, value in self._derived.items()}
@@ -164,7 +192,7 @@ class BatchSim(Sim):
 class ThreadSim(Sim):
     """One `MjData` for each simulation, on threads of Python, which MuJoCo frees while it computes.
 
-    After each step `after` is called with model and data, `mujoco.mj_rnePostConstraint` say, and sees what a single
+    All simulations share the model. After each step `after` is called with model and data, `mujoco.mj_rnePostConstraint` say, and sees what a single
     simulation would: of a Runge-Kutta step, the last stage.
     """
 
@@ -243,6 +271,12 @@ class ThreadSim(Sim):
             self._warnings[row][:] = 0
         self._warned[:] = False
         return torch.from_numpy(rows)
+
+    def expand(self, name: str) -> Tensor:
+        raise UsageError(f"simulations that share a model have one {name}; take a BatchSim")
+
+    def set_const(self, rows: Tensor) -> None:
+        raise UsageError("simulations that share a model have nothing that was expanded")
 
     def get_state(self) -> dict[str, Tensor]:
         fields = {name: torch.from_numpy(value.copy()) for name, value in self._derived.items()}
