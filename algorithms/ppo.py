@@ -126,11 +126,10 @@ class PPO(OnPolicyAgent):
         self.config = c = config or PPOConfig()
         head = make_head(observation_space, action_space, "PPO", log_std=c.log_std, action_mask=c.action_mask)
         with self._weights_from(seed):
-            networks = OnPolicyNetworks(head.observation_space, c, network, encoder)
+            networks = OnPolicyNetworks(head.observation_space, c, network, encoder, action_space=action_space)
             self.normalizer = networks.normalizer
-            seen = networks.policy_encoder
-            memory, trunk = networks.recurrent_trunk(seen, head.outputs, actions=head.inputs, gain=0.01)
-            self.policy = StochasticPolicy(seen, memory, trunk, head, self.normalizer)
+            memory, trunk = networks.policy_trunk(head.outputs, actions=head.inputs, gain=0.01)
+            self.policy = StochasticPolicy(networks.policy_encoder, memory, trunk, head, self.normalizer)
             self.critic = networks.value_function(gain=1.0)
         self.policy.to(self.device).generator = self.generator
         self.critic.to(self.device)

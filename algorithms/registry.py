@@ -158,6 +158,30 @@ ALGORITHMS = {
             presets=(
                 *_CONTINUOUS[:1],
                 Preset(
+                    "velocity",
+                    r"\w+VelocityFlat-",
+                    {
+                        "num_envs": 1024,
+                        "rollout_steps": 24 * 1024,
+                        "steps": 15_000_000,
+                        "eval_every": 1_000_000,
+                        "checkpoint_every": 1_000_000,
+                        "log_every": 24 * 1024,
+                        "agent": {
+                            "epochs": 5,
+                            "minibatch_size": 6144,
+                            "lr": 1e-3,
+                            "lr_schedule": "adaptive",
+                            "entropy_coef": 0.005,
+                            "max_grad_norm": 1.0,
+                            "hidden": [128, 128],
+                            "activation": "elu",
+                            "log_std": -0.7,
+                        },
+                    },
+                    "many environments, short rollouts, large minibatches (mjbatch, rsl_rl)",
+                ),
+                Preset(
                     "lunarlander",
                     r"LunarLander-",
                     {"agent": {"gamma": 0.999, "gae_lambda": 0.98, "entropy_coef": 0.01}},

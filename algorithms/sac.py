@@ -75,7 +75,7 @@ class SAC(OffPolicyAgent):
         dim = math.prod(box.shape)
         self.target_entropy = -float(dim) if c.target_entropy is None else c.target_entropy
         with self._weights_from(seed):
-            networks = Networks(observation_space, c, network, encoder)
+            networks = Networks(observation_space, c, network, encoder, action_space=action_space)
             self.normalizer = networks.normalizer
             bounds = (c.log_std_bounds[0], c.log_std_bounds[1])
             trunk = networks.trunk(2 * dim)

@@ -62,7 +62,7 @@ class TD3(OffPolicyAgent):
         box = require_bounded_box(action_space, c.title)
         dim = math.prod(box.shape)
         with self._weights_from(seed):
-            networks = Networks(observation_space, c, network, encoder)
+            networks = Networks(observation_space, c, network, encoder, action_space=action_space)
             self.normalizer = networks.normalizer
             trunk, noise = networks.trunk(dim), c.exploration_noise
             self.policy = DeterministicPolicy(networks.policy_encoder, trunk, box, noise, self.normalizer)

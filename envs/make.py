@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import gymnasium as gym
 
-from ctrlrl.envs.tasks.registry import task_of
+from ctrlrl.envs.tasks.registry import ROBOT_TASKS, task_of
 from ctrlrl.envs.worker import EXTRAS, PixelObservation, build_env, family_of, newest_versions
 from ctrlrl.errors import UsageError, nearest
 
@@ -114,6 +114,20 @@ def make_env(
         raise UsageError(f"backend {backend!r} makes environments from an id, and got a {type(env).__name__}")
     if native and pixels:
         raise UsageError(f"backend {backend!r} does not observe pictures; use 'gymnasium' or 'workers' with pixels")
+    if env in ROBOT_TASKS:
+        from ctrlrl.envs.sim_vector import make_sim_env
+
+        if env_python is not None or pixels:
+            raise UsageError(f"{env} runs in this process and gives no pictures: leave out env_python and pixels")
+        return make_sim_env(
+            env,
+            num_envs=num_envs,
+            options=env_kwargs,
+            backend=backend,
+            threads=cores,
+            render=render,
+            device=device,
+        )
     if native or (backend == "auto" and has_native(env, env_kwargs=env_kwargs, env_python=env_python, pixels=pixels)):
         from ctrlrl.envs.native import make_native
 
@@ -184,7 +198,7 @@ def has_native(
     """Whether `make_env` steps `env` natively where the backend is `auto`."""
     if env_python is not None or pixels or (env_kwargs or {}).get("render_mode") == "human":
         return False
-    return isinstance(env, str) and task_of(env) is not None
+    return isinstance(env, str) and env not in ROBOT_TASKS and task_of(env) is not None
 
 
 def _checked(maker: Callable[[], gym.Env[Any, Any]], pixels: int, grayscale: bool) -> Callable[[], gym.Env[Any, Any]]:
@@ -218,7 +232,7 @@ def render_headless() -> None:
 
 def list_envs() -> list[EnvInfo]:
     """The environments that are registered, each in its newest version, by family and name; makes none of them."""
-    infos = []
+    infos = [EnvInfo(env_id, "ctrlrl", True, True) for env_id in ROBOT_TASKS]
     for env_id in newest_versions().values():
         spec = gym.registry[env_id]
         if not isinstance(spec.entry_point, str):

@@ -192,8 +192,8 @@ class BatchSim(Sim):
 class ThreadSim(Sim):
     """One `MjData` for each simulation, on threads of Python, which MuJoCo frees while it computes.
 
-    All simulations share the model. After each step `after` is called with model and data, `mujoco.mj_rnePostConstraint` say, and sees what a single
-    simulation would: of a Runge-Kutta step, the last stage.
+    All simulations share the model. After each step `after` is called with model and data,
+    `mujoco.mj_rnePostConstraint` say, and sees what a single simulation would: of a Runge-Kutta step, the last stage.
     """
 
     def __init__(

@@ -338,12 +338,14 @@ def describe_box(space: Any) -> dict[str, Any]:
     def bound(values: Any) -> Any:
         return values.flat[0].item() if values.size and (values == values.flat[0]).all() else values.tolist()
 
+    reflection = getattr(space, "reflection", None)
     return {
         "type": "Box",
         "dtype": space.dtype.name,
         "shape": list(space.shape),
         "low": bound(space.low),
         "high": bound(space.high),
+        **({"reflection": {"order": reflection.order, "sign": reflection.sign}} if reflection is not None else {}),
     }
 
 

@@ -21,6 +21,7 @@ from ctrlrl.nn.encoder import (
 )
 from ctrlrl.nn.mlp import Ensemble, EnsembleMLP, Members, NetworkFactory, at_least_float32, mlp
 from ctrlrl.nn.recurrence import Recurrence, State
+from ctrlrl.nn.symmetry import BothSides, SymmetricTrunk, Symmetry
 from ctrlrl.tree import Obs, map_obs
 
 
@@ -112,6 +113,8 @@ class Networks:
         settings: layers, groups, whether to normalize.
         network: `factory(in_features, out_features)`, instead of multilayer perceptrons.
         encoder: `factory(space)`, instead of the built-in one for vectors and images.
+        action_space: of one environment; where it and what the policy observes are boxes that say how they look in a
+            mirror (`ReflectedBox`), the policy is made symmetric.
         one_loss: whether policy and critics are trained by one loss; else that of the critics trains shared parts.
     """
 
@@ -122,6 +125,7 @@ class Networks:
         network: NetworkFactory | None = None,
         encoder: EncoderFactory | None = None,
         *,
+        action_space: gym.Space[Any] | None = None,
         one_loss: bool = False,
     ) -> None:
         self._one_loss = one_loss
@@ -129,10 +133,13 @@ class Networks:
         self.normalizer = ObservationNormalizer(observation_space) if settings.normalize_obs else None
         space = group_space(observation_space, settings.policy_obs or policy_groups(observation_space))
         self.policy_encoder = make_encoder(space, encoder, self.normalizer)
+        self._symmetry = Symmetry.of(space, action_space)
+        if self._symmetry is not None:
+            self.policy_encoder = BothSides(self.policy_encoder, self._symmetry)
 
     def trunk(self, outputs: int, *, actions: int = 0) -> nn.Module:
         """The policy's network, from its encoder's features and `actions` numbers besides to (B, outputs)."""
-        return self._make(self.policy_encoder.out_features + actions, outputs)
+        return self._policy_trunk(self.policy_encoder.out_features, outputs, actions=actions)
 
     def critic_encoder(self) -> Encoder:
         """The encoder of what critics read; images that the policy reads too are seen by the same convolution."""
@@ -154,6 +161,11 @@ class Networks:
             sizes = (inputs, *self._settings.hidden, outputs)
             return Critics(encoder, EnsembleMLP(members, sizes, layer_norm=layer_norm))
         return Critics(encoder, Ensemble(members, lambda: self._make(inputs, outputs)))
+
+    def _policy_trunk(self, inputs: int, outputs: int, *, actions: int, **how: Any) -> nn.Module:
+        if self._symmetry is None:
+            return self._make(inputs + actions, outputs, **how)
+        return SymmetricTrunk(self._make(inputs // 2, outputs, **how), self._symmetry, outputs)
 
     def _make(self, inputs: int, outputs: int, **how: Any) -> nn.Module:
         if self._network is None:
@@ -180,20 +192,32 @@ class OnPolicyNetworks(Networks):
         settings: OnPolicySettings,
         network: NetworkFactory | None = None,
         encoder: EncoderFactory | None = None,
+        *,
+        action_space: gym.Space[Any] | None = None,
     ) -> None:
-        super().__init__(observation_space, settings, network, encoder, one_loss=True)
+        super().__init__(observation_space, settings, network, encoder, action_space=action_space, one_loss=True)
+        if self._symmetry is not None and settings.recurrent != "none":
+            raise UsageError(
+                "agent.recurrent does not go with a task whose policy is to be symmetric: turn one of them off "
+                "(--env-kwargs '{\"symmetric\": false}')"
+            )
         self._recurrent, self._size, self._activation = settings.recurrent, settings.recurrent_size, settings.activation
 
-    def recurrent_trunk(
-        self, encoder: Encoder, outputs: int, *, actions: int = 0, gain: float
-    ) -> tuple[Recurrence | None, nn.Module]:
-        """The recurrent layer, if any, and a network from there, with `actions` numbers besides, to (B, outputs)."""
-        memory, inputs = None, encoder.out_features
-        if self._recurrent != "none":
-            memory, inputs = Recurrence(self._recurrent, inputs, self._size), self._size
-        return memory, self._make(inputs + actions, outputs, activation=self._activation, out_gain=gain)
+    def policy_trunk(self, outputs: int, *, actions: int = 0, gain: float) -> tuple[Recurrence | None, nn.Module]:
+        """The policy's recurrent layer, if any, and its network from there, with `actions` numbers besides, to
+        (B, outputs)."""
+        memory, inputs = self._memory(self.policy_encoder)
+        how = {"activation": self._activation, "out_gain": gain}
+        return memory, self._policy_trunk(inputs, outputs, actions=actions, **how)
 
     def value_function(self, *, gain: float) -> ValueFunction:
         """V(s)."""
         encoder = self.critic_encoder()
-        return ValueFunction(encoder, *self.recurrent_trunk(encoder, 1, gain=gain))
+        memory, inputs = self._memory(encoder)
+        return ValueFunction(encoder, memory, self._make(inputs, 1, activation=self._activation, out_gain=gain))
+
+    def _memory(self, encoder: Encoder) -> tuple[Recurrence | None, int]:
+        """The recurrent layer after `encoder`, if any, and how many features there are then."""
+        if self._recurrent == "none":
+            return None, encoder.out_features
+        return Recurrence(self._recurrent, encoder.out_features, self._size), self._size

@@ -234,7 +234,7 @@ class _Session:
         self.eval_source: EnvLike = eval_env if eval_env is not None else env
         self.eval_env: VectorEnv | None = None
         self.env = self._make(env, config, config.num_envs, str(self.device))
-        if config.backend == "auto" and steps_natively(env, config) and not resumed:
+        if steps_natively(env, config) and not resumed:
             self.remark = f"{self.env.name} is stepped natively; --backend gymnasium steps Gymnasium's own"
         try:
             spaces = self.env.observation_space

@@ -15,6 +15,7 @@ from ctrlrl.algorithms.registry import ALGORITHMS, find_algorithm, train_config_
 from ctrlrl.config import Config, TrainConfig
 from ctrlrl.envs.frame_stack import FrameStack
 from ctrlrl.envs.make import has_native, make_env
+from ctrlrl.envs.tasks.registry import ROBOT_TASKS
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.execution import multiplies_bfloat16, unavailable
@@ -38,7 +39,7 @@ def make(
     Where nothing else is asked for and `env` is an ID, `share` processes share them.
     """
     backend, cores = config.backend, config.threads
-    if render and not config.env_python:
+    if render and not config.env_python and env not in ROBOT_TASKS:
         backend = "gymnasium"
     elif backend == "auto" and share > 1 and num_envs > 1 and _spreads(env, config):
         backend, cores = "parallel", share
@@ -67,14 +68,15 @@ def make(
 
 def _spreads(env: EnvLike, config: TrainConfig) -> bool:
     """Whether `env` can be made in worker processes of this interpreter, and is not better stepped natively."""
-    return isinstance(env, str) and not config.env_python and not steps_natively(env, config)
+    foreign = isinstance(env, str) and env not in ROBOT_TASKS and not config.env_python
+    return foreign and not steps_natively(env, config)
 
 
 def steps_natively(env: EnvLike, config: TrainConfig) -> bool:
-    """Whether `config` has `env` stepped by a task of ours."""
-    if config.backend == "auto":
-        return has_native(env, env_kwargs=config.env_kwargs, env_python=config.env_python, pixels=config.pixels)
-    return config.backend in ("native", "native-fast")
+    """Whether `config` leaves the backend open and `env` is stepped by a task of ours then."""
+    return config.backend == "auto" and has_native(
+        env, env_kwargs=config.env_kwargs, env_python=config.env_python, pixels=config.pixels
+    )
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,13 +1,18 @@
-"""Which IDs of Gymnasium have a task of ours. Importing this file does not import torch."""
+"""Which tasks there are: our own, and those of IDs of Gymnasium. Importing this file does not import torch."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
+from ctrlrl.errors import UsageError, nearest
+
 if TYPE_CHECKING:
+    from ctrlrl.envs.spec import SimTask
     from ctrlrl.envs.tasks.twin import GymnasiumTask
 
 _MUJOCO = "gymnasium.envs.mujoco."
@@ -31,6 +36,11 @@ _TASKS = {
     _CLASSIC + "pendulum:PendulumEnv": "classic_control:Pendulum",
 }
 """By the entry point under which Gymnasium registers the environment: the file of this folder, and the class in it."""
+ROBOT_TASKS = {
+    "Go1VelocityFlat-v0": ("velocity:velocity", {"robot": "go1"}),
+    "Go2VelocityFlat-v0": ("velocity:velocity", {"robot": "go2"}),
+}
+"""Our own, by ID: the file of this folder, the function in it that makes the `SimTask`, and its arguments."""
 
 
 def task_of(env_id: str) -> str | None:
@@ -45,6 +55,27 @@ def task_of(env_id: str) -> str | None:
     if spec is None or spec.additional_wrappers or not isinstance(spec.entry_point, str):
         return None
     return _TASKS.get(spec.entry_point)
+
+
+def make_robot_task(env_id: str, options: Mapping[str, Any]) -> SimTask:
+    """The task `env_id` of `ROBOT_TASKS`.
+
+    Args:
+        env_id: its ID.
+        options: further arguments of its function, from the user.
+
+    Raises:
+        UsageError: there is no such option.
+    """
+    place, own = ROBOT_TASKS[env_id]
+    module, _, name = place.partition(":")
+    make = getattr(importlib.import_module(f"ctrlrl.envs.tasks.{module}"), name)
+    known = [key for key in inspect.signature(make).parameters if key not in ("name", *own)]
+    for key in options:
+        if key not in known:
+            raise UsageError(f"{env_id} has no option {key!r}.{nearest(key, known)} It has: {', '.join(known)}")
+    task: SimTask = make(name=env_id, **own, **options)
+    return task
 
 
 def load_task(place: str) -> type[GymnasiumTask]:

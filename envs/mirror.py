@@ -1,0 +1,73 @@
+"""What left-right reflection does to vectors: entries change places and signs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ctrlrl.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Reflection:
+    """Of a vector of D numbers: entry i of the mirrored one is `sign[i]` times entry `order[i]`."""
+
+    order: tuple[int, ...]
+    sign: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        twice = [self.order[i] for i in self.order] if sorted(self.order) == list(range(len(self.order))) else []
+        signs = len(self.sign) == len(self.order) and all(
+            abs(s) == 1 and self.sign[i] == s for i, s in zip(self.order, self.sign, strict=True)
+        )
+        if twice != list(range(len(self.order))) or not signs:
+            raise UsageError(
+                f"reflected twice, a vector must be as it was: order {self.order}, signs {self.sign} are no reflection"
+            )
+
+    @staticmethod
+    def of_names(names: Sequence[str], swap: Mapping[str, str], flipped: Sequence[str]) -> Reflection:
+        """Entries that have names: each takes the place of the one named after replacing `swap`'s keys at the start of
+        a name by their values, and those that contain one of `flipped` change sign."""
+        place = {name: i for i, name in enumerate(names)}
+        order = []
+        for name in names:
+            other = next((new + name[len(old) :] for old, new in swap.items() if name.startswith(old)), name)
+            if other not in place:
+                raise UsageError(f"{name} has no counterpart {other} among {', '.join(names)}")
+            order.append(place[other])
+        sign = tuple(-1.0 if any(part in name for part in flipped) else 1.0 for name in names)
+        return Reflection(tuple(order), sign)
+
+    @staticmethod
+    def signs(*sign: float) -> Reflection:
+        """Entries keep their places."""
+        return Reflection(tuple(range(len(sign))), tuple(float(s) for s in sign))
+
+    @staticmethod
+    def join(*parts: Reflection) -> Reflection:
+        """Of vectors one after the other."""
+        order: list[int] = []
+        for part in parts:
+            start = len(order)
+            order += [start + i for i in part.order]
+        return Reflection(tuple(order), tuple(s for part in parts for s in part.sign))
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """`order` (D,) int64 and `sign` (D,) float32."""
+        return torch.tensor(self.order, device=device), torch.tensor(self.sign, device=device)
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """How observations and actions look in a mirror."""
+
+    observations: Mapping[str, Reflection]
+    """Of each group, or of `obs` where there is one."""
+    action: Reflection

@@ -1,0 +1,465 @@
+"""A task over a simulation as a vector environment, on a CPU or a GPU: the same code for both."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctrlrl.envs.gymnasium_backend import picture
+from ctrlrl.envs.mirror import Mirror, Reflection
+from ctrlrl.envs.observations import Delay, Group, require, require_figure
+from ctrlrl.envs.sim import BatchSim, Sim
+from ctrlrl.envs.spaces import ReflectedBox
+from ctrlrl.envs.spec import Event, SimTask
+from ctrlrl.envs.tasks.registry import make_robot_task
+from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds, require_as_many, seed_per_env
+from ctrlrl.envs.world import World, initial_qpos
+from ctrlrl.errors import EnvironmentFailure, UsageError
+
+_METHOD = "simulation"
+
+
+class SimVector(VectorEnv):
+    """A `SimTask` behind the vector contract.
+
+    `Step.log` has, where an episode ended: `episode/reward/NAME`, the sum of each weighted term over it;
+    `episode/NAME`, the mean of each of the task's metrics, and its outcomes, of which `success` is called just that.
+    NaN elsewhere; where none ended, a CPU's steps have no log at all.
+
+    On a GPU nothing waits for the device.
+
+    Args:
+        task: what to simulate.
+        sim: simulations of `task.model`, compiled.
+        render: give pictures of environment 0.
+
+    Raises:
+        UsageError: a term gives what it should not, by name; the model lacks what the task names.
+    """
+
+    def __init__(self, task: SimTask, sim: Sim, *, render: bool = False) -> None:
+        self.task, self.sim = task, sim
+        self._renders = render
+        self._renderer: mujoco.Renderer | None = None
+        self.name, self.num_envs, self.device = task.name, sim.num_sims, sim.device
+        self.control_dt = task.timestep * task.substeps
+        self.may_be_invalid = True
+        self._limit = max(1, round(task.episode_seconds / self.control_dt))
+        size = len(task.action.names)
+        self.world = w = World(
+            sim,
+            self.control_dt,
+            joints=task.joints,
+            actions=size,
+            commands=0 if task.command is None else task.command.size,
+            home=initial_qpos(sim.model, task.pose),
+        )
+        self._on_cpu = self.device.type == "cpu"
+        n, device = self.num_envs, self.device
+        self._weights = torch.tensor([term.weight for term in task.rewards.values()], device=device)
+        self._ramps = [
+            (i, term.weight, *term.ramp) for i, term in enumerate(task.rewards.values()) if term.ramp is not None
+        ]
+        self._labels = [f"episode/reward/{name}" for name in task.rewards] + [f"episode/{m}" for m in task.metrics]
+        self._sums = torch.zeros(n, len(self._labels), device=device)
+        self._wait = {name: torch.zeros(n, 1, device=device) for name in self._intervals()}
+        self._command_wait = torch.zeros(n, 1, device=device)
+        self._action_delay = Delay(w, size, task.action.delay) if task.action.delay != (0, 0) else None
+        self._begun = False
+        self._seeded = torch.zeros(n, dtype=torch.bool, device=device)
+        self._failure: EnvironmentFailure | None = None
+        self._rehearse()
+        mirror = task.mirror
+        seen = {} if mirror is None else mirror.observations
+        self.action_space = _box(1.0, size, None if mirror is None else mirror.action)
+        spaces: dict[str, gym.Space[Any]] = {k: _box(np.inf, g.size, seen.get(k)) for k, g in self.groups.items()}
+        self.observation_space = gym.spaces.Dict(spaces) if len(spaces) > 1 else next(iter(spaces.values()))
+
+    # --- the contract -------------------------------------------------------------------------------------------------
+
+    def reset(self, seed: int | Sequence[int] | None = None) -> dict[str, Tensor] | Tensor:
+        seeds = {row: own for row, own in enumerate(seed_per_env(seed, self.num_envs)) if own is not None}
+        if not self._begun and len(seeds) < self.num_envs:
+            fresh = derive_seeds(int(np.random.SeedSequence().generate_state(1)[0]), self.num_envs)
+            seeds = dict(enumerate(fresh)) | seeds
+        if seeds:
+            self.world.random.seed(list(seeds), list(seeds.values()))
+        self._seeded = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        self._seeded[list(seeds)] = True
+        self._begun = True
+        everything = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
+        with self._guarded():
+            if seeds:
+                self._start_up(self._seeded)
+            return self._bare(self._begin(everything))
+
+    def step(self, action: Tensor) -> Step:
+        if not self._begun:
+            raise UsageError(f"{self.name}: call reset before step")
+        if action.shape != self.world.action.shape:
+            raise UsageError(
+                f"{self.name} takes actions of shape {tuple(self.world.action.shape)}, got {tuple(action.shape)}"
+            )
+        with self._guarded():
+            return self._step(action.detach())
+
+    def get_state(self) -> EnvState:
+        if not self._begun:
+            return super().get_state()
+        arrays = {name: value.cpu().numpy() for name, value in self._state().items()}
+        json: list[dict[str, Any] | None] = [
+            {"method": _METHOD, "steps": int(self.world.steps)} for _ in range(self.num_envs)
+        ]
+        return EnvState(json, [{k: v[row].copy() for k, v in arrays.items()} for row in range(self.num_envs)])
+
+    def set_state(self, state: EnvState, *, seed: int) -> tuple[dict[str, Tensor] | Tensor, list[str | None]]:
+        require_as_many(self, state)
+        first = self.reset(derive_seeds(seed, self.num_envs))
+        own = self._state()
+        reasons = [self._why_not(*row, own) for row in zip(state.json, state.arrays, strict=True)]
+        goes_on = torch.tensor([reason is None for reason in reasons], device=self.device)
+        if not bool(goes_on.any()):
+            return first, reasons
+        saved = {name: value.clone() for name, value in own.items()}
+        for row in goes_on.nonzero().flatten().tolist():
+            json, arrays = state.json[row], state.arrays[row]
+            assert json is not None
+            self.world.steps.fill_(json["steps"])
+            for name, value in saved.items():
+                value[row] = torch.as_tensor(arrays[name], device=self.device)
+        simulations = {name: value for name, value in saved.items() if name.startswith("sim/")}
+        for name, value in own.items():
+            if name not in simulations:
+                value[goes_on] = saved[name][goes_on]
+        if self.world.varies:
+            self.sim.set_const(goes_on)
+        self.sim.set_state(goes_on, {name.removeprefix("sim/"): value for name, value in simulations.items()})
+        self.world.refresh()
+        self._ramp()
+        return self._bare({name: value.clone() for name, value in self._seen.items()}), reasons
+
+    def scene(self, row: int) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        """Model and data that show `row`, to be looked at."""
+        model, data = self.sim.model, self._scene
+        for name in ("qpos", "qvel", "mocap_pos", "mocap_quat"):
+            getattr(data, name)[:] = self.sim.field(name)[row].cpu().numpy()
+        mujoco.mj_forward(model, data)
+        return model, data
+
+    @functools.cached_property
+    def _scene(self) -> mujoco.MjData:
+        return mujoco.MjData(self.sim.model)
+
+    def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        if not self._renders:
+            raise UsageError(f"{self.name} was made without pictures; make it with render=True")
+        return picture(self.name, True, self._draw)
+
+    def _draw(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        model, data = self.scene(0)
+        if self._renderer is None:
+            self._renderer = mujoco.Renderer(model, 480, 640)
+        self._renderer.update_scene(data, camera_of(model))
+        pixels: np.ndarray[Any, np.dtype[np.uint8]] = self._renderer.render()
+        return pixels
+
+    def close(self) -> None:
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+        self.sim.close()
+
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def _step(self, action: Tensor) -> Step:
+        w, task = self.world, self.task
+        w.random.begin("step")
+        for name, event in self._intervals().items():
+            self._happen(name, event)
+        w.last_action.copy_(w.action)
+        applied = action.to(self.device, torch.float32).clamp(-1.0, 1.0)
+        w.action.copy_(applied)
+        task.action.apply(w, w.action if self._action_delay is None else self._action_delay.push(w.action))
+        self.sim.step(task.substeps)
+        w.refresh()
+        w.elapsed += 1
+        w.steps += 1
+        self._ramp()
+        if task.track is not None:
+            task.track(w)
+        diverged = self.sim.diverged()
+        terminated, truncated = self._terminated(), w.elapsed >= self._limit
+        w.terminated = terminated
+        reward = self._reward()
+        if task.command is not None and task.command.every is not None:
+            self._command_wait -= w.dt
+            self._draw_command(self._command_wait[:, 0] <= 0)
+        final = {name: group.observe(w) for name, group in self.groups.items()}
+        w.random.end()
+
+        over = terminated | truncated
+        valid = torch.ones_like(over)
+        if diverged is not None:
+            valid = ~diverged
+            reward = torch.where(valid, reward, 0.0)
+            terminated, truncated, over = terminated & valid, truncated & valid, over | diverged
+        obs, log = final, {}
+        if not self._on_cpu or bool(over.any()):
+            log = self._log(over & valid)
+            obs = {k: torch.where(over[:, None], new, final[k]) for k, new in self._begin(over).items()}
+            if diverged is not None:  # nothing that was seen of it is to be relied on
+                final = {k: torch.where(diverged[:, None], obs[k], value) for k, value in final.items()}
+        self._seen = obs
+        return Step(
+            obs=self._bare(obs),
+            action=applied,
+            reward=reward,
+            terminated=terminated,
+            truncated=truncated,
+            final_obs=self._bare(final),
+            valid=valid,
+            log=log,
+        )
+
+    def _terminated(self) -> Tensor:
+        ended = [term(self.world) for term in self.task.terminations.values()]
+        if not ended:
+            return torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        return ended[0] if len(ended) == 1 else torch.stack(ended).any(0)
+
+    def _reward(self) -> Tensor:
+        w, task = self.world, self.task
+        terms = [term.of(w) for term in task.rewards.values()]
+        metrics = [metric(w) for metric in task.metrics.values()]
+        values = torch.stack(terms + metrics, 1)
+        weighted = values[:, : len(terms)].mul_(self._weights)
+        self._sums += values
+        reward = weighted.sum(1)
+        if task.reward_floor is not None:
+            reward.clamp_(min=task.reward_floor)
+        return reward.mul_(task.reward_scale) if task.reward_scale != 1.0 else reward
+
+    def _ramp(self) -> None:
+        for i, start, end, steps in self._ramps:
+            self._weights[i] = start + (end - start) * (self.world.steps / steps).clamp(max=1.0)
+
+    def _log(self, ended: Tensor) -> dict[str, Tensor]:
+        """Figures of the episodes that ended where `ended` (N,) bool."""
+        w, rewards = self.world, len(self.task.rewards)
+        sums = self._sums.clone()
+        sums[:, :rewards] *= self.task.reward_scale
+        sums[:, rewards:] /= w.elapsed[:, None].clamp(min=1)
+        figures = torch.where(ended[:, None], sums, torch.nan).unbind(1)
+        log = dict(zip(self._labels, figures, strict=True))
+        for name, outcome in self.task.outcomes.items():
+            log[name if name == "success" else f"episode/{name}"] = torch.where(ended, outcome(w), torch.nan)
+        return log
+
+    # --- episodes -----------------------------------------------------------------------------------------------------
+
+    def _start_up(self, rows: Tensor) -> None:
+        w = self.world
+        w.begin(rows, all_memory=True)
+        w.random.begin("startup")
+        for event in self.task.events.values():
+            if event.when == "startup":
+                event.do(w, rows)
+        w.random.end(rows)
+        if w.varies:
+            self.sim.set_const(rows)
+
+    def _begin(self, rows: Tensor) -> dict[str, Tensor]:
+        """Start new episodes where `rows`; returns first observations, which count there only."""
+        w, task = self.world, self.task
+        if task.curriculum is not None:
+            task.curriculum(w, rows)
+        w.random.begin("reset")
+        w.begin(rows, all_memory=False)
+        self._sums.masked_fill_(rows[:, None], 0.0)
+        self.sim.reset(rows)
+        w.write("qpos", rows, w.home.expand(self.num_envs, -1))
+        for event in task.events.values():
+            if event.when == "reset":
+                event.do(w, rows)
+        for name, event in self._intervals().items():
+            self._set_wait(self._wait[name], rows, event.every)
+        if self._action_delay is not None:
+            self._action_delay.begin(w, rows, w.action)
+        task.action.apply(w, w.action)
+        self.sim.forward(rows)
+        w.refresh()
+        if task.command is not None:
+            self._draw_command(rows)
+        first = {name: group.first(w, rows) for name, group in self.groups.items()}
+        w.random.end(rows)
+        return first
+
+    def _draw_command(self, rows: Tensor) -> None:
+        w, command = self.world, self.task.command
+        assert command is not None
+        w.command.copy_(torch.where(rows[:, None], command.draw(w), w.command))
+        self._set_wait(self._command_wait, rows, command.every)
+
+    def _happen(self, name: str, event: Event) -> None:
+        """An event of the kind `interval`, where its time has come."""
+        wait = self._wait[name]
+        wait -= self.world.dt
+        rows = wait[:, 0] <= 0
+        event.do(self.world, rows)
+        self._set_wait(wait, rows, event.every)
+
+    def _set_wait(self, wait: Tensor, rows: Tensor, every: tuple[float, float] | None) -> None:
+        if every is not None:
+            wait.copy_(torch.where(rows[:, None], self.world.random.uniform(1, *every), wait))
+
+    def _intervals(self) -> dict[str, Event]:
+        return {name: event for name, event in self.task.events.items() if event.when == "interval"}
+
+    # --- checks and state ---------------------------------------------------------------------------------------------
+
+    def _rehearse(self) -> None:
+        """Ask every term once: for its shape, and for the fields, memories and model fields that it uses."""
+        w, task, nowhere = self.world, self.task, torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        everywhere = ~nowhere
+        if not task.observations or not task.rewards:
+            raise UsageError(f"the task {self.name} needs an observation group and a reward at least")
+        self.sim.reset(everywhere)
+        w.write("qpos", everywhere, w.home.expand(self.num_envs, -1))
+        task.action.apply(w, w.action)
+        self.sim.forward(everywhere)
+        w.random.begin("rehearsal")
+        for name, event in task.events.items():
+            if (event.when == "interval") != (event.every is not None):
+                raise UsageError(f"the task's event {name} is of the kind {event.when}, every is {event.every}")
+            event.do(w, nowhere)
+        if task.command is not None:
+            drawn = require("command", task.command.draw(w), w)
+            if drawn.shape != w.command.shape:
+                raise UsageError(
+                    f"the task's command must have the shape {tuple(w.command.shape)}, it has {tuple(drawn.shape)}"
+                )
+        if task.track is not None:
+            task.track(w)
+        for name, term in task.terminations.items():
+            require_figure(f"termination {name}", term(w), w, torch.bool)
+        for name, reward in task.rewards.items():
+            require_figure(f"reward {name}", reward.of(w), w)
+        for name, metric in task.metrics.items():
+            require_figure(f"metric {name}", metric(w), w)
+        for name, outcome in task.outcomes.items():
+            require_figure(f"outcome {name}", outcome(w), w)
+        self.groups = {name: Group(name, terms, w) for name, terms in task.observations.items()}
+        self._seen = {name: torch.zeros(self.num_envs, g.size, device=self.device) for name, g in self.groups.items()}
+        if task.mirror is not None:
+            require_mirror(
+                task.mirror, {name: group.size for name, group in self.groups.items()}, len(task.action.names)
+            )
+        if task.curriculum is not None:
+            task.curriculum(w, nowhere)
+        w.random.end()
+        w.begin(everywhere, all_memory=True)
+
+    def _state(self) -> dict[str, Tensor]:
+        """(N, ...) each, by name; live, but for the simulations'."""
+        own = {"sums": self._sums, "command_wait": self._command_wait} | self.world.state()
+        own |= {f"wait/{name}": value for name, value in self._wait.items()}
+        own |= {f"seen/{name}": value for name, value in self._seen.items()}
+        if self._action_delay is not None:
+            own |= {"action_past": self._action_delay.past, "action_lag": self._action_delay.lag}
+        for name, group in self.groups.items():
+            own |= {f"{name}/{key}": value for key, value in group.state().items()}
+        return own | {f"sim/{name}": value for name, value in self.sim.get_state().items()}
+
+    def _why_not(self, json: dict[str, Any] | None, arrays: dict[str, Any], own: dict[str, Tensor]) -> str | None:
+        if json is None:
+            return "no state was saved"
+        if json.get("method") != _METHOD:
+            return "its state was saved by another backend"
+        if {name: tuple(array.shape) for name, array in arrays.items()} != {
+            name: tuple(value.shape[1:]) for name, value in own.items()
+        }:
+            return "the state saved is of another task, or of the same one on another backend"
+        return None
+
+    def _bare(self, groups: dict[str, Tensor]) -> dict[str, Tensor] | Tensor:
+        return groups if len(groups) > 1 else next(iter(groups.values()))
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """Once MuJoCo has failed, what the simulations hold is no longer of one moment."""
+        if self._failure is not None:
+            raise EnvironmentFailure(f"{self.name} has failed before and must be made anew. {self._failure}")
+        try:
+            yield
+        except EnvironmentFailure as error:
+            self._failure = error
+            raise EnvironmentFailure(f"{self.name}: {error}") from error
+
+
+def _box(bound: float, size: int, reflection: Reflection | None) -> gym.spaces.Box:
+    if reflection is None:
+        return gym.spaces.Box(-bound, bound, (size,), np.float32)
+    return ReflectedBox(-bound, bound, (size,), np.float32, reflection)
+
+
+def require_mirror(mirror: Mirror, sizes: Mapping[str, int], actions: int) -> None:
+    """Raise UsageError unless `mirror` fits observation groups of `sizes` and as many actions."""
+    for name, size in sizes.items():
+        known = mirror.observations.get(name)
+        if known is None or len(known) != size:
+            raise UsageError(
+                f"the task's mirror must say how the {size} numbers of the observation {name} look in it; it says so "
+                f"of {'none' if known is None else len(known)}"
+            )
+    if len(mirror.action) != actions:
+        raise UsageError(f"the task's mirror is of {len(mirror.action)} actions, there are {actions}")
+
+
+def make_sim_env(
+    env_id: str,
+    *,
+    num_envs: int,
+    options: Mapping[str, Any] | None = None,
+    backend: str = "auto",
+    threads: int | None = None,
+    render: bool = False,
+    device: torch.device | str = "cpu",
+) -> SimVector:
+    """N environments of a task of our own.
+
+    Args:
+        env_id: one of `ROBOT_TASKS`.
+        num_envs: N.
+        options: of the task.
+        backend: `native`, on threads of the CPU; auto is that.
+        threads: that step; by default as many as there are cores.
+        render: give pictures of environment 0.
+        device: of the learner.
+
+    Raises:
+        UsageError: the backend cannot simulate it, or a model or an option is missing.
+    """
+    if backend not in ("auto", "native"):
+        raise UsageError(f"{env_id} is a simulation of ours; --backend {backend} is for others. Take auto or native")
+    task = make_robot_task(env_id, options or {})
+    task.model.option.timestep = task.timestep
+    return SimVector(task, BatchSim(task.model.compile(), num_envs, threads), render=render)
+
+
+def camera_of(model: mujoco.MjModel) -> mujoco.MjvCamera:
+    """A camera that follows the first body that can move freely, else looks at everything."""
+    camera = mujoco.MjvCamera()
+    mujoco.mjv_defaultFreeCamera(model, camera)
+    free = np.flatnonzero(model.jnt_type == mujoco.mjtJoint.mjJNT_FREE)
+    if len(free):
+        camera.type, camera.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, int(model.jnt_bodyid[free[0]])
+        camera.distance, camera.elevation, camera.azimuth = 2.0, -20.0, 120.0
+    return camera

@@ -1,0 +1,127 @@
+"""The words in which a task over a simulation is written: model, action, observations, rewards, ends, events.
+
+A term is a function of the `World` (see there) that returns a tensor whose rows are environments. `SimTask` names the
+terms; `ctrlrl.envs.sim_vector.SimVector` makes a vector environment of it, on a CPU or a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import mujoco
+from torch import Tensor
+
+from ctrlrl.envs.mirror import Mirror
+
+if TYPE_CHECKING:
+    from ctrlrl.envs.world import World
+
+Term: TypeAlias = "Callable[[World], Tensor]"
+"""(N,) or (N, size)."""
+
+
+@dataclass(frozen=True)
+class Obs:
+    """One term of an observation group, (N, size)."""
+
+    of: Term
+    noise: float = 0.0
+    """Half width of the uniform noise, in the term's unit, drawn at each step."""
+    delay: tuple[int, int] = (0, 0)
+    """Control steps, from and to, by which it comes late; drawn for each episode."""
+    history: int = 1
+    """Successive values observed together, the oldest first. At an episode's start all are its first one."""
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One term of the reward, (N,); times its weight it is summed and logged."""
+
+    of: Term
+    weight: float
+    ramp: tuple[float, int] | None = None
+    """The weight that it comes to, linearly, and after how many control steps: a curriculum."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happens to the simulation: randomization, or a push."""
+
+    when: Literal["startup", "reset", "interval"]
+    """startup: once for each seeding. reset: at the start of an episode, before derived fields are computed. interval:
+    from time to time during it, before a step."""
+    do: Callable[[World, Tensor], None]
+    """Called with the world and the rows (N,) bool to which it happens; must leave the others alone."""
+    every: tuple[float, float] | None = None
+    """Seconds between two, from and to; for interval."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the policy is told to do, (N, size): a target velocity, a goal."""
+
+    size: int
+    draw: Callable[[World], Tensor]
+    """New commands (N, size) for all rows; taken where it is time."""
+    every: tuple[float, float] | None = None
+    """Seconds after which a new one is drawn, from and to; by default only at an episode's start."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """What a policy's numbers, (N, size) in [-1, 1], do."""
+
+    names: Sequence[str]
+    """Of its entries: joints, for most robots."""
+    apply: Callable[[World, Tensor], None]
+    """Writes controls from actions (N, size)."""
+    delay: tuple[int, int] = (0, 0)
+    """Control steps, from and to, by which it takes effect late; drawn for each episode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SimTask:
+    """A task, written once for all simulations.
+
+    The order of a control step: interval events; the action, `substeps` steps of physics; `track`; terminations;
+    rewards; commands; observations. Fields that MuJoCo derives (sensors, positions of bodies) belong to the state
+    before the last substep.
+    """
+
+    name: str
+    model: mujoco.MjSpec
+    """Compiled by the environment."""
+    timestep: float
+    """Seconds of a step of physics."""
+    substeps: int
+    """Steps of physics in a control step."""
+    episode_seconds: float
+    """After which an episode is truncated."""
+    joints: Sequence[str]
+    """The joints that `World.joint_pos` and `joint_vel` are of, in that order."""
+    pose: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Where episodes start, before events: `qpos` of joints by name, where it is not the model's own."""
+    action: Action
+    observations: Mapping[str, Mapping[str, Obs]]
+    """Groups of terms: `policy`, and `privileged` for critics that may know what a robot cannot measure."""
+    rewards: Mapping[str, Reward]
+    reward_scale: float = 1.0
+    """Of the sum: seconds of a control step, say, where weights are per second."""
+    reward_floor: float | None = None
+    """Below which the sum does not go: else a robot that stumbles learns to end its episode."""
+    terminations: Mapping[str, Term] = field(default_factory=dict)
+    """(N,) bool: where the task has ended."""
+    track: Callable[[World], None] | None = None
+    """Called once after each step's physics: clocks, what several terms share."""
+    metrics: Mapping[str, Term] = field(default_factory=dict)
+    """(N,) figures, whose mean over an episode is logged at its end."""
+    outcomes: Mapping[str, Term] = field(default_factory=dict)
+    """(N,) figures of a whole episode, asked at its end; `success` among them, 1 or 0, where the task knows it."""
+    command: Command | None = None
+    events: Mapping[str, Event] = field(default_factory=dict)
+    curriculum: Callable[[World, Tensor], None] | None = None
+    """Called with the rows whose episode is over, before they start anew."""
+    mirror: Mirror | None = None
+    """How observations and actions look in a mirror, for policies that are to be symmetric."""

@@ -1,0 +1,214 @@
+"""What the terms of a task see: N simulations, and what belongs to their episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mujoco
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctrlrl.envs.sim import Sim
+from ctrlrl.envs.streams import Streams
+from ctrlrl.errors import UsageError, nearest
+
+
+class World:
+    """N simulations and their episodes; rows of every tensor are environments.
+
+    Tensors are float32 and current: `field`, `sensor` and what comes from them change with each step in place, so terms
+    read them anew or keep views.
+
+    Attributes:
+        sim: the simulations.
+        model: what they are simulations of.
+        num_envs: N.
+        device: where tensors lie.
+        dt: seconds of a control step.
+        random: where random numbers come from.
+        action: (N, A) of this step, in [-1, 1].
+        last_action: (N, A) of the step before; zero at an episode's start.
+        command: (N, C).
+        elapsed: (N,) int64, control steps of the episode.
+        terminated: (N,) bool, of this step.
+        steps: () int64, control steps in all, for curricula.
+    """
+
+    def __init__(
+        self,
+        sim: Sim,
+        dt: float,
+        *,
+        joints: Sequence[str],
+        actions: int,
+        commands: int,
+        home: np.ndarray[Any, np.dtype[np.float64]],
+    ) -> None:
+        self.sim, self.model, self.num_envs, self.device, self.dt = sim, sim.model, sim.num_sims, sim.device, dt
+        n, device = self.num_envs, self.device
+        self.random = Streams(n, device)
+        self.action, self.last_action = torch.zeros(n, actions, device=device), torch.zeros(n, actions, device=device)
+        self.command = torch.zeros(n, commands, device=device)
+        self.elapsed = torch.zeros(n, dtype=torch.int64, device=device)
+        self.terminated = torch.zeros(n, dtype=torch.bool, device=device)
+        self.steps = torch.zeros((), dtype=torch.int64, device=device)
+        self.home = torch.as_tensor(home, dtype=torch.float32, device=device)
+        self._live: dict[str, Tensor] = {}
+        self._fields: dict[str, Tensor] = {}
+        self._memory: dict[str, Tensor] = {}
+        self._kept: set[str] = set()
+        self._models: dict[str, tuple[Tensor, Tensor]] = {}
+        self._sensors: dict[str, slice] = {}
+        ids = [index_of(self.model, mujoco.mjtObj.mjOBJ_JOINT, name) for name in joints]
+        self.joint_qpos = _places([int(self.model.jnt_qposadr[i]) for i in ids], device)
+        self.joint_qvel = _places([int(self.model.jnt_dofadr[i]) for i in ids], device)
+        self.default_joint_pos = self.home[self.joint_qpos]
+        """(J,) positions of the joints in the pose in which episodes start."""
+
+    # --- reading ------------------------------------------------------------------------------------------------------
+
+    def field(self, name: str) -> Tensor:
+        """(N, ...) float32 of an `MjData` field."""
+        if name not in self._fields:
+            live = self.live(name)
+            self._fields[name] = live if live.dtype == torch.float32 else live.to(torch.float32)
+        return self._fields[name]
+
+    def sensor(self, name: str) -> Tensor:
+        """(N, size) of a sensor of the model."""
+        if name not in self._sensors:
+            i = index_of(self.model, mujoco.mjtObj.mjOBJ_SENSOR, name)
+            begin = int(self.model.sensor_adr[i])
+            self._sensors[name] = slice(begin, begin + int(self.model.sensor_dim[i]))
+        return self.field("sensordata")[:, self._sensors[name]]
+
+    @property
+    def joint_pos(self) -> Tensor:
+        """(N, J) positions of the task's joints."""
+        return self.field("qpos")[:, self.joint_qpos]
+
+    @property
+    def joint_vel(self) -> Tensor:
+        """(N, J) velocities of the task's joints."""
+        return self.field("qvel")[:, self.joint_qvel]
+
+    def memory(self, name: str, size: int, *, keep: bool = False) -> Tensor:
+        """(N, size) float32 of the task's own, zero when an episode starts; with `keep` only when rows are seeded."""
+        if name not in self._memory:
+            self._memory[name] = torch.zeros(self.num_envs, size, device=self.device)
+            if keep:
+                self._kept.add(name)
+        return self._memory[name]
+
+    # --- writing ------------------------------------------------------------------------------------------------------
+
+    def live(self, name: str) -> Tensor:
+        """(N, ...) of a state field as the simulations have it, in their dtype: what `write` has written, too."""
+        if name not in self._live:
+            self._live[name] = self.sim.field(name)
+        return self._live[name]
+
+    def write(self, name: str, rows: Tensor, value: Tensor, at: int | slice | Tensor = slice(None)) -> None:
+        """Set entries `at` of a state field (`qpos`, `qvel`, `ctrl`, `mocap_pos`, ...) where `rows` (N,) bool."""
+        live = self.live(name)
+        part = live[:, at]
+        where = rows.view(-1, *[1] * (part.dim() - 1))
+        live[:, at] = torch.where(where, value.to(live.dtype), part)
+
+    def control(self, value: Tensor) -> None:
+        """Set all controls (N, nu)."""
+        self.live("ctrl").copy_(value)
+
+    def model_field(self, name: str) -> tuple[Tensor, Tensor]:
+        """An `MjModel` field, each simulation's own (N, ...) and live, and what it was at first (...)."""
+        if name not in self._models:
+            own = self.sim.expand(name)
+            self._models[name] = own, own[0].clone()
+        return self._models[name]
+
+    # --- for the environment ------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Read the fields in use from the simulations."""
+        for name, value in self._fields.items():
+            live = self._live[name]
+            if value is not live:
+                value.copy_(live)
+
+    def begin(self, rows: Tensor, *, all_memory: bool) -> None:
+        """Forget what belongs to the episodes of `rows` (N,) bool; with `all_memory`, what outlives them too."""
+        column = rows[:, None]
+        for name, value in self._memory.items():
+            if all_memory or name not in self._kept:
+                value.masked_fill_(column, 0.0)
+        self.action.masked_fill_(column, 0.0)
+        self.last_action.masked_fill_(column, 0.0)
+        self.elapsed.masked_fill_(rows, 0)
+
+    def state(self) -> dict[str, Tensor]:
+        """(N, ...) each, live: all but what `Sim.get_state` has."""
+        own = {
+            "action": self.action,
+            "last_action": self.last_action,
+            "command": self.command,
+            "elapsed": self.elapsed,
+            "stream_key": self.random.key,
+            "stream_position": self.random.position,
+        }
+        memory = {f"memory/{name}": value for name, value in self._memory.items()}
+        return own | memory | {f"model/{name}": value for name, (value, _) in self._models.items()}
+
+    @property
+    def varies(self) -> bool:
+        """Whether simulations have model fields of their own."""
+        return bool(self._models)
+
+
+_COUNTS = {
+    mujoco.mjtObj.mjOBJ_BODY: ("body", "nbody"),
+    mujoco.mjtObj.mjOBJ_JOINT: ("joint", "njnt"),
+    mujoco.mjtObj.mjOBJ_GEOM: ("geom", "ngeom"),
+    mujoco.mjtObj.mjOBJ_SITE: ("site", "nsite"),
+    mujoco.mjtObj.mjOBJ_ACTUATOR: ("actuator", "nu"),
+    mujoco.mjtObj.mjOBJ_SENSOR: ("sensor", "nsensor"),
+}
+
+
+def index_of(model: mujoco.MjModel, kind: mujoco.mjtObj, name: str) -> int:
+    """The number of what is called `name` in the model.
+
+    Raises:
+        UsageError: there is none; says what there is.
+    """
+    found = mujoco.mj_name2id(model, kind, name)
+    if found < 0:
+        what, count = _COUNTS[kind]
+        known = (mujoco.mj_id2name(model, kind, i) for i in range(getattr(model, count)))
+        names = [other for other in known if other]
+        raise UsageError(f"the model has no {what} {name!r}.{nearest(name, names)} It has: {', '.join(names)}")
+    return int(found)
+
+
+def _places(indices: list[int], device: torch.device) -> slice | Tensor:
+    """The same entries: as a slice, which makes views, where they lie in a row."""
+    if indices == list(range(indices[0], indices[0] + len(indices))):
+        return slice(indices[0], indices[0] + len(indices))
+    return torch.tensor(indices, device=device)
+
+
+def initial_qpos(model: mujoco.MjModel, pose: Mapping[str, Sequence[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """`qpos` (nq,) of the model with joints set as `pose` says, by name.
+
+    Raises:
+        UsageError: the model has no such joint, or it takes another number of values.
+    """
+    qpos: np.ndarray[Any, np.dtype[np.float64]] = model.qpos0.copy()
+    for name, values in pose.items():
+        joint = index_of(model, mujoco.mjtObj.mjOBJ_JOINT, name)
+        begin, size = int(model.jnt_qposadr[joint]), len(model.joint(joint).qpos0)
+        if len(values) != size:
+            raise UsageError(f"joint {name} has {size} coordinates, the pose gives it {len(values)}: {list(values)}")
+        qpos[begin : begin + size] = values
+    return qpos
