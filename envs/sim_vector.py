@@ -92,6 +92,9 @@ class SimVector(VectorEnv):
             seeds = dict(enumerate(fresh)) | seeds
         if seeds:
             self.world.random.seed(list(seeds), list(seeds.values()))
+            if len(seeds) == self.num_envs:
+                self.world.steps.zero_()
+                self._ramp()
         self._seeded = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
         self._seeded[list(seeds)] = True
         self._begun = True

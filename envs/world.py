@@ -54,8 +54,9 @@ class World:
         self.elapsed = torch.zeros(n, dtype=torch.int64, device=device)
         self.terminated = torch.zeros(n, dtype=torch.bool, device=device)
         self.steps = torch.zeros((), dtype=torch.int64, device=device)
-        self.home = torch.as_tensor(home, dtype=torch.float32, device=device)
         self._live: dict[str, Tensor] = {}
+        self.home = torch.as_tensor(home, device=device).to(self.live("qpos").dtype)
+        """(nq,) positions in which episodes start."""
         self._fields: dict[str, Tensor] = {}
         self._memory: dict[str, Tensor] = {}
         self._kept: set[str] = set()
@@ -64,7 +65,7 @@ class World:
         ids = [index_of(self.model, mujoco.mjtObj.mjOBJ_JOINT, name) for name in joints]
         self.joint_qpos = _places([int(self.model.jnt_qposadr[i]) for i in ids], device)
         self.joint_qvel = _places([int(self.model.jnt_dofadr[i]) for i in ids], device)
-        self.default_joint_pos = self.home[self.joint_qpos]
+        self.default_joint_pos = self.home[self.joint_qpos].to(torch.float32)
         """(J,) positions of the joints in the pose in which episodes start."""
 
     # --- reading ------------------------------------------------------------------------------------------------------

@@ -48,4 +48,6 @@ def run(arguments: Sequence[str]) -> int:
     print(f"mean return {result.mean:,.2f}, 95 % interval [{low:,.2f}, {high:,.2f}], {len(result.seeds)} episodes")
     if result.success is not None:
         print(f"success {sum(result.success)} of {len(result.success)}")
+    for name, value in result.figures.items():
+        print(f"{name.removeprefix('episode/')} {value:,.4g}")
     return 0

@@ -75,6 +75,8 @@ class TensorBoard:
             scalars = {"evaluation/return": record["mean"], "evaluation/length": _mean(record["lengths"])}
             if record["success"] is not None:
                 scalars["evaluation/success"] = _mean(record["success"])
+            for name, value in record.get("figures", {}).items():
+                scalars[f"evaluation/{name.removeprefix('episode/')}"] = value
         else:
             return
         with write_errors_explained(self._folder):

@@ -20,6 +20,9 @@ from ctrlrl.tree import Obs, obs_items, obs_to
 
 Array = np.ndarray[Any, Any]
 
+EPISODE = "episode/"
+"""What begins the names of `Step.log` that say something of a whole episode, when it ends."""
+
 
 @dataclass(frozen=True, slots=True)
 class Episode:
@@ -49,6 +52,7 @@ class Collector:
         self.policy_state: PolicyState = policy.initial_state(n)
         self.returns = np.zeros(n)
         self.lengths = np.zeros(n, np.int64)
+        self._figures: dict[str, tuple[float, int]] = {}
 
     def step(self, *, random: bool) -> tuple[Step, dict[str, Tensor], dict[str, Tensor]]:
         """One control step in every environment; returns it with the policy's extras, here and at `final_obs`.
@@ -94,6 +98,7 @@ class Collector:
             return [], transitions
         success = step.log.get("success")
         rows = (done & (self.lengths > 0) & valid).nonzero()[0].tolist()
+        self._note(step.log)
         episodes = [
             Episode(
                 i,
@@ -106,6 +111,23 @@ class Collector:
         self.returns[done] = 0
         self.lengths[done] = 0
         return episodes, transitions
+
+    def figures(self) -> dict[str, float]:
+        """Means of what the environment has logged of the episodes that ended since the last call (`episode/...`)."""
+        means = {name: total / count for name, (total, count) in self._figures.items() if count}
+        self._figures = {}
+        return means
+
+    def _note(self, log: dict[str, Tensor]) -> None:
+        """Take in what is said of episodes that ended: NaN where none did."""
+        names = [name for name in log if name.startswith(EPISODE)]
+        if not names:
+            return
+        values = torch.stack([log[name] for name in names]).cpu().numpy()
+        known = ~np.isnan(values)
+        for name, total, count in zip(names, np.where(known, values, 0.0).sum(1), known.sum(1), strict=True):
+            before = self._figures.get(name, (0.0, 0))
+            self._figures[name] = before[0] + float(total), before[1] + int(count)
 
     def restart(self, obs: Obs, rows: list[bool]) -> None:
         """Go on from `obs`, where the episodes of `rows` were started afresh."""
@@ -121,6 +143,7 @@ class Collector:
             "policy_state": self.policy_state,
             "returns": torch.from_numpy(self.returns),
             "lengths": torch.from_numpy(self.lengths),
+            "figures": {name: list(entry) for name, entry in self._figures.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -130,6 +153,8 @@ class Collector:
         self.policy_state = {k: v.to(self._device, copy=True) for k, v in state["policy_state"].items()}
         self.returns[:] = state["returns"].cpu()
         self.lengths[:] = state["lengths"].cpu()
+        # Runs of before there were such figures have none.
+        self._figures = {name: (total, count) for name, (total, count) in state.get("figures", {}).items()}
 
 
 def require_finite(env: VectorEnv, step: Step, rows: Tensor, lengths: Sequence[int] | Array | Tensor) -> None:

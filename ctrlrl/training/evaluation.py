@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ import torch
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.nn.cpu import products_of
 from ctrlrl.nn.policy import Policy
-from ctrlrl.training.collector import require_finite
+from ctrlrl.training.collector import EPISODE, require_finite
 from ctrlrl.tree import obs_to
 
 FIRST_SEED = 10_000
@@ -28,6 +28,8 @@ class Evaluation:
     lengths: list[int]
     success: list[bool] | None
     """None where the task does not say."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """Means over the episodes of what the task says of each at its end."""
 
     @property
     def mean(self) -> float:
@@ -68,7 +70,7 @@ def _evaluate(
 ) -> Evaluation:
     n = env.num_envs
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), np.int64)
-    success: list[float] = [float("nan")] * len(seeds)
+    said: dict[str, list[float]] = {}  # by the task at the end of each episode
     for first in range(0, len(seeds), n):
         chunk = list(seeds[first : first + n])
         running = torch.arange(n, device=env.device) < len(chunk)
@@ -76,7 +78,7 @@ def _evaluate(
         state = policy.initial_state(n)
         total = torch.zeros(n, dtype=torch.float64, device=env.device)
         count = torch.zeros(n, dtype=torch.int64, device=env.device)
-        outcome = torch.full((n,), float("nan"), device=env.device)
+        outcomes: dict[str, torch.Tensor] = {}
         for _ in range(MAX_STEPS):
             if before_step is not None and first == 0 and bool(running[0]):
                 before_step()
@@ -88,8 +90,12 @@ def _evaluate(
             total += torch.where(counted, step.reward, 0.0)
             count += counted
             ended = counted & (step.terminated | step.truncated)
-            if "success" in step.log:
-                outcome = torch.where(ended, step.log["success"].float(), outcome)
+            for name, value in step.log.items():
+                if name == "success" or name.startswith(EPISODE):
+                    known = outcomes.setdefault(name, torch.full((n,), float("nan"), device=env.device))
+                    known.copy_(torch.where(ended, value.float(), known))
+            if "success" in outcomes:  # a simulation that became unstable has not done its task
+                outcomes["success"].masked_fill_(running & ~step.valid, 0.0)
             running &= ~ended & step.valid  # an episode whose simulation diverged is over, too
             if not running.any():
                 break
@@ -97,6 +103,9 @@ def _evaluate(
             state, obs = policy.reset(state, fresh.to(policy.device)), step.obs
         rows = slice(first, first + len(chunk))
         returns[rows], lengths[rows] = total[: len(chunk)].cpu(), count[: len(chunk)].cpu()
-        success[rows] = outcome[: len(chunk)].tolist()
-    known = not any(np.isnan(success))
-    return Evaluation(list(seeds), returns.tolist(), lengths.tolist(), [bool(s) for s in success] if known else None)
+        for name, outcome in outcomes.items():
+            said.setdefault(name, [float("nan")] * len(seeds))[rows] = outcome[: len(chunk)].tolist()
+    success = said.pop("success", [float("nan")])
+    figures = {name: float(np.nanmean(values)) for name, values in said.items() if not np.isnan(values).all()}
+    known = None if any(np.isnan(success)) else [bool(value) for value in success]
+    return Evaluation(list(seeds), returns.tolist(), lengths.tolist(), known, figures)

@@ -145,6 +145,7 @@ def evaluate_run(
         vector.close()
     record = {"date": now(), "kind": "eval", "step": step_of(path), "checkpoint": checkpoint, "seeds": result.seeds}
     record |= {"returns": result.returns, "lengths": result.lengths, "success": result.success, "mean": result.mean}
+    record["figures"] = result.figures
     log = folder.path / "evaluations.jsonl"
     with write_errors_explained(log), open(log, "ab+") as file:
         file.seek(max(0, file.tell() - 1))

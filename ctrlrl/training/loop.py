@@ -264,6 +264,7 @@ class Loop(ABC):
     def _log_training(self) -> None:
         self._require_finite()
         metrics = {name: float(value) / self._summed[name] for name, value in self._sums.items()}
+        metrics |= self.collector.figures()
         self._sums, self._summed = {}, Counter()
         steps_per_s, updates_per_s = self._window.rates(self.env_steps, self.updates)
         record = {"kind": "train", "step": self.env_steps, "time": self._time(), "updates": self.updates}
@@ -282,7 +283,8 @@ class Loop(ABC):
                 self.best = {"mean": result.mean, "step": self.env_steps, "checkpoint": path.name}
         record = {"kind": "eval", "step": self.env_steps, "time": self._time(), "checkpoint": "current"}
         figures = {"seeds": result.seeds, "returns": result.returns, "lengths": result.lengths}
-        self.record(record | figures | {"success": result.success, "mean": result.mean, "best": best})
+        figures |= {"success": result.success, "figures": result.figures}
+        self.record(record | figures | {"mean": result.mean, "best": best})
         self.progress.evaluated(self.env_steps, result.mean, best)
 
     def checkpoint(self, *, continue_episodes: bool = True) -> None:
