@@ -16,6 +16,7 @@ COMMANDS = {
     "report": "one page of curves, tables and videos, for one run or to compare several",
     "envs": "list environments",
     "algos": "list algorithms",
+    "robots": "list robots, and where their models are",
 }
 
 
