@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ctrlrl.robots.resolver import ModelSource, Package
 from ctrlrl.robots.robot import Joint, Robot
 
@@ -18,7 +20,7 @@ def _leg(leg: str, outward: float) -> tuple[Joint, ...]:
 
     Limits and efforts are those of Menagerie's model, speeds those of mjlab's Go1 (the calf has a further gear of 1.5).
     """
-    motor = {"kp": _KP, "kd": _KD, "max_effort": 23.7, "armature": _ROTOR * _GEAR**2, "max_speed": 30.1}
+    motor: dict[str, Any] = {"kp": _KP, "kd": _KD, "max_effort": 23.7, "armature": _ROTOR * _GEAR**2, "max_speed": 30.1}
     calf = motor | {"max_effort": 35.55, "armature": _ROTOR * _CALF_GEAR**2, "max_speed": 20.06}
     return (
         Joint(name=f"{leg}_hip_joint", lower=-0.863, upper=0.863, default=0.1 * outward, **motor),

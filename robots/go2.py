@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ctrlrl.robots.resolver import ModelSource, Package
 from ctrlrl.robots.robot import Joint, Robot
 
@@ -17,7 +19,7 @@ def _leg(leg: str, outward: float) -> tuple[Joint, ...]:
 
     Limits and efforts are those of Menagerie's model.
     """
-    motor = {"kp": _KP, "kd": _KD, "max_effort": 23.7, "armature": _ARMATURE}
+    motor: dict[str, Any] = {"kp": _KP, "kd": _KD, "max_effort": 23.7, "armature": _ARMATURE}
     lower, upper = (-1.5708, 3.4907) if leg[0] == "F" else (-0.5236, 4.5379)
     return (
         Joint(name=f"{leg}_hip_joint", lower=-1.0472, upper=1.0472, default=0.1 * outward, **motor),

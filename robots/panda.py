@@ -9,7 +9,7 @@ from ctrlrl.robots.robot import Joint, Robot, Site
 
 
 def _joint(number: int, lower: float, upper: float, default: float, kp: float, effort: float, speed: float) -> Joint:
-    """Gains (kd = kp / 10), limits, efforts, armature and damping of Menagerie's panda.xml; speeds of Franka's data sheet."""
+    """Gains (kd = kp / 10), limits, efforts, armature, damping of Menagerie's panda.xml; speeds of Franka's data sheet."""
     return Joint(
         name=f"joint{number}",
         lower=lower,
@@ -36,9 +36,10 @@ ROBOT = Robot(
         _joint(5, -2.8973, 2.8973, 0.0, 2000, 12, 2.61),
         _joint(6, -0.0175, 3.7525, math.pi / 2, 2000, 12, 2.61),
         _joint(7, -2.8973, 2.8973, -math.pi / 4, 2000, 12, 2.61),
-        # One motor for both fingers: the tendon's length is the mean of the fingers' positions, half the opening, and an
-        # equality of the model keeps the two alike. Gains of Menagerie's mjx_panda.xml: with the 100 N/m of panda.xml each
-        # finger presses a 4 cm cube with 1 N, with these with 3.5 N. Franka's hand can hold 70 N, opens at 50 mm/s.
+        # One motor for both fingers: the tendon's length is the mean of the fingers' positions, half the opening, and
+        # an equality of the model keeps the two alike. Gains of Menagerie's mjx_panda.xml: with the 100 N/m of
+        # panda.xml each finger presses a 4 cm cube with 1 N, with these with 3.5 N. Effort (continuous) and speed of
+        # Franka's data sheet.
         Joint(
             name="finger_joint1",
             lower=0.0,

@@ -1,6 +1,6 @@
-"""Pendulum rig: a motor turns an arm with a weight, which it is too weak to lift at once. Dimensions are in its model file.
+"""Pendulum rig: a motor turns an arm with a weight, which it is too weak to lift at once.
 
-Numbers are ours, of the size of the rigs that laboratories teach with.
+Dimensions are in its model file. Numbers are ours, of the size of the rigs that laboratories teach with.
 """
 
 from __future__ import annotations

