@@ -9,7 +9,7 @@ from ctrlrl.robots.robot import Joint, Robot, Site
 
 
 def _joint(number: int, lower: float, upper: float, default: float, kp: float, effort: float, speed: float) -> Joint:
-    """Gains (kd = kp / 10), limits, efforts, armature, damping of Menagerie's panda.xml; speeds of Franka's data sheet."""
+    """Gains (kd = kp / 10), limits, efforts, armature, damping: Menagerie's panda.xml. Speeds: Franka's data sheet."""
     return Joint(
         name=f"joint{number}",
         lower=lower,
@@ -64,7 +64,7 @@ ROBOT = Robot(
         "left_finger": "body:left_finger",
         "right_finger": "body:right_finger",
     },
-    # Between the fingertips: Franka's own tool frame is 103.4 mm before the flange of the hand.
+    # Between the fingertips, where Franka's own tool frame is.
     sites=(Site(name="tool", body="hand", pos=(0.0, 0.0, 0.1034)),),
     licence="Apache-2.0",
     model=ModelSource(

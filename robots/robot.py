@@ -194,7 +194,7 @@ class Robot:
 
         Everything else in the model is where `model.qpos0` has it.
         """
-        qpos = model.qpos0.copy()
+        qpos: np.ndarray[Any, np.dtype[np.float64]] = model.qpos0.copy()
         pose = {joint.name: joint.default for joint in self.joints} | dict(self.passive)
         for name, position in pose.items():
             qpos[model.jnt_qposadr[model.joint(name).id]] = position
@@ -235,56 +235,55 @@ class Robot:
             raise UsageError(f"{source}this is not the {self.name} that is described: {'; '.join(wrong)}")
 
     def _differences(self, model: mujoco.MjModel) -> list[str]:
-        import mujoco
-
-        def names(kind: str, count: int) -> list[str]:
-            return [getattr(model, kind)(i).name for i in range(count)]
-
-        bodies = names("body", model.nbody)
+        bodies = _names(model, "body")
         if self.base not in bodies:
             return [f"no body {self.base}, it has {', '.join(bodies[1:])}"]
         base = bodies.index(self.base)
-        inside = {base}
-        for body in range(base + 1, model.nbody):  # parents come first
-            if model.body_parentid[body] in inside:
-                inside.add(body)
-
-        free, kinds = mujoco.mjtJoint.mjJNT_FREE, {"rad": mujoco.mjtJoint.mjJNT_HINGE, "m": mujoco.mjtJoint.mjJNT_SLIDE}
-        joints = {model.joint(j).name: j for j in range(model.njnt) if model.jnt_bodyid[j] in inside}
-        floating = [j for j in joints.values() if model.jnt_type[j] == free and model.jnt_bodyid[j] == base]
-        moving = [name for name, j in joints.items() if j not in floating]
-        described = [*(joint.name for joint in self.joints), *self.passive]
-        wrong = []
-        if missing := [name for name in described if name not in moving]:
-            wrong.append(f"no joint {', '.join(missing)}, it has {', '.join(moving)}")
-        if unknown := [name or "(a joint without a name)" for name in moving if name not in described]:
-            wrong.append(f"joints that are not described: {', '.join(unknown)}")
-        if bool(floating) != (self.base_height is not None):
-            has, wants = ("free", "fixed") if floating else ("fixed", "free")
-            wrong.append(f"its base {self.base} is {has}, not {wants}")
-        for joint in self.joints:
-            if joint.name not in moving:
-                continue
-            j = joints[joint.name]
-            if model.jnt_type[j] != kinds[joint.unit]:
-                wrong.append(f"{joint.name} is no {'hinge' if joint.unit == 'rad' else 'slide'}")
-            lower, upper = model.jnt_range[j].tolist() if model.jnt_limited[j] else (-math.inf, math.inf)
-            if not (_close(lower, joint.lower) and _close(upper, joint.upper)):
-                wrong.append(f"{joint.name} moves from {lower:g} to {upper:g}, not {joint.lower:g} to {joint.upper:g}")
+        wrong = self._joint_differences(model, base)
         mass = float(model.body_subtreemass[base])
         if abs(mass - self.mass) > MASS_TOLERANCE * self.mass:
             wrong.append(f"its mass is {mass:.4g} kg, not {self.mass:g} kg")
 
-        has = {"body": bodies, "geom": names("geom", model.ngeom), "site": names("site", model.nsite)}
-        has["tendon"] = names("tendon", model.ntendon)
+        # A file need not have the sites that `spec` adds, only their bodies.
         added = {f"site:{site.name}": f"body:{site.body}" for site in self.sites}
         needed = {frame: added.get(where, where) for frame, where in self.frames.items()}
         needed |= {f"motor of {joint.name}": f"tendon:{joint.tendon}" for joint in self.joints if joint.tendon}
         for what, where in needed.items():
             kind, _, name = where.partition(":")
-            if name not in has[kind]:
-                known = ", ".join(filter(None, has[kind])) or "none with a name"
-                wrong.append(f"no {kind} {name} ({what}), its {kind}s: {known}")
+            known = [known for known in _names(model, kind) if known]
+            if name not in known:
+                wrong.append(f"no {kind} {name} ({what}), its {kind}s: {', '.join(known) or 'none with a name'}")
+        return wrong
+
+    def _joint_differences(self, model: mujoco.MjModel, base: int) -> list[str]:
+        import mujoco
+
+        inside = {base}
+        for body in range(base + 1, model.nbody):  # parents come first
+            if model.body_parentid[body] in inside:
+                inside.add(body)
+        free, hinge = mujoco.mjtJoint.mjJNT_FREE, mujoco.mjtJoint.mjJNT_HINGE
+        joints = {model.joint(j).name: j for j in range(model.njnt) if model.jnt_bodyid[j] in inside}
+        floating = [name for name, j in joints.items() if model.jnt_type[j] == free and model.jnt_bodyid[j] == base]
+        for name in floating:
+            del joints[name]
+        described = [*(joint.name for joint in self.joints), *self.passive]
+        wrong = []
+        if missing := [name for name in described if name not in joints]:
+            wrong.append(f"no joint {', '.join(missing)}, it has {', '.join(joints) or 'none'}")
+        if unknown := [name or "one without a name" for name in joints if name not in described]:
+            wrong.append(f"joints that are not described: {', '.join(unknown)}")
+        if bool(floating) != (self.base_height is not None):
+            wrong.append(f"its base {self.base} is {'free, not fixed' if floating else 'fixed, not free'}")
+        for joint in self.joints:
+            if joint.name not in joints:
+                continue
+            j = joints[joint.name]
+            unit = "rad" if model.jnt_type[j] == hinge else "m"
+            lower, upper = model.jnt_range[j].tolist() if model.jnt_limited[j] else (-math.inf, math.inf)
+            if unit != joint.unit or not (_close(lower, joint.lower) and _close(upper, joint.upper)):
+                is_so, should = f"{lower:g} to {upper:g} {unit}", f"{joint.lower:g} to {joint.upper:g} {joint.unit}"
+                wrong.append(f"{joint.name} moves from {is_so}, not {should}")
         return wrong
 
 
@@ -298,6 +297,12 @@ def get_robot(name: str) -> Robot:
         raise UsageError(f"no robot {name!r}.{nearest(name, ROBOTS)} There is: {', '.join(ROBOTS)} (ctrlrl robots)")
     robot: Robot = importlib.import_module(ROBOTS[name]).ROBOT
     return robot
+
+
+def _names(model: mujoco.MjModel, kind: str) -> list[str]:
+    """Names of all bodies, geoms, sites or tendons, in the model's order."""
+    count = {"body": model.nbody, "geom": model.ngeom, "site": model.nsite, "tendon": model.ntendon}[kind]
+    return [getattr(model, kind)(i).name for i in range(count)]
 
 
 def _close(a: float, b: float) -> bool:

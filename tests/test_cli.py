@@ -359,7 +359,9 @@ def test_flags_go_before_the_file_and_the_file_before_the_preset(folder, capsys)
     assert "* agent.gamma: 0.9\n* agent.tau: 0.2\n" in out
 
 
-@pytest.mark.parametrize("command", ["--help", "train sac --help", "train sac --env X --agent.gama 1", "envs", "algos"])
+@pytest.mark.parametrize(
+    "command", ["--help", "train sac --help", "train sac --env X --agent.gama 1", "envs", "algos", "robots"]
+)
 def test_quick_answers_do_not_import_torch(command):
     """Torch takes seconds to import; help and typing errors must not wait for it."""
     code = (

@@ -42,7 +42,7 @@ def test_commands_in_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     lines = [line.partition("#")[0].strip() for block in blocks("sh") for line in block.splitlines()]
     commands = [line for line in lines if line.startswith("ctrlrl ")]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         assert ctrlrl_command(shlex.split(command)[1:]) == 0, command
     assert list((tmp_path / "runs/pendulum/videos").glob("*.mp4"))

@@ -75,7 +75,7 @@ ALLOWED = {
     "runs": {"runs", "envs", "replay"},
     "algorithms": {"algorithms", "nn", "replay"},
     "training": {"training", "algorithms", "nn", "replay", "runs", "envs"},
-    "cli": {"cli", "training", "algorithms", "runs", "envs"},
+    "cli": {"cli", "training", "algorithms", "runs", "envs", "robots"},
 }
 
 
