@@ -14,15 +14,14 @@ import torch
 from torch import Tensor
 
 from ctrlrl.envs.gymnasium_backend import picture
-from ctrlrl.envs.mirror import Mirror, Reflection
 from ctrlrl.envs.observations import Delay, Group, require, require_figure
 from ctrlrl.envs.sim import BatchSim, Sim
-from ctrlrl.envs.spaces import ReflectedBox
 from ctrlrl.envs.spec import Event, SimTask
 from ctrlrl.envs.tasks.registry import make_robot_task
 from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds, require_as_many, seed_per_env
 from ctrlrl.envs.world import World, initial_qpos
 from ctrlrl.errors import EnvironmentFailure, UsageError
+from ctrlrl.mirror import Mirror, ReflectedBox, Reflection
 
 _METHOD = "simulation"
 

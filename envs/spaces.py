@@ -7,23 +7,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from ctrlrl.envs.mirror import Reflection
-
-
-class ReflectedBox(gym.spaces.Box):
-    """A Box that says how its vectors look in a mirror: networks between two such spaces can be made symmetric."""
-
-    def __init__(
-        self, low: Any, high: Any, shape: tuple[int, ...], dtype: type[np.floating[Any]], reflection: Reflection
-    ):
-        super().__init__(low, high, shape, dtype)
-        self.reflection = reflection
-
-    def __eq__(self, other: object) -> bool:
-        return super().__eq__(other) and self.reflection == getattr(other, "reflection", None)
-
-    def __hash__(self) -> int:
-        return hash((str(self), self.reflection))
+from ctrlrl.mirror import ReflectedBox, Reflection
 
 
 def build_space(description: dict[str, Any]) -> gym.Space[Any]:

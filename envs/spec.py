@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import mujoco
 from torch import Tensor
 
-from ctrlrl.envs.mirror import Mirror
+from ctrlrl.mirror import Mirror
 
 if TYPE_CHECKING:
     from ctrlrl.envs.world import World

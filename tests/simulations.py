@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ctrlrl.envs import events
-from ctrlrl.envs.mirror import Mirror, Reflection
 from ctrlrl.envs.sim import BatchSim
 from ctrlrl.envs.sim_vector import SimVector
 from ctrlrl.envs.spec import Action, Command, Event, Obs, Reward, SimTask
 from ctrlrl.envs.world import World
+from ctrlrl.mirror import Mirror, Reflection
 
 CART = """
 <mujoco>

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from ctrlrl.envs.mirror import Mirror, Reflection
 from ctrlrl.envs.spec import Action, Event, Obs, Reward
 from ctrlrl.errors import UsageError
+from ctrlrl.mirror import Mirror, Reflection
 from tests.conformance import check_vector_env
 from tests.simulations import cart_mirror, cart_task, distance, make_cart, place, push
 

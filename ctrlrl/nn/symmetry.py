@@ -13,9 +13,8 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from ctrlrl.envs.mirror import Reflection
-from ctrlrl.envs.spaces import ReflectedBox
 from ctrlrl.errors import UsageError
+from ctrlrl.mirror import ReflectedBox, Reflection
 from ctrlrl.nn.encoder import Encoder
 from ctrlrl.tree import Obs
 

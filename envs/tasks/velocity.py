@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import mujoco
 import torch
-from ctrlrl.robots.robot import Robot, get_robot
 from torch import Tensor
 
 from ctrlrl.envs import events
-from ctrlrl.envs.mirror import Mirror, Reflection
 from ctrlrl.envs.spec import Action, Command, Event, Obs, Reward, SimTask
 from ctrlrl.envs.world import World
+from ctrlrl.mirror import Mirror, Reflection
+from ctrlrl.robots.robot import Robot, get_robot
 
 BASE = "base"  # the floating joint
 FEET = ("FR", "FL", "RR", "RL")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import gymnasium as gym
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,6 +65,22 @@ class Reflection:
     def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """`order` (D,) int64 and `sign` (D,) float32."""
         return torch.tensor(self.order, device=device), torch.tensor(self.sign, device=device)
+
+
+class ReflectedBox(gym.spaces.Box):
+    """A Box that says how its vectors look in a mirror: networks between two such spaces can be made symmetric."""
+
+    def __init__(
+        self, low: Any, high: Any, shape: tuple[int, ...], dtype: type[np.floating[Any]], reflection: Reflection
+    ):
+        super().__init__(low, high, shape, dtype)
+        self.reflection = reflection
+
+    def __eq__(self, other: object) -> bool:
+        return super().__eq__(other) and self.reflection == getattr(other, "reflection", None)
+
+    def __hash__(self) -> int:
+        return hash((str(self), self.reflection))
 
 
 @dataclass(frozen=True)
