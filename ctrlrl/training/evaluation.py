@@ -107,5 +107,7 @@ def _evaluate(
             said.setdefault(name, [float("nan")] * len(seeds))[rows] = outcome[: len(chunk)].tolist()
     success = said.pop("success", [float("nan")])
     figures = {name: float(np.nanmean(values)) for name, values in said.items() if not np.isnan(values).all()}
-    known = None if any(np.isnan(success)) else [bool(value) for value in success]
-    return Evaluation(list(seeds), returns.tolist(), lengths.tolist(), known, figures)
+    whole = not any(np.isnan(success))
+    return Evaluation(
+        list(seeds), returns.tolist(), lengths.tolist(), [s > 0 for s in success] if whole else None, figures
+    )
