@@ -1,8 +1,8 @@
 """Random numbers for N rows at once, on any device, each row with a stream of its own.
 
-A number is a hash of its row's key and of its position in that row's stream (SplitMix64, Steele et al. 2014), so that
-a row's numbers depend on neither N, nor the device, nor on what other rows draw, and that the state to save is two
-integers a row. No generator is asked: drawing is arithmetic, which a CUDA graph can hold.
+Numbers are a hash of their row's key and of their position in that row's stream (SplitMix64, Steele et al. 2014), two
+from each hash, so that a row's numbers depend on neither N, nor the device, nor on what other rows draw, and that the
+state to save is two integers a row. No generator is asked: drawing is arithmetic, which a CUDA graph can hold.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ class Streams:
 
     Attributes:
         key: (N, 1) int64.
-        position: (N, 1) int64, numbers that were used.
+        position: (N, 1) int64, hashes that were used.
     """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self.key = torch.zeros(num_rows, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros_like(self.key)
         self._sizes: dict[str, int] = {}
+        self._places: dict[int, Tensor] = {}
         self._phase = ""
         self._used = 0
         self._block = torch.empty(num_rows, 0, device=device)
@@ -61,13 +62,19 @@ class Streams:
     def end(self, rows: Tensor | None = None) -> None:
         """Move on where `rows` (N,) bool, by default everywhere."""
         self._sizes[self._phase] = self._used
-        self.position += self._used if rows is None else self._used * rows[:, None]
+        hashes = -(-self._used // 2)
+        self.position += hashes if rows is None else hashes * rows[:, None]
 
     def _numbers(self, count: int) -> Tensor:
         """(N, count) float32 in [0, 1), the next ones of each stream."""
-        places = torch.arange(1, count + 1, device=self.key.device) * _GAMMA
-        bits = _mix(self.key + self.position * _GAMMA + places)
-        return ((bits >> 40) & 0xFFFFFF).to(torch.float32) * 2.0**-24
+        hashes = -(-count // 2)
+        if hashes not in self._places:
+            self._places[hashes] = torch.arange(1, hashes + 1, device=self.key.device) * _GAMMA
+        bits = _mix(self.key + self.position * _GAMMA + self._places[hashes])
+        numbers = torch.empty(len(bits), hashes, 2, device=bits.device)
+        numbers[:, :, 0] = (bits >> 40) & 0xFFFFFF
+        numbers[:, :, 1] = (bits >> 16) & 0xFFFFFF
+        return numbers.flatten(1)[:, :count].mul_(2.0**-24)
 
 
 def _mix(z: Tensor) -> Tensor:

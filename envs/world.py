@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,7 @@ class World:
         self._kept: set[str] = set()
         self._models: dict[str, tuple[Tensor, Tensor]] = {}
         self._sensors: dict[str, slice] = {}
+        self._constants: dict[tuple[float, ...], Tensor] = {}
         ids = [index_of(self.model, mujoco.mjtObj.mjOBJ_JOINT, name) for name in joints]
         self.joint_qpos = _places([int(self.model.jnt_qposadr[i]) for i in ids], device)
         self.joint_qvel = _places([int(self.model.jnt_dofadr[i]) for i in ids], device)
@@ -84,6 +86,22 @@ class World:
             begin = int(self.model.sensor_adr[i])
             self._sensors[name] = slice(begin, begin + int(self.model.sensor_dim[i]))
         return self.field("sensordata")[:, self._sensors[name]]
+
+    def sensors(self, names: Sequence[str]) -> Tensor:
+        """(N, len(names), size) of sensors of one size; a view where they lie one after the other in the model."""
+        for name in names:
+            self.sensor(name)
+        places = [self._sensors[name] for name in names]
+        if all(a.stop == b.start for a, b in itertools.pairwise(places)):
+            block = self.field("sensordata")[:, places[0].start : places[-1].stop]
+            return block.view(self.num_envs, len(names), -1)
+        return torch.stack([self.sensor(name) for name in names], 1)
+
+    def constant(self, *values: float) -> Tensor:
+        """(len(values),) on the device; the same tensor each time."""
+        if values not in self._constants:
+            self._constants[values] = torch.tensor(values, dtype=torch.float32, device=self.device)
+        return self._constants[values]
 
     @property
     def joint_pos(self) -> Tensor:

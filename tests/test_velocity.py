@@ -95,7 +95,7 @@ def test_mirror() -> None:
         w.action[1] = w.action[0][order] * sign
         w.last_action[0] = torch.rand(12) - 0.5
         w.last_action[1] = w.last_action[0][order] * sign
-        w.memory("clock", 1)[:, 0] = torch.tensor([0.1 * seed, (0.1 * seed + 0.5) % 1])
+        w.memory("clock", 1)[:, 0] = torch.tensor([0.11 * seed, (0.11 * seed + 0.5) % 1])
         w.memory("height", 4)[0] = torch.tensor([0.0, 0.1, 0.2, 0.3])
         w.memory("height", 4)[1] = torch.tensor([0.1, 0.0, 0.3, 0.2])
         for name, group in env.groups.items():

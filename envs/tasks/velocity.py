@@ -116,13 +116,11 @@ class Terms:
     """The terms, for one robot."""
 
     def __init__(self, robot: Robot) -> None:
-        self._lower = torch.tensor([joint.lower for joint in robot.joints])
-        self._upper = torch.tensor([joint.upper for joint in robot.joints])
-        middle, half = (self._lower + self._upper) / 2, (self._upper - self._lower) / 2
-        self._soft_lower, self._soft_upper = middle - 0.9 * half, middle + 0.9 * half
+        middles = [(joint.lower + joint.upper) / 2 for joint in robot.joints]
+        halves = [(joint.upper - joint.lower) / 2 for joint in robot.joints]
+        self._middle, self._reach = tuple(middles), tuple(0.9 * half for half in halves)
         # Calves bend freely; hips and thighs stay near the standing pose.
-        self._stiff = torch.tensor([0.1 if "calf" in joint.name else 1.0 for joint in robot.joints])
-        self._phase = torch.tensor(PHASE)
+        self._stiff = tuple(0.1 if "calf" in joint.name else 1.0 for joint in robot.joints)
         self._low = 0.5 * (robot.base_height or 0.0)
 
     # What is measured.
@@ -153,8 +151,16 @@ class Terms:
         return (w.command.abs().amax(1, keepdim=True) > 0.01).to(torch.float32)
 
     def feet(self, w: World) -> Tensor:
-        """(N, 24) positions and velocities of the feet, heights first."""
-        return torch.cat([w.memory("height", 4), *(w.sensor(f"{foot} velocity") for foot in FEET)], 1)
+        """(N, 16) heights over the ground, m, and velocities, m/s, of the feet."""
+        return torch.cat([self.heights(w), self.speeds(w).flatten(1)], 1)
+
+    def heights(self, w: World) -> Tensor:
+        """(N, 4) m, of the feet over the ground."""
+        return w.sensors([f"{foot} position" for foot in FEET])[:, :, 2] - FOOT_RADIUS
+
+    def speeds(self, w: World) -> Tensor:
+        """(N, 4, 3) m/s, of the feet."""
+        return w.sensors([f"{foot} velocity" for foot in FEET])
 
     def track(self, w: World) -> None:
         """Once a step: the clock, and what its episode has come to."""
@@ -178,30 +184,26 @@ class Terms:
 
     def keeps_gait(self, w: World) -> Tensor:
         """(N,) 1 where feet are as high as the clock says, and those on the ground do not slide."""
-        lift = torch.sin((w.memory("clock", 1) + self._phase.to(w.device)) * (2 * torch.pi)).clamp(min=0.0)
+        lift = torch.sin((w.memory("clock", 1) + w.constant(*PHASE)) * (2 * torch.pi)).clamp(min=0.0)
         target = lift * (SWING * self.moving(w))  # (N, 4), above the ground
-        height = torch.stack([w.sensor(f"{foot} position")[:, 2] for foot in FEET], 1) - FOOT_RADIUS
-        slides = torch.stack([w.sensor(f"{foot} velocity")[:, :2].square().sum(1) for foot in FEET], 1)
-        error = ((height - target) / 0.03).square() + slides * (target <= 0) / 0.1
-        return torch.exp(-error).mean(1)
+        slides = self.speeds(w)[:, :, :2].square().sum(2) * (target <= 0)
+        return torch.exp(((self.heights(w) - target) / 0.03).square().neg() - slides / 0.1).mean(1)
 
     def keeps_pose(self, w: World) -> Tensor:
         """(N,) 1 in the standing pose."""
-        return torch.exp(-(self.joint_offsets(w).square() * self._stiff.to(w.device)).sum(1))
+        return torch.exp(-(self.joint_offsets(w).square() * w.constant(*self._stiff)).sum(1))
 
     def beyond_limits(self, w: World) -> Tensor:
         """(N,) rad beyond nine tenths of the joints' ranges."""
-        lower, upper = self._soft_lower.to(w.device), self._soft_upper.to(w.device)
-        return ((lower - w.joint_pos).clamp(min=0) + (w.joint_pos - upper).clamp(min=0)).sum(1)
+        away = (w.joint_pos - w.constant(*self._middle)).abs()
+        return (away - w.constant(*self._reach)).clamp(min=0).sum(1)
 
     def lands_hard(self, w: World) -> Tensor:
         """(N,) squared vertical speed, m2/s2, of feet that come down to the ground."""
-        heights = torch.stack([w.sensor(f"{foot} position")[:, 2] for foot in FEET], 1) - FOOT_RADIUS
-        down = torch.stack([w.sensor(f"{foot} velocity")[:, 2] for foot in FEET], 1).clamp(max=0.0)
-        was = w.memory("height", 4)
+        heights, was = self.heights(w), w.memory("height", 4)
         landed = (heights < 0.005) & (was >= 0.005)
         was.copy_(heights)
-        return (down.square() * landed).sum(1)
+        return (self.speeds(w)[:, :, 2].clamp(max=0.0).square() * landed).sum(1)
 
     # How it ends.
 
@@ -228,8 +230,7 @@ class Terms:
     def draw_command(self, w: World) -> Tensor:
         """(N, 3), each entry zero in some commands."""
         drawn = w.random.uniform(6)
-        largest, share = torch.tensor(SPEED, device=w.device), torch.tensor(SHARE, device=w.device)
-        return (drawn[:, :3] * 2 - 1) * largest * (drawn[:, 3:] < share)
+        return (drawn[:, :3] * 2 - 1) * w.constant(*SPEED) * (drawn[:, 3:] < w.constant(*SHARE))
 
     def targets(self, w: World, action: Tensor) -> None:
         """Joint targets from actions (N, 12); MuJoCo keeps them within the joints' ranges."""
@@ -267,11 +268,13 @@ def model_of(robot: Robot, folder: str | None) -> mujoco.MjSpec:
     body = mujoco.mjtObj.mjOBJ_XBODY
     up = mujoco.mjtSensor.mjSENS_FRAMEZAXIS
     spec.add_sensor(name="up", type=up, objtype=body, objname="world", reftype=site, refname=imu)
-    for name, foot in zip(FEET, feet, strict=True):
-        geom_type = mujoco.mjtObj.mjOBJ_GEOM
-        where, speed = mujoco.mjtSensor.mjSENS_FRAMEPOS, mujoco.mjtSensor.mjSENS_FRAMELINVEL
-        spec.add_sensor(name=f"{name} position", type=where, objtype=geom_type, objname=foot)
-        spec.add_sensor(name=f"{name} velocity", type=speed, objtype=geom_type, objname=foot)
+    geom_type = mujoco.mjtObj.mjOBJ_GEOM
+    for what, kind in (
+        ("position", mujoco.mjtSensor.mjSENS_FRAMEPOS),
+        ("velocity", mujoco.mjtSensor.mjSENS_FRAMELINVEL),
+    ):
+        for name, foot in zip(FEET, feet, strict=True):
+            spec.add_sensor(name=f"{name} {what}", type=kind, objtype=geom_type, objname=foot)
     return spec
 
 
