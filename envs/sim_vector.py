@@ -150,15 +150,16 @@ class SimVector(VectorEnv):
 
     def scene(self, row: int) -> tuple[mujoco.MjModel, mujoco.MjData]:
         """Model and data that show `row`, to be looked at."""
-        model, data = self.sim.model, self._scene
+        model, data = self._scene
         for name in ("qpos", "qvel", "mocap_pos", "mocap_quat"):
             getattr(data, name)[:] = self.sim.field(name)[row].cpu().numpy()
         mujoco.mj_forward(model, data)
         return model, data
 
     @functools.cached_property
-    def _scene(self) -> mujoco.MjData:
-        return mujoco.MjData(self.sim.model)
+    def _scene(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        model = self.task.model.compile()
+        return model, mujoco.MjData(model)
 
     def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         if not self._renders:
@@ -452,8 +453,15 @@ def make_sim_env(
     if backend not in ("auto", "native"):
         raise UsageError(f"{env_id} is a simulation of ours; --backend {backend} is for others. Take auto or native")
     task = make_robot_task(env_id, options or {})
-    task.model.option.timestep = task.timestep
-    return SimVector(task, BatchSim(task.model.compile(), num_envs, threads), render=render)
+    return SimVector(task, BatchSim(physics(task), num_envs, threads), render=render)
+
+
+def physics(task: SimTask) -> mujoco.MjModel:
+    """The task's model without what is only seen, which moves the same and is stepped in less time."""
+    spec = task.model.copy()
+    spec.option.timestep = task.timestep
+    spec.compiler.discardvisual = True
+    return spec.compile()
 
 
 def camera_of(model: mujoco.MjModel) -> mujoco.MjvCamera:
