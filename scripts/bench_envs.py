@@ -4,10 +4,12 @@
     python scripts/bench_envs.py                                       # HalfCheetah, Ant, Humanoid, 64 environments
     python scripts/bench_envs.py --env HalfCheetah-v5 --num-envs 8 64 512 --kinds native envpool
     python scripts/bench_envs.py --env Pendulum-v1 CartPole-v1 --num-envs 64 4096 --kinds native gymnasium-sync
+    python scripts/bench_envs.py --env Go1VelocityFlat-v0 --num-envs 512 4096
 
 with the interpreter of .venv. For the first three there is a limit, MuJoCo alone: a loop of `mj_step` over one
 simulation in each of as many processes as there are cores, with the environment's rule of when an episode ends and
-nothing else.
+nothing else. For tasks of our own the limit is their physics: the same environments with the same actions, of which
+only the time inside `Sim.step` counts.
 Every kind has its own process (peers in virtual environments of their own, made at the first run), random actions drawn
 beforehand, and all the cores. Round by round each steps for --seconds while the others wait; a ratio is the median over
 the rounds of the ratios to the limit, or to the first kind, of the same round.
@@ -36,6 +38,8 @@ from peers.turns import serve  # noqa: E402
 from peers.venv import python_of  # noqa: E402
 
 from ctrlrl.cores import usable_cores  # noqa: E402
+from ctrlrl.envs.tasks.registry import ROBOT_TASKS  # noqa: E402
+from ctrlrl.envs.vector import VectorEnv  # noqa: E402
 from ctrlrl.errors import CtrlrlError  # noqa: E402
 
 OURS = ("native", "native-fast", "gymnasium")
@@ -50,7 +54,7 @@ class Stepper:
     def __init__(self, kind: str, env_id: str, num_envs: int, threads: int) -> None:
         self.kind = kind
         shared = ["--kind", kind, "--env", env_id, "--num-envs", str(num_envs), "--threads", str(threads)]
-        if kind in OURS or kind == "limit":
+        if kind in (*OURS, "limit", "physics"):
             command = [sys.executable, str(Path(__file__).resolve()), "--worker", *shared]
         else:
             library = kind.partition("-")[0]
@@ -123,6 +127,31 @@ def raw_steps(env_id: str) -> Callable[[float], int]:
     return run
 
 
+def physics_steps(env_id: str, num_envs: int, threads: int) -> Callable[[float], int]:
+    """The limit of a task of ours: as many steps as there would have been, had it only simulated."""
+    import torch
+
+    from ctrlrl.envs.sim_vector import make_sim_env
+
+    torch.set_num_threads(1)
+    env = make_sim_env(env_id, num_envs=num_envs, threads=threads)
+    inside, step = [0.0], env.sim.step
+
+    def timed(substeps: int) -> None:
+        begun = time.perf_counter()
+        step(substeps)
+        inside[0] += time.perf_counter() - begun
+
+    env.sim.step = timed  # type: ignore[method-assign]
+    stepped = stepping(env, num_envs)
+
+    def run(seconds: float) -> int:
+        inside[0], begun = 0.0, time.perf_counter()
+        return round(stepped(seconds) * (time.perf_counter() - begun) / inside[0])
+
+    return run
+
+
 def our_steps(kind: str, env_id: str, num_envs: int, threads: int) -> Callable[[float], int]:
     """A backend of ours."""
     import torch
@@ -130,7 +159,13 @@ def our_steps(kind: str, env_id: str, num_envs: int, threads: int) -> Callable[[
     from ctrlrl.envs.make import make_env
 
     torch.set_num_threads(1)
-    env = make_env(env_id, num_envs=num_envs, backend=kind, cores=threads)
+    return stepping(make_env(env_id, num_envs=num_envs, backend=kind, cores=threads), num_envs)
+
+
+def stepping(env: VectorEnv, num_envs: int) -> Callable[[float], int]:
+    """What steps `env` with random actions."""
+    import torch
+
     env.reset(0)
     space, random = env.action_space, np.random.default_rng(0)
     shape = (8, num_envs, *(space.shape or ()))
@@ -153,13 +188,13 @@ def our_steps(kind: str, env_id: str, num_envs: int, threads: int) -> Callable[[
 def compare(env_id: str, num_envs: int, kinds: Sequence[str], options: argparse.Namespace) -> str:
     """The table of one environment."""
     threads = usable_cores()
-    limited = env_id in HEALTHY
-    steppers = [Stepper(kind, env_id, num_envs, threads) for kind in (["limit"] if limited else []) + list(kinds)]
+    limits = ["limit"] if env_id in HEALTHY else ["physics"] if env_id in ROBOT_TASKS else []
+    steppers = [Stepper(kind, env_id, num_envs, threads) for kind in limits + list(kinds)]
     rates: dict[str, list[float]] = {stepper.kind: [] for stepper in steppers}
     for _ in range(options.rounds):
         for stepper in steppers:
             rates[stepper.kind].append(stepper.go(options.seconds))
-    against = "limit" if limited else kinds[0]
+    against = (limits or kinds)[0]
     lines = [
         f"{env_id}, {num_envs} environments, {threads} cores",
         "",
@@ -191,15 +226,20 @@ def main() -> int:
     options = parser.parse_args()
     if options.worker:
         env_id, num_envs = options.env[0], options.num_envs[0]
-        serve(
-            raw_steps(env_id) if options.kind == "limit" else our_steps(options.kind, env_id, num_envs, options.threads)
-        )
+        if options.kind == "limit":
+            serve(raw_steps(env_id))
+        elif options.kind == "physics":
+            serve(physics_steps(env_id, num_envs, options.threads))
+        else:
+            serve(our_steps(options.kind, env_id, num_envs, options.threads))
         return 0
     try:
         for env_id in options.env:
             for num_envs in options.num_envs:
                 forces = env_id.startswith(("Ant-", "Humanoid"))
                 kinds = options.kinds or [k for k in (*OURS, *THEIRS) if forces or k != "native-fast"]
+                if env_id in ROBOT_TASKS:
+                    kinds = ["native"]
                 print(compare(env_id, num_envs, kinds, options) + "\n", flush=True)
     except CtrlrlError as error:
         print(error, file=sys.stderr)
