@@ -256,9 +256,12 @@ class GymnasiumVectorAdapter(VectorEnv):
     Its state cannot be saved, and closing it is left to the user who made it.
     """
 
-    def __init__(self, env: gym.vector.VectorEnv[Any, Any, Any], *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, env: gym.vector.VectorEnv[Any, Any, Any], *, name: str | None = None, device: torch.device | str = "cpu"
+    ) -> None:
         """Wrap `env`; raises UsageError for spaces that are not supported and where the autoreset mode is not said."""
-        self.name = env.spec.id if env.spec is not None else type(env.unwrapped).__name__
+        # EnvPool's specifications have no ID.
+        self.name = name or getattr(env.spec, "id", None) or type(env.unwrapped).__name__
         self.num_envs = env.num_envs
         self.device = torch.device(device)
         self._env = env
@@ -344,9 +347,7 @@ class GymnasiumVectorAdapter(VectorEnv):
         if not isinstance(self.observation_space, gym.spaces.Dict):
             return torch.from_numpy(np.array(raw, self.observation_space.dtype))
         return {
-            ".".join(path): torch.from_numpy(
-                np.array(_at_path(raw, path), self.observation_space[".".join(path)].dtype)
-            )
+            ".".join(path): torch.from_numpy(np.array(at_path(raw, path), self.observation_space[".".join(path)].dtype))
             for path in self._paths
         }
 
@@ -355,7 +356,7 @@ class GymnasiumVectorAdapter(VectorEnv):
         for row in np.flatnonzero(self._ended):
             for path in self._paths:
                 target = final_obs[".".join(path)] if isinstance(final_obs, dict) else final_obs
-                target.numpy()[row] = _at_path(finals[row], path)
+                target.numpy()[row] = at_path(finals[row], path)
 
     def _read_success(self, info: dict[str, Any]) -> Array:
         """(N,) float32: what each environment said of its success, NaN where it said nothing."""
@@ -375,7 +376,8 @@ def _first_picture(pictures: Any) -> Any:
     return pictures[0]
 
 
-def _at_path(value: Any, path: tuple[str, ...]) -> Any:
+def at_path(value: Any, path: tuple[str, ...]) -> Any:
+    """The entry of nested dicts that `path` leads to; `value` itself for `()`."""
     for key in path:
         value = value[key]
     return value

@@ -63,7 +63,8 @@ def make_env(
 
     Args:
         env: an id (`HalfCheetah-v5`, `module:ID`), an environment (one only), a function that makes one, a
-            `gymnasium.vector.VectorEnv`, or a `VectorEnv` of ours, which is returned as it is.
+            `gymnasium.vector.VectorEnv`, a batch of EnvPool, ManiSkill, Isaac Lab or mjlab (see `foreign`), or a
+            `VectorEnv` of ours, which is returned as it is.
         backend: `native` steps ids of which there is a task of ours (`has_native`) as one batch, on threads, with the
             same results; `native-fast` too, with contact forces that differ (see `tasks.gymnasium_mujoco`).
             `gymnasium` steps one after the other in this process, `workers` in worker processes (ids only), `parallel`
@@ -80,14 +81,15 @@ def make_env(
             (pixels, pixels, 3). 0: its own observation. Objects that are passed must have `render_mode="rgb_array"`.
         grayscale: the picture without colour, (pixels, pixels).
 
-    Closing what is returned closes the environments made here, from an id or by a function. An environment or
-    `gymnasium.vector.VectorEnv` that was passed is left open, for the caller to close.
+    Closing what is returned closes the environments made here, from an id or by a function. What was passed as an
+    object is left open, for the caller to close.
 
     Raises:
         UsageError: says what was expected, what came and what to do.
         RenderFailure: the environment could not be made since OpenGL, with which MuJoCo draws, cannot be used.
         EnvironmentFailure: the environment raised while being made.
     """
+    from ctrlrl.envs.foreign import adopt
     from ctrlrl.envs.gymnasium_backend import GymnasiumVector, GymnasiumVectorAdapter
     from ctrlrl.envs.vector import VectorEnv
 
@@ -170,6 +172,7 @@ def make_env(
         )
     if env_kwargs:
         raise UsageError(f"env_kwargs go with an id; make the {type(env).__name__} with these arguments instead")
+    env = adopt(env, device=device) or env
     if isinstance(env, (VectorEnv, gym.vector.VectorEnv)):
         if pixels:
             raise UsageError(

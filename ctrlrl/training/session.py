@@ -18,6 +18,7 @@ from ctrlrl.algorithms.agent import Agent
 from ctrlrl.algorithms.registry import find_algorithm, train_config_class
 from ctrlrl.config import TrainConfig, changed_fields
 from ctrlrl.cores import usable_cores
+from ctrlrl.envs.foreign import framework_of
 from ctrlrl.envs.vector import EnvState, VectorEnv, derive_seeds
 from ctrlrl.envs.workers import RegisteredHereOnly
 from ctrlrl.errors import CtrlrlError, Interrupted, UsageError
@@ -257,7 +258,8 @@ class _Session:
             self.threads = cores if not plain else self.loop_class.learner_threads(config, self.agent, cores)
             prepare_cpu(self.threads)
             if config.eval_every:
-                if eval_env is None and isinstance(env, gym.Env | gym.vector.VectorEnv | VectorEnv):
+                single = isinstance(env, gym.Env | gym.vector.VectorEnv | VectorEnv) or framework_of(env) is not None
+                if eval_env is None and single:
                     raise UsageError(
                         "evaluation needs an environment of its own, and an environment object cannot be made twice: "
                         "pass a function that makes one (env=lambda: MyEnv()), or eval_env=..., or eval_every=0"

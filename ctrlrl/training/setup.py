@@ -209,9 +209,9 @@ def name_of(value: object) -> str:
         return value
     if isinstance(value, VectorEnv):
         return value.name
-    spec = getattr(value, "spec", None)
-    if spec is not None:
-        return str(spec.id)
+    env_id = getattr(getattr(value, "spec", None), "id", None)
+    if env_id is not None:
+        return str(env_id)
     named = value if hasattr(value, "__qualname__") else type(value)
     return str(named.__qualname__).replace("<", "").replace(">", "")
 
