@@ -276,7 +276,8 @@ class ManagerBasedRlEnv:
         if seed is not None:
             self.rows.seed([seed])
             self.noise.manual_seed(seed)
-        self.pending &= ~rows
+        for flags in (self.pending, *self.termination_manager.terms.values()):
+            flags &= ~rows
         self.rows.begin(rows)
         self.resets.update(rows.nonzero().flatten().tolist())
         return self._observe(), {}
@@ -287,7 +288,7 @@ class ManagerBasedRlEnv:
         reward, terminated, truncated = self.rows.advance(action)
         self.termination_manager.terms = {"time_out": truncated, "goal": terminated}
         self.pending = terminated | truncated
-        return self._observe(), reward, terminated, truncated, {}
+        return self._observe(), reward, terminated, truncated, {}  # its own flags, which a reset may clear
 
     def close(self) -> None:
         self.close_calls += 1
