@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Where the time of a training goes: environments, acting, storing, updates, the rest.
+"""Where the time of a training goes: environments (of our own tasks: physics and task terms), acting, storing, updates.
 
     python scripts/profile_loop.py --algo ppo --env HalfCheetah-v5 --steps 200000
+    python scripts/profile_loop.py --algo ppo --env Go1VelocityFlat-v0 --steps 1500000
     python scripts/profile_loop.py --algo ppo --env HalfCheetah-v5 --steps 200000 --threads 1 -- --agent.execution eager
 
 with the interpreter of .venv; flags after `--` are those of `ctrlrl train`. The first tenth of the steps is left out,
@@ -24,6 +25,7 @@ sys.path.append(str(HERE.parent))  # where ctrlrl is not installed
 
 from ctrlrl.algorithms.registry import find_algorithm  # noqa: E402
 from ctrlrl.cli.train import resolve  # noqa: E402
+from ctrlrl.envs.sim_vector import SimVector  # noqa: E402
 from ctrlrl.errors import CtrlrlError  # noqa: E402
 from ctrlrl.training.callbacks import Callback  # noqa: E402
 from ctrlrl.training.loop import Loop  # noqa: E402
@@ -58,6 +60,8 @@ class Clock(Callback):
         self._watch(loop, "_evaluate", "apart")
         self._watch(loop, "checkpoint", "apart")
         self._watch(loop.env, "step", "environments")
+        if isinstance(loop.env, SimVector):
+            self._watch(loop.env.sim, "step", "physics")
         self._watch(loop.agent.policy, "act", "acting")
 
     def _watch(self, owner: Any, name: str, part: str) -> None:
@@ -98,6 +102,8 @@ def main() -> None:
         parser.error(f"nothing is left of {options.steps} steps after the first tenth: take more")
     shares = clock.seconds
     whole = shares.pop("all") - shares.pop("apart", 0.0)
+    if physics := shares["physics"]:
+        shares["task terms"] = shares.pop("environments") - physics
     shares["the rest"] = whole - sum(shares.values())
     print(f"{options.algo}, {options.env}, {config.num_envs} environment(s): {clock.steps / whole:,.0f} steps/s")
     print("| part | us a step | share |\n|---|---|---|")
