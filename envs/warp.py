@@ -32,7 +32,7 @@ _DERIVED = frozenset(
         *("energy", "sensordata", "qacc", "qacc_smooth", "act_dot", "subtree_com", "subtree_linvel", "subtree_angmom"),
         *("xpos", "xquat", "xmat", "xipos", "ximat", "xanchor", "xaxis", "geom_xpos", "geom_xmat"),
         *("site_xpos", "site_xmat", "cam_xpos", "cam_xmat", "light_xpos", "light_xdir"),
-        *("cdof", "cdof_dot", "cinert", "crb", "cvel", "cacc", "cfrc_int", "cfrc_ext"),
+        *("cdof", "cdof_dot", "cinert", "crb", "cvel", "cfrc_ext"),
         *("ten_length", "ten_velocity", "actuator_length", "actuator_velocity", "actuator_force"),
         *("qfrc_bias", "qfrc_spring", "qfrc_damper", "qfrc_gravcomp", "qfrc_fluid", "qfrc_passive"),
         *("qfrc_actuator", "qfrc_smooth", "qfrc_constraint"),
@@ -64,8 +64,8 @@ class WarpSim(Sim):
     Where this differs from the simulations on a CPU:
 
     - Fields are float32. `reset` leaves derived fields as they are, until `forward`.
-    - Memory for contacts is one pool, for constraints one block per simulation. Their sizes are measured (`probe_sizes`)
-      or given; `overflow` says where they did not do.
+    - Memory for contacts is one pool, for constraints one block per simulation. Sizes are measured (`probe_sizes`) or
+      given; `overflow` says where they did not do.
     - MuJoCo Warp sets no diverged simulation back: `diverged` marks it until the caller resets it.
     - Controls that are not finite make a simulation diverge; MuJoCo takes zeros instead.
 
@@ -73,8 +73,8 @@ class WarpSim(Sim):
         model: a copy of the model given, with `solver` if that was given.
         contacts: places in the pool of contacts, and of pairs of geoms that are near, per simulation.
         constraints: places for constraints, of each simulation.
-        unrecorded: why calls are not replayed from a graph but launched kernel by kernel, which is several times slower;
-            None as long as they are. There is one warning, too.
+        unrecorded: why calls are launched kernel by kernel, which is several times slower, instead of replayed from a
+            graph; None as long as they are replayed. There is one warning, too.
     """
 
     def __init__(
@@ -114,15 +114,15 @@ class WarpSim(Sim):
                 raise UsageError(
                     f"MuJoCo Warp cannot simulate this model: {error} Change the model, or simulate it on the CPU"
                 ) from error
-            near, rows = (contacts, constraints)
-            if near is None or rows is None:
-                probed = probe_sizes(self.model, self._model.nxn_geom_pair_filtered.numpy())
-                near, rows = near or probed[0], rows or probed[1]
-            self.contacts, self.constraints = near, rows
+            if contacts is None or constraints is None:
+                near, rows = probe_sizes(self.model, self._model.nxn_geom_pair_filtered.numpy())
+                contacts = near if contacts is None else contacts
+                constraints = rows if constraints is None else constraints
+            self.contacts, self.constraints = contacts, constraints
             self._model.opt.warn_overflow = 0  # it would print from the GPU; `overflow` says it
             self._model.opt.deterministic = deterministic
             self._model.opt.graph_conditional = self.device.type == "cpu" or wp.is_conditional_graph_supported()
-            self._data = mjw.make_data(self.model, nworld=num_sims, nconmax=near, njmax=rows)
+            self._data = mjw.make_data(self.model, nworld=num_sims, nconmax=contacts, njmax=constraints)
             self._mask = wp.zeros(num_sims, dtype=bool)
         wp.synchronize_device(self._place)  # all of that is there, whatever stream is the current one later
         self._rows = self._tensor(self._mask)
@@ -150,9 +150,8 @@ class WarpSim(Sim):
                 f"MuJoCo Warp gives no field {name!r} of mujoco.MjData.{nearest(name, readable)} "
                 f"There are {', '.join(sorted(readable))}"
             )
-        # Matrices are (3, 3) there and 9 numbers in MjData.
-        shape = (self.num_sims, *np.shape(getattr(self._example, name)))
-        value = self._tensor(getattr(self._data, name)).view(shape)
+        shape = np.shape(getattr(self._example, name))  # MjData has matrices as 9 numbers, MuJoCo Warp as (3, 3)
+        value = self._tensor(getattr(self._data, name)).view(self.num_sims, *shape)
         if name in _DERIVED:
             self._derived[name] = value
         return value
@@ -180,17 +179,20 @@ class WarpSim(Sim):
         """(N,) bool: simulations with a position, velocity or acceleration that is NaN or beyond `mjMAXVAL`, until they
         are reset. They do not change the others."""
         whole = [(value.abs() <= mujoco.mjMAXVAL).all(1) for value in self._watched]
-        return ~(whole[0] & whole[1] & whole[2])
+        marked: Tensor = ~(whole[0] & whole[1] & whole[2])
+        return marked
 
     def expand(self, name: str) -> Tensor:
-        """Whether something is switched on is read when the simulations are made: a stiffness or armature that is zero
-        in the model stays without effect."""
+        """What MuJoCo Warp looks at only while the simulations are made (whether an actuator has an armature at all)
+        stays as it is in `model`; the documentation of `mujoco_warp.set_const` lists that."""
         if self._started:
-            raise UsageError(f"expand({name!r}) comes too late: the simulations have begun. Expand before reset and step")
+            raise UsageError(
+                f"expand({name!r}) comes too late: the simulations have begun. Expand before reset and step"
+            )
         holder, attribute = self._holder(name)
-        ours = self.model.opt if name.startswith("opt.") else self.model
+        theirs: Any = self.model.opt if name.startswith("opt.") else self.model
         value = self._tensor(getattr(holder, attribute)) if _has_rows(holder, attribute) else None
-        if value is None or value.shape[1:] != np.shape(getattr(ours, attribute, None)) or not value.is_floating_point():
+        if value is None or value.shape[1:] != np.shape(getattr(theirs, attribute)) or not value.is_floating_point():
             raise UsageError(f"the model's {name} cannot differ between simulations on MuJoCo Warp")
         for other in (name, *(_WRITTEN_BY_SET_CONST if name in _READ_BY_SET_CONST else ())):
             if other not in self._expanded:
@@ -228,10 +230,10 @@ class WarpSim(Sim):
 
     def _tensor(self, array: Any) -> Tensor:
         """The memory of a Warp array as a tensor; Warp cannot share what is empty."""
-        if array.size:
-            return self._wp.to_torch(array, requires_grad=False)  # type: ignore[no-any-return]
-        shape = (*array.shape, *getattr(array.dtype, "_shape_", ()))
-        return torch.zeros(shape, device=self.device)
+        if not array.size:
+            return torch.zeros(*array.shape, *getattr(array.dtype, "_shape_", ()), device=self.device)
+        tensor: Tensor = self._wp.to_torch(array, requires_grad=False)
+        return tensor
 
     def _holder(self, name: str) -> tuple[Any, str]:
         """Where a model's field lies, and its name there."""
@@ -269,9 +271,12 @@ class WarpSim(Sim):
         collects = gc.isenabled()
         gc.disable()  # what is freed while recording would be freed by each replay
         try:
-            with wp.ScopedDevice(self._place), wp.ScopedStream(stream):
-                with wp.ScopedCapture(self._place, stream=stream, force_module_load=False) as capture:
-                    work()
+            with (
+                wp.ScopedDevice(self._place),
+                wp.ScopedStream(stream),
+                wp.ScopedCapture(self._place, stream=stream, force_module_load=False) as capture,
+            ):
+                work()
             self._graphs[key] = capture.graph
         except RuntimeError as error:
             self._say_unrecorded(" ".join(str(error).split())[:400])
@@ -323,7 +328,7 @@ def probe_sizes(model: mujoco.MjModel, pairs: Array) -> tuple[int, int]:
         look()
     low, high = np.where(model.actuator_ctrllimited[:, None], model.actuator_ctrlrange, (-1.0, 1.0)).T
     for start in range(-1, max(3, model.nkey)):
-        mujoco.mj_resetDataKeyframe(model, data, start if start < model.nkey else -1)
+        mujoco.mj_resetDataKeyframe(model, data, start)  # the reference pose where there is no such keyframe
         for step in range(min(1_000, int(np.ceil(2.0 / model.opt.timestep)))):
             if step % 10 == 0:
                 data.ctrl[:] = random.uniform(low, high)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Any
 
 import mujoco
 import torch
@@ -41,14 +42,24 @@ XML = """
 """
 DEVICE = os.environ.get("CTRLRL_TEST_DEVICE", "cpu")
 """Where MuJoCo Warp simulates in the tests; scripts/gpu_check.sh says cuda."""
-BACKENDS: dict[str, Callable[[mujoco.MjModel, int], Sim]] = {
-    "batch": lambda model, n: BatchSim(model, n, threads=1),
-    "warp": lambda model, n: WarpSim(model, n, DEVICE),
-}
 
 
 def small_model() -> mujoco.MjModel:
     return mujoco.MjModel.from_xml_string(XML)
+
+
+def warp_sim(model: mujoco.MjModel, num_sims: int, **options: Any) -> WarpSim:
+    """A WarpSim whose kernels compile in less time, and run in more."""
+    import warp
+
+    warp.config.optimization_level = 0 if DEVICE == "cpu" else None
+    return WarpSim(model, num_sims, DEVICE, **options)
+
+
+BACKENDS: dict[str, Callable[[mujoco.MjModel, int], Sim]] = {
+    "batch": lambda model, num_sims: BatchSim(model, num_sims, threads=1),
+    "warp": warp_sim,
+}
 
 
 def rows_of(sim: Sim, *rows: int) -> torch.Tensor:
