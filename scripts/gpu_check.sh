@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# What a machine with a GPU has to show: updates eager, compiled and captured agree, how fast they are, and short
-# trainings in two parts that end with the bits of one in one part. Prints Markdown for docs/benchmarks.md; exit code 0
-# if all of it holds.
+# What a machine with a GPU has to show: updates eager, compiled and captured agree, how fast they are, simulations on
+# it are those of the CPU, how fast they are, and short trainings in two parts that end with the bits of one in one
+# part. Prints Markdown for docs/benchmarks.md; exit code 0 if all of it holds.
 #
 #     scripts/gpu_check.sh            # with the interpreter of .venv; PYTHON=... takes another
 set -euo pipefail
@@ -25,6 +25,13 @@ for batch in 256 4096; do
     echo
 done
 "$python" scripts/bench_update.py --device cuda --ways eager/float32 --rounds 1 --profile || failed=1
+
+echo
+echo "simulations on the GPU (envs/warp.py) against those of the CPU:"
+echo
+CTRLRL_TEST_DEVICE=cuda "$python" -m pytest tests/test_sim.py tests/test_warp.py || failed=1
+echo
+"$python" scripts/bench_warp.py --device cuda --num-sims 4096 2>"$out/log" || { tail -20 "$out/log"; failed=1; }
 
 halves_equal_whole() { # ALGO ENV: a training captured, in two halves, the second by resuming, against one in one go
     local train=("$python" -m ctrlrl train "$1" --env "$2" --device cuda --agent.execution captured --seed 1
