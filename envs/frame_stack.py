@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -13,6 +13,9 @@ from torch import Tensor
 from ctrlrl.envs.vector import EnvState, Step, VectorEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.tree import Obs, is_image, obs_items
+
+if TYPE_CHECKING:
+    import mujoco
 
 _SAVED = "frame_stack/"
 
@@ -87,6 +90,9 @@ class FrameStack(VectorEnv):
 
     def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return self._env.render()
+
+    def scene(self, row: int) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        return self._env.scene(row)
 
     def close(self) -> None:
         if self._owned:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -37,6 +38,9 @@ from ctrlrl.envs.worker import (
 )
 from ctrlrl.errors import CtrlrlError, EnvironmentFailure, UsageError, nearest
 from ctrlrl.tree import Obs, map_obs, obs_to
+
+if TYPE_CHECKING:
+    import mujoco
 
 Array = np.ndarray[Any, Any]
 T = TypeVar("T")
@@ -220,6 +224,14 @@ class GymnasiumVector(HostedVector):
 
     def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return picture(self.name, self._renders, self._host.render)
+
+    def scene(self, row: int) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        own = self._host.rows[row][1].env.unwrapped
+        model, data = getattr(own, "model", None), getattr(own, "data", None)
+        library = sys.modules.get("mujoco")  # where it was not imported, nothing is of it
+        if library is None or not isinstance(model, library.MjModel) or not isinstance(data, library.MjData):
+            return super().scene(row)
+        return model, data
 
     def close(self) -> None:
         if self._to_close:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -19,6 +19,9 @@ from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds, require_
 from ctrlrl.envs.worker import build_env, draw
 from ctrlrl.errors import EnvironmentFailure, UsageError
 from ctrlrl.tree import Obs
+
+if TYPE_CHECKING:
+    import mujoco
 
 T = TypeVar("T")
 
@@ -120,6 +123,9 @@ class NativeVector(VectorEnv):
 
     def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return picture(self.name, self.task.renders, lambda: draw(self.task.render))
+
+    def scene(self, row: int) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        return self.task.scene(row) or super().scene(row)
 
     def close(self) -> None:
         self.task.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
@@ -19,6 +19,9 @@ from torch import Tensor
 
 from ctrlrl.errors import EnvironmentFailure, UsageError
 from ctrlrl.tree import Obs
+
+if TYPE_CHECKING:
+    import mujoco
 
 
 @dataclass(slots=True)
@@ -132,6 +135,19 @@ class VectorEnv(ABC):
             RenderFailure: drawing raised.
         """
         raise NotImplementedError(f"{type(self).__name__} does not render")
+
+    def scene(self, row: int) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        """MuJoCo's model and data of environment `row` (0 to N - 1) as it is now: to look at, not to step or change.
+
+        Both may be the environment's own, or be used for every row, so they show `row` only until the next call of a
+        method. Positions of bodies may lag qpos by a substep, as they do after `mj_step`.
+
+        Raises:
+            UsageError: the environment has no MuJoCo scene, or none in this process.
+        """
+        raise UsageError(
+            f"{self.name} has no MuJoCo scene to look at; `ctrlrl eval RUN --video` shows its own pictures"
+        )
 
     def close(self) -> None:  # noqa: B027  (a backend that holds nothing has nothing to do)
         """Free processes, memory and windows. Safe to call twice."""

@@ -169,6 +169,9 @@ def build_env(
     if render and options["render_mode"] == "rgb_array" and "rgb_array" not in modes:
         env.close()
         raise Refused(f"{env_id} cannot give pictures: it needs the render mode 'rgb_array' and has {modes}.")
+    if options.get("render_mode") == "human" and "human" not in modes:
+        env.close()
+        raise Refused(f"{env_id} has no window: it needs the render mode 'human' and has {modes}.")
     if render and not {"camera_id", "camera_name", "default_camera_config"} & kwargs.keys():
         _follow_with_camera(env.unwrapped)
     return env

@@ -25,7 +25,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import gymnasium as gym
 import numpy as np
@@ -201,6 +201,9 @@ class WorkerVector(HostedVector):
         if "undrawn" in reply:
             raise undrawable(self.name, reply["undrawn"], reply["cause"])
         return decode_array(reply["picture"])
+
+    def scene(self, row: int) -> NoReturn:
+        raise UsageError(f"{self.name} is stepped in worker processes, into whose MuJoCo scenes nobody can look")
 
     def close(self) -> None:
         workers, self._workers = self._workers, []

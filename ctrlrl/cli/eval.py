@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tyro.conf import Positional
 
 from ctrlrl.cli.parse import parse
+from ctrlrl.envs.viewing import MAX_GRID
 from ctrlrl.errors import UsageError
 
 
@@ -23,6 +25,8 @@ class Eval:
     """Episodes, one per seed; by default as many as in training."""
     video: bool = False
     """Record the first of them under videos/ and put it into the report."""
+    video_grid: str | None = None
+    """Record so many of its environments side by side, ROWSxCOLUMNS such as 4x6, for 10 simulated seconds."""
     device: str = "cpu"
     """Where the policy runs."""
 
@@ -32,8 +36,9 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(Eval, arguments, "eval")
     if options.episodes is not None and options.episodes < 1:
         raise UsageError(f"--episodes must be at least 1, got {options.episodes}")
+    grid = None if options.video_grid is None else _rows_and_columns(options.video_grid)
     from ctrlrl.runs.statistics import mean_interval
-    from ctrlrl.training.loading import evaluate_run  # imports torch: only now
+    from ctrlrl.training.loading import evaluate_run, film_grid  # imports torch: only now
 
     result = evaluate_run(
         options.run,
@@ -50,4 +55,13 @@ def run(arguments: Sequence[str]) -> int:
         print(f"success {sum(result.success)} of {len(result.success)}")
     for name, value in result.figures.items():
         print(f"{name.removeprefix('episode/')} {value:,.4g}")
+    if grid is not None:  # after the numbers, which must not be lost where nothing can be drawn
+        print(f"video: {film_grid(options.run, *grid, checkpoint=options.checkpoint, device=options.device)}")
     return 0
+
+
+def _rows_and_columns(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None or not all(1 <= int(number) <= MAX_GRID for number in match.groups()):
+        raise UsageError(f"--video-grid takes ROWSxCOLUMNS, each from 1 to {MAX_GRID}, such as 4x6; got {text!r}")
+    return int(match[1]), int(match[2])

@@ -12,7 +12,8 @@ from ctrlrl.errors import CtrlrlError, UsageError, nearest
 COMMANDS = {
     "train": "train a policy: ctrlrl train sac --env HalfCheetah-v5",
     "resume": "go on with a run exactly where it stopped, or extend it",
-    "eval": "deterministic returns of a run's policy, and a video",
+    "eval": "deterministic returns of a run's policy, and videos",
+    "play": "watch a run's policy in a window",
     "report": "one page of curves, tables and videos, for one run or to compare several",
     "envs": "list environments",
     "algos": "list algorithms",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import numpy as np
 from ctrlrl.algorithms.registry import find_algorithm
 from ctrlrl.config import TrainConfig
 from ctrlrl.envs.spaces import build_space
-from ctrlrl.envs.vector import RenderFailure
+from ctrlrl.envs.vector import RenderFailure, VectorEnv
+from ctrlrl.envs.viewing import MAX_GRID, Grid
 from ctrlrl.errors import UsageError
-from ctrlrl.nn.cpu import prepare_cpu
+from ctrlrl.nn.cpu import prepare_cpu, products_of
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.nn.policy import Policy
@@ -23,7 +25,8 @@ from ctrlrl.runs.files import write_errors_explained, write_json
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.provenance import now
 from ctrlrl.runs.report import write_report
-from ctrlrl.runs.video import rendering_error, write_video
+from ctrlrl.runs.video import Frame, rendering_error, write_video
+from ctrlrl.training.collector import require_finite
 from ctrlrl.training.evaluation import Evaluation, evaluate, evaluation_seeds
 from ctrlrl.training.setup import (
     EnvLike,
@@ -35,10 +38,16 @@ from ctrlrl.training.setup import (
     read_provenance,
     require_objects,
     step_of,
+    visible,
 )
+from ctrlrl.tree import Obs, obs_to
 
 VIDEO_STEPS = 500
 """Steps of an episode that a video shows at most; rendering without a GPU takes tens of milliseconds each."""
+GRID_SECONDS = 10
+"""Simulated time that the video of a grid shows, for the same reason."""
+GRID_FPS = 30
+"""Pictures per simulated second of such a video, about: every so many control steps one."""
 
 
 @dataclass(frozen=True)
@@ -132,10 +141,8 @@ def evaluate_run(
     """
     loaded = load(run, checkpoint=checkpoint, device=device, network=network, encoder=encoder)
     config, folder = loaded.config, RunFolder(loaded.path)
-    if env is None and (own := read_provenance(folder)["custom"].keys() & {"env", "eval_env"}):
-        raise UsageError(f"the run was trained from Python with an own {' and '.join(sorted(own))}; pass it: env=...")
     seeds = evaluation_seeds(episodes or config.eval_episodes)
-    source = env if env is not None else config.env
+    source = own_environment(loaded, env)
     path = folder.find_checkpoint(checkpoint)
     prepare_cpu()
     vector = make(source, config, eval_rows(source, len(seeds)), "cpu")
@@ -155,6 +162,19 @@ def evaluate_run(
         record_video(folder, loaded.policy, source, config, step=step_of(path), checkpoint=checkpoint)
     write_report(folder.path)
     return result
+
+
+def own_environment(run: Run, env: EnvLike | None) -> EnvLike:
+    """`env`, or else what `run` was trained on.
+
+    Raises:
+        UsageError: if that was an object, which is not saved with the run.
+    """
+    if env is not None:
+        return env
+    if own := read_provenance(RunFolder(run.path))["custom"].keys() & {"env", "eval_env"}:
+        raise UsageError(f"the run was trained from Python with an own {' and '.join(sorted(own))}; pass it: env=...")
+    return run.config.env
 
 
 def record_video(
@@ -189,3 +209,73 @@ def record_video(
     about = {"step": step, "checkpoint": checkpoint, "seed": seed, "return": result.mean, "fps": fps}
     write_json(path.with_suffix(".json"), {**about, "length": result.lengths[0], "frames": len(frames)})
     return path
+
+
+def film_grid(
+    run: str | Path | Run,
+    rows: int,
+    columns: int,
+    *,
+    checkpoint: str = "best",
+    env: EnvLike | None = None,
+    device: str = "cpu",
+    network: NetworkFactory | None = None,
+    encoder: EncoderFactory | None = None,
+) -> Path:
+    """Film `rows` x `columns` environments side by side, stepped together with the mode of a run's policy.
+
+    They start from the seeds of evaluation. The video has `GRID_SECONDS` of simulated time and is written to
+    `videos/grid-STEP-ROWSxCOLUMNS.mp4` of the run folder; the report shows it. Where an episode ends the next begins.
+
+    Raises:
+        UsageError: as `load`; or the numbers are out of range, the environment has no MuJoCo scene, or MuJoCo cannot
+            draw here.
+        NonFiniteError: an environment gave NaN or infinity.
+    """
+    for name, value in (("rows", rows), ("columns", columns)):
+        if not 1 <= value <= MAX_GRID:
+            raise UsageError(f"a grid of videos has 1 to {MAX_GRID} {name}, got {value}")
+    loaded = load(run, checkpoint=checkpoint, device=device, network=network, encoder=encoder)
+    folder, policy, seeds = RunFolder(loaded.path), loaded.policy, evaluation_seeds(rows * columns)
+    step = step_of(folder.find_checkpoint(checkpoint))
+    prepare_cpu()
+    try:
+        vector = make(own_environment(loaded, env), visible(loaded.config), len(seeds), "cpu")
+        try:
+            dt = vector.control_dt or 1 / GRID_FPS
+            every = max(1, round(1 / (GRID_FPS * dt)))  # steps from one picture to the next
+            obs = vector.reset(seeds)
+            grid = Grid(vector, rows, columns)
+            frames = _film(vector, policy, obs, grid.draw, every=every, count=max(1, round(GRID_SECONDS / dt / every)))
+            path, fps = folder.videos / f"grid-{step:012d}-{rows}x{columns}.mp4", 1 / (dt * every)
+            try:
+                write_video(frames, path, fps)
+            finally:
+                grid.close()
+        finally:
+            if vector is not env:
+                vector.close()
+    except RenderFailure as error:
+        raise rendering_error(error.cause) from error
+    about = {"step": step, "checkpoint": checkpoint, "rows": rows, "columns": columns, "fps": fps}
+    write_json(path.with_suffix(".json"), about)
+    write_report(folder.path)
+    return path
+
+
+def _film(
+    env: VectorEnv, policy: Policy, obs: Obs, draw: Callable[[], Frame], *, every: int, count: int
+) -> Iterator[Frame]:
+    """`count` pictures, one before each `every` steps, of environments that have just given `obs`."""
+    state = policy.initial_state(env.num_envs)
+    lengths = np.zeros(env.num_envs, np.int64)
+    for _ in range(count):
+        yield draw()
+        for _ in range(every):
+            with products_of(env.num_envs):
+                action, state, _ = policy.act(obs_to(obs, policy.device), state, explore=False)
+            step = env.step(action.to(env.device))
+            require_finite(env, step, step.valid, lengths)
+            fresh = step.terminated | step.truncated | ~step.valid
+            lengths = np.where(fresh.cpu().numpy(), 0, lengths + 1)
+            state, obs = policy.reset(state, fresh.to(policy.device)), step.obs

@@ -103,8 +103,13 @@ class MujocoTask(GymnasiumTask):
         self.sim.set_state(torch.from_numpy(rows), tensors)
 
     def show(self, own: Any) -> None:
-        own.data.qpos[:], own.data.qvel[:] = self.qpos[0], self.qvel[0]
-        mujoco.mj_forward(own.model, own.data)
+        self.scene(0)
+
+    def scene(self, row: int) -> tuple[mujoco.MjModel, mujoco.MjData]:
+        model, data = self.own.model, self.own.data
+        data.qpos[:], data.qvel[:], data.ctrl[:] = self.qpos[row], self.qvel[row], self.ctrl[row]
+        mujoco.mj_forward(model, data)
+        return model, data
 
     def close(self) -> None:
         self.sim.close()

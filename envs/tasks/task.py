@@ -12,10 +12,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import gymnasium as gym
 import numpy as np
+
+if TYPE_CHECKING:
+    import mujoco
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -80,6 +83,10 @@ class Task(ABC):
     def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The picture (H, W, 3) of environment 0; only where it was made with pictures."""
         raise NotImplementedError(f"{type(self).__name__} does not render")
+
+    def scene(self, row: int) -> tuple[mujoco.MjModel, mujoco.MjData] | None:
+        """MuJoCo's model and data that show `row` until the next call (`VectorEnv.scene`); None without MuJoCo."""
+        return None
 
     def close(self) -> None:  # noqa: B027  (most hold nothing)
         """Free threads and windows. Safe to call twice."""
