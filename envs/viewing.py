@@ -189,7 +189,7 @@ def aim(camera: mujoco.MjvCamera, model: mujoco.MjModel, data: mujoco.MjData, *,
     """Point `camera` at what moves, and have it follow.
 
     As the model's own camera that follows something, if it has one; where the user is to turn it (`movable`), as a free
-    one that follows the same body. Else it follows the first body with a free joint, or looks at the whole model.
+    one that follows the same body. Else it follows the first body with a free joint, or looks at all that moves.
     """
     import mujoco
 
@@ -200,13 +200,19 @@ def aim(camera: mujoco.MjvCamera, model: mujoco.MjModel, data: mujoco.MjData, *,
     bodies = model.cam_bodyid[own] if any(own) else model.jnt_bodyid[model.jnt_type == mujoco.mjtJoint.mjJNT_FREE]
     if any(own) and not movable:
         camera.type, camera.fixedcamid = mujoco.mjtCamera.mjCAMERA_FIXED, own.index(True)
-    elif bodies.size:
+        return
+    roots, shown = model.body_rootid[model.geom_bodyid], model.body_weldid[model.geom_bodyid] != 0
+    if bodies.size:
         camera.type, camera.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, int(bodies[0])
-        root = model.body_rootid[bodies[0]]
-        geoms = model.body_rootid[model.geom_bodyid] == root
-        if root != 0 and geoms.any():  # how far is told by the robot; the whole model may have a wide floor
-            reach = np.linalg.norm(data.geom_xpos[geoms] - data.subtree_com[root], axis=1) + model.geom_rbound[geoms]
-            camera.distance = _DISTANCE * float(reach.max())
+        shown &= roots == model.body_rootid[bodies[0]]
+    if shown.any():  # the distance by what moves: the model's own extent counts floors
+        places = data.geom_xpos[shown]
+        center = (places.min(0) + places.max(0)) / 2
+        reach = float((np.linalg.norm(places - center, axis=1) + model.geom_rbound[shown]).max())
+        if bodies.size:
+            camera.distance = _DISTANCE * reach
+        else:  # what the camera does not follow moves about
+            camera.lookat[:], camera.distance = center, min(camera.distance, 2 * _DISTANCE * reach)
 
 
 class Grid:

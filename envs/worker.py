@@ -162,7 +162,7 @@ def build_env(
                 raise
             raise _missing_package(name, error) from error
         except TypeError as error:
-            if render and "'render_mode'" in str(error):
+            if (render or kwargs.get("render_mode") == "human") and "'render_mode'" in str(error):
                 raise Refused(f"{env_id} cannot give pictures: it takes no render_mode.") from error
             raise _bad_argument(name, kwargs, error) from error
     modes = list(env.metadata.get("render_modes") or [])

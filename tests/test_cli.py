@@ -69,6 +69,8 @@ CASES = {
     "resume-unknown-checkpoint": ("resume {run} --checkpoint step-5", 2),
     "eval-without-best": ("eval {run}", 2),
     "eval-no-episodes": ("eval {run} --checkpoint last --episodes 0", 2),
+    "eval-grid-malformed": ("eval {run} --checkpoint last --video-grid 4", 2),
+    "eval-grid-too-large": ("eval {run} --checkpoint last --video-grid 4x21", 2),
     "flag-not-finite": ("train sac --env Pendulum-v1 --agent.target-entropy nan", 2),
     "batch-too-large": ("train sac --env Pendulum-v1 --agent.batch-size 1000000000000", 2),
     "replay-too-large": ("train sac --env HalfCheetah-v5 --buffer.capacity 100000000000 --out {tmp}/new", 2),
@@ -360,7 +362,7 @@ def test_flags_go_before_the_file_and_the_file_before_the_preset(folder, capsys)
 
 
 @pytest.mark.parametrize(
-    "command", ["--help", "train sac --help", "train sac --env X --agent.gama 1", "envs", "algos", "robots"]
+    "command", ["--help", "train sac --help", "train sac --env X --agent.gama 1", "play --help", "envs", "algos", "robots"]
 )
 def test_quick_answers_do_not_import_torch(command):
     """Torch takes seconds to import; help and typing errors must not wait for it."""

@@ -125,6 +125,7 @@ def test_a_missing_encoder_names_the_remedy(tmp_path: Path, monkeypatch: pytest.
     [
         RuntimeError("an OpenGL platform library has not been loaded into this process, this most likely means ..."),
         RuntimeError("gladLoadGL error"),
+        RuntimeError("Default framebuffer is not complete, error 0x0"),  # MuJoCo was imported before MUJOCO_GL was set
         AttributeError("'NoneType' object has no attribute 'eglQueryString'"),
         AttributeError("'NoneType' object has no attribute 'glGetError'"),
         ImportError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tyro.conf import Positional
 
@@ -33,8 +33,8 @@ class Play:
     """Close the window after so many; by default it stays until you close it."""
     speed: float = 1.0
     """Simulated seconds per second."""
-    backend: Literal["auto", "native", "native-fast", "gymnasium"] | None = None
-    """Where the environment runs, by default as in training."""
+    backend: str | None = None
+    """Where the environment runs: auto, native, native-fast or gymnasium; by default as in training."""
     device: str = "cpu"
     """Where the policy runs."""
 

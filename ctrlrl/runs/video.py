@@ -102,6 +102,7 @@ _REMEDIES = (
     ("Box2D", 'this environment needs Box2D: pip install swig, then pip install "gymnasium[box2d]"'),
     ("OpenGL platform library", _NO_OPENGL),
     ("gladLoadGL", _NO_OPENGL),
+    ("Default framebuffer", _NO_OPENGL),
     ("eglQueryString", _NO_OPENGL),
     ("glGetError", _NO_OPENGL),
     ("EGL", _NO_OPENGL),

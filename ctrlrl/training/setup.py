@@ -80,14 +80,14 @@ def steps_natively(env: EnvLike, config: TrainConfig) -> bool:
 
 
 def visible(config: TrainConfig, backend: str | None = None) -> TrainConfig:
-    """`config` with `backend`, by default its own where that steps environments in this process, where they are seen.
+    """`config` with `backend`, by default its own, in place of worker processes, whose scenes cannot be looked at.
 
     What runs under another interpreter stays there.
     """
-    if backend is None:
-        elsewhere = config.backend in ("workers", "parallel") and not config.env_python
-        backend = "auto" if elsewhere else config.backend
-    return replace(config, backend=backend)  # type: ignore[arg-type]  (it is checked when made)
+    backend = backend or config.backend
+    if backend in ("workers", "parallel") and not config.env_python:
+        backend = "auto"
+    return replace(config, backend=backend)  # type: ignore[arg-type]  # checked when made
 
 
 def pick_device(name: str) -> torch.device:
