@@ -362,7 +362,8 @@ def test_flags_go_before_the_file_and_the_file_before_the_preset(folder, capsys)
 
 
 @pytest.mark.parametrize(
-    "command", ["--help", "train sac --help", "train sac --env X --agent.gama 1", "play --help", "envs", "algos", "robots"]
+    "command",
+    ["--help", "train sac --help", "train sac --env X --agent.gama 1", "play --help", "envs", "algos", "robots"],
 )
 def test_quick_answers_do_not_import_torch(command):
     """Torch takes seconds to import; help and typing errors must not wait for it."""
