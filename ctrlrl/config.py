@@ -119,9 +119,10 @@ class TrainConfig(Config, ABC):
     """Seed of everything random."""
     num_envs: int = 1
     """Environments stepped together."""
-    backend: Literal["auto", "native", "native-fast", "gymnasium", "workers", "parallel"] = "auto"
+    backend: Literal["auto", "native", "native-fast", "warp", "gymnasium", "workers", "parallel"] = "auto"
     """Where environments run: native as one batch on threads, where there is a task of ours (ctrlrl envs says);
-    native-fast too, with contact forces that differ from Gymnasium's; gymnasium one after the other in this process,
+    native-fast too, with contact forces that differ from Gymnasium's; warp on a GPU, tasks of our own;
+    gymnasium one after the other in this process,
     workers in processes of their own, parallel in both, a share each. auto is workers with env_python, else native
     where there is that, else parallel where an ID is trained from rollouts for 50,000 steps or more on several cores,
     else gymnasium. All but native-fast give the same trajectories of environments that share nothing and draw from no

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from ctrlrl.envs.vector import VectorEnv
 
-BACKENDS = ("auto", "native", "native-fast", "gymnasium", "workers", "parallel")
+BACKENDS = ("auto", "native", "native-fast", "warp", "gymnasium", "workers", "parallel")
 
 _LONGEST_TIMEOUT = 1e9  # seconds; the operating system's clocks do not count far beyond
 
@@ -66,7 +66,9 @@ def make_env(
             `gymnasium.vector.VectorEnv`, a batch of EnvPool, ManiSkill, Isaac Lab or mjlab (see `foreign`), or a
             `VectorEnv` of ours, which is returned as it is.
         backend: `native` steps ids of which there is a task of ours (`has_native`) as one batch, on threads, with the
-            same results; `native-fast` too, with contact forces that differ (see `tasks.gymnasium_mujoco`).
+            same results; `native-fast` too, with contact forces that differ (see `tasks.gymnasium_mujoco`). Tasks
+            of our own robots are stepped by `native` on the CPU, or by `warp` on a GPU, which auto takes where `device`
+            is one.
             `gymnasium` steps one after the other in this process, `workers` in worker processes (ids only), `parallel`
             in this process and workers, a share each. `auto` takes workers where `env_python` is given, native where
             there is that, else gymnasium.
@@ -111,6 +113,8 @@ def make_env(
         raise UsageError("grayscale goes with pixels: pictures of how many pixels a side?")
     render_headless()
 
+    if backend == "warp" and env not in ROBOT_TASKS:
+        raise UsageError(f"backend 'warp' simulates tasks of ours ({', '.join(ROBOT_TASKS)}), and got {env!r}")
     native = backend in ("native", "native-fast")
     if native and not isinstance(env, str):
         raise UsageError(f"backend {backend!r} makes environments from an id, and got a {type(env).__name__}")

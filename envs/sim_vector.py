@@ -19,6 +19,8 @@ from ctrlrl.envs.sim import BatchSim, Sim
 from ctrlrl.envs.spec import Event, SimTask
 from ctrlrl.envs.tasks.registry import make_robot_task
 from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds, require_as_many, seed_per_env
+from ctrlrl.envs.viewing import Grid
+from ctrlrl.envs.worker import draw
 from ctrlrl.envs.world import World, initial_qpos
 from ctrlrl.errors import EnvironmentFailure, UsageError
 from ctrlrl.mirror import Mirror, ReflectedBox, Reflection
@@ -30,7 +32,8 @@ class SimVector(VectorEnv):
     """A `SimTask` behind the vector contract.
 
     `Step.log` has, where an episode ended: `episode/reward/NAME`, the sum of each weighted term over it;
-    `episode/NAME`, the mean of each of the task's metrics, and its outcomes, of which `success` is called just that.
+    `episode/NAME`, the mean of each of the task's metrics, and its outcomes, of which `success` is called just that;
+    on a GPU `episode/overflow`, 1 where contacts or constraints found no memory.
     NaN elsewhere; where none ended, a CPU's steps have no log at all.
 
     On a GPU nothing waits for the device.
@@ -47,7 +50,7 @@ class SimVector(VectorEnv):
     def __init__(self, task: SimTask, sim: Sim, *, render: bool = False) -> None:
         self.task, self.sim = task, sim
         self._renders = render
-        self._renderer: mujoco.Renderer | None = None
+        self._grid: Grid | None = None
         self.name, self.num_envs, self.device = task.name, sim.num_sims, sim.device
         self.control_dt = task.timestep * task.substeps
         self.may_be_invalid = True
@@ -149,7 +152,6 @@ class SimVector(VectorEnv):
         return self._bare({name: value.clone() for name, value in self._seen.items()}), reasons
 
     def scene(self, row: int) -> tuple[mujoco.MjModel, mujoco.MjData]:
-        """Model and data that show `row`, to be looked at."""
         model, data = self._scene
         for name in ("qpos", "qvel", "mocap_pos", "mocap_quat"):
             getattr(data, name)[:] = self.sim.field(name)[row].cpu().numpy()
@@ -162,22 +164,17 @@ class SimVector(VectorEnv):
         return model, mujoco.MjData(model)
 
     def render(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        if not self._renders:
-            raise UsageError(f"{self.name} was made without pictures; make it with render=True")
-        return picture(self.name, True, self._draw)
+        return picture(self.name, self._renders, lambda: draw(self._draw))
 
     def _draw(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        model, data = self.scene(0)
-        if self._renderer is None:
-            self._renderer = mujoco.Renderer(model, 480, 640)
-        self._renderer.update_scene(data, camera_of(model))
-        pixels: np.ndarray[Any, np.dtype[np.uint8]] = self._renderer.render()
-        return pixels
+        if self._grid is None:
+            self._grid = Grid(self, 1, 1)
+        return self._grid.draw()
 
     def close(self) -> None:
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        if self._grid is not None:
+            self._grid.close()
+            self._grid = None
         self.sim.close()
 
     # --- a step -------------------------------------------------------------------------------------------------------
@@ -262,6 +259,9 @@ class SimVector(VectorEnv):
         sums[:, rewards:] /= w.elapsed[:, None].clamp(min=1)
         figures = torch.where(ended[:, None], sums, torch.nan).unbind(1)
         log = dict(zip(self._labels, figures, strict=True))
+        overflow = self.sim.overflow()
+        if overflow is not None:
+            log["episode/overflow"] = torch.where(ended, overflow.to(torch.float32), torch.nan)
         for name, outcome in self.task.outcomes.items():
             log[name if name == "success" else f"episode/{name}"] = torch.where(ended, outcome(w), torch.nan)
         return log
@@ -442,18 +442,27 @@ def make_sim_env(
         env_id: one of `ROBOT_TASKS`.
         num_envs: N.
         options: of the task.
-        backend: `native`, on threads of the CPU; auto is that.
-        threads: that step; by default as many as there are cores.
+        backend: `native`, on threads of the CPU, or `warp`, by MuJoCo Warp on `device`, with Newton's solver where the
+            task has PGS, which it lacks. auto is warp where `device` is a GPU, else native.
+        threads: of native; by default as many as there are cores.
         render: give pictures of environment 0.
-        device: of the learner.
+        device: where tensors lie; for native the CPU.
 
     Raises:
         UsageError: the backend cannot simulate it, or a model or an option is missing.
     """
-    if backend not in ("auto", "native"):
-        raise UsageError(f"{env_id} is a simulation of ours; --backend {backend} is for others. Take auto or native")
+    if backend not in ("auto", "native", "warp"):
+        raise UsageError(f"{env_id} is a simulation of ours: --backend takes auto, native or warp, got {backend}")
     task = make_robot_task(env_id, options or {})
-    return SimVector(task, BatchSim(physics(task), num_envs, threads), render=render)
+    model, on_gpu = physics(task), torch.device(device).type == "cuda"
+    if backend == "warp" or (backend == "auto" and on_gpu):
+        from ctrlrl.envs.warp import WarpSim
+
+        pgs = model.opt.solver == mujoco.mjtSolver.mjSOL_PGS
+        return SimVector(task, WarpSim(model, num_envs, device, solver="newton" if pgs else None), render=render)
+    if on_gpu:
+        raise UsageError(f"{env_id}: --backend native simulates on the CPU, and the learner is on {device}; take warp")
+    return SimVector(task, BatchSim(model, num_envs, threads), render=render)
 
 
 def physics(task: SimTask) -> mujoco.MjModel:
@@ -462,14 +471,3 @@ def physics(task: SimTask) -> mujoco.MjModel:
     spec.option.timestep = task.timestep
     spec.compiler.discardvisual = True
     return spec.compile()
-
-
-def camera_of(model: mujoco.MjModel) -> mujoco.MjvCamera:
-    """A camera that follows the first body that can move freely, else looks at everything."""
-    camera = mujoco.MjvCamera()
-    mujoco.mjv_defaultFreeCamera(model, camera)
-    free = np.flatnonzero(model.jnt_type == mujoco.mjtJoint.mjJNT_FREE)
-    if len(free):
-        camera.type, camera.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, int(model.jnt_bodyid[free[0]])
-        camera.distance, camera.elevation, camera.azimuth = 2.0, -20.0, 120.0
-    return camera

@@ -29,7 +29,7 @@ TrainSAC = train_config_class("sac")
         (lambda: TrainSAC(env="X", steps=0), "steps must be at least 1, got 0"),
         (
             lambda: TrainSAC(env="X", backend="gpu"),
-            "backend must be one of auto, native, native-fast, gymnasium, workers, parallel, got 'gpu'",
+            "backend must be one of auto, native, native-fast, warp, gymnasium, workers, parallel, got 'gpu'",
         ),
         (lambda: TrainSAC(env="X", seed=-1), "seed must be between 0 and 4294967295, got -1"),
         (

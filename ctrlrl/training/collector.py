@@ -53,6 +53,7 @@ class Collector:
         self.returns = np.zeros(n)
         self.lengths = np.zeros(n, np.int64)
         self._figures: dict[str, tuple[float, int]] = {}
+        self._invalid = 0
 
     def step(self, *, random: bool) -> tuple[Step, dict[str, Tensor], dict[str, Tensor]]:
         """One control step in every environment; returns it with the policy's extras, here and at `final_obs`.
@@ -90,6 +91,7 @@ class Collector:
             self.lengths += valid
             done |= ~valid
             transitions = int(valid.sum())
+            self._invalid += len(valid) - transitions
         else:
             self.returns += reward
             self.lengths += 1
@@ -113,9 +115,12 @@ class Collector:
         return episodes, transitions
 
     def figures(self) -> dict[str, float]:
-        """Means of what the environment has logged of the episodes that ended since the last call (`episode/...`)."""
+        """Means of what the environment has logged of the episodes that ended since the last call (`episode/...`), and
+        how many rows were no transition, of simulations that diverged, say."""
         means = {name: total / count for name, (total, count) in self._figures.items() if count}
-        self._figures = {}
+        if self.env.may_be_invalid:
+            means["invalid_rows"] = float(self._invalid)
+        self._figures, self._invalid = {}, 0
         return means
 
     def _note(self, log: dict[str, Tensor]) -> None:
@@ -143,6 +148,7 @@ class Collector:
             "policy_state": self.policy_state,
             "returns": torch.from_numpy(self.returns),
             "lengths": torch.from_numpy(self.lengths),
+            "invalid": self._invalid,
             "figures": {name: list(entry) for name, entry in self._figures.items()},
         }
 
@@ -153,7 +159,7 @@ class Collector:
         self.policy_state = {k: v.to(self._device, copy=True) for k, v in state["policy_state"].items()}
         self.returns[:] = state["returns"].cpu()
         self.lengths[:] = state["lengths"].cpu()
-        # Runs of before there were such figures have none.
+        self._invalid = state.get("invalid", 0)  # runs of before there were such figures have none
         self._figures = {name: (total, count) for name, (total, count) in state.get("figures", {}).items()}
 
 

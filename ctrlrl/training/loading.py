@@ -33,6 +33,7 @@ from ctrlrl.training.setup import (
     eval_rows,
     given,
     make,
+    on_cpu,
     pick_device,
     read_config,
     read_provenance,
@@ -145,7 +146,7 @@ def evaluate_run(
     source = own_environment(loaded, env)
     path = folder.find_checkpoint(checkpoint)
     prepare_cpu()
-    vector = make(source, config, eval_rows(source, len(seeds)), "cpu")
+    vector = make(source, on_cpu(config), eval_rows(source, len(seeds)), "cpu")
     try:
         result = evaluate(vector, loaded.policy, seeds)
     finally:
@@ -193,7 +194,7 @@ def record_video(
 
     seed = evaluation_seeds(1)[0]
     try:
-        env = make(source, config, 1, "cpu", render=True)
+        env = make(source, on_cpu(config), 1, "cpu", render=True)
         try:
             fps = 1 / (env.control_dt or 1 / 30)
             result = evaluate(env, policy, [seed], before_step=film)

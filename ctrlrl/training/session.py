@@ -51,6 +51,7 @@ from ctrlrl.training.setup import (
     given,
     make,
     name_of,
+    on_cpu,
     pick_device,
     read_config,
     read_provenance,
@@ -265,7 +266,7 @@ class _Session:
                         "pass a function that makes one (env=lambda: MyEnv()), or eval_env=..., or eval_every=0"
                     )
                 rows = eval_rows(self.eval_source, config.eval_episodes)
-                self.eval_env = self._make(self.eval_source, config, rows, "cpu")
+                self.eval_env = self._make(self.eval_source, on_cpu(config), rows, "cpu")
                 self.eval_env.reset(evaluation_seeds(self.eval_env.num_envs))  # what cannot be seeded fails now
         except BaseException:
             self.close()

@@ -79,12 +79,17 @@ def steps_natively(env: EnvLike, config: TrainConfig) -> bool:
     )
 
 
+def on_cpu(config: TrainConfig) -> TrainConfig:
+    """`config` for environments beside those that are learned from, which are on the CPU."""
+    return replace(config, backend="auto") if config.backend == "warp" else config
+
+
 def visible(config: TrainConfig, backend: str | None = None) -> TrainConfig:
     """`config` with `backend`, by default its own, in place of worker processes, whose scenes cannot be looked at.
 
     What runs under another interpreter stays there.
     """
-    backend = backend or config.backend
+    backend = backend or on_cpu(config).backend
     if backend in ("workers", "parallel") and not config.env_python:
         backend = "auto"
     return replace(config, backend=backend)  # type: ignore[arg-type]  # checked when made
