@@ -113,7 +113,7 @@ class SimVector(VectorEnv):
             raise UsageError(
                 f"{self.name} takes actions of shape {tuple(self.world.action.shape)}, got {tuple(action.shape)}"
             )
-        with self._guarded():
+        with self._guarded(), self._one_thread():
             return self._step(action.detach())
 
     def get_state(self) -> EnvState:
@@ -394,6 +394,19 @@ class SimVector(VectorEnv):
 
     def _bare(self, groups: dict[str, Tensor]) -> dict[str, Tensor] | Tensor:
         return groups if len(groups) > 1 else next(iter(groups.values()))
+
+    @contextlib.contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """On a CPU terms are too small to be shared by threads, which would take from the simulations' time."""
+        threads = torch.get_num_threads()
+        if not self._on_cpu or threads == 1:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     @contextlib.contextmanager
     def _guarded(self) -> Iterator[None]:
