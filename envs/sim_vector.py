@@ -329,15 +329,12 @@ class SimVector(VectorEnv):
     # --- checks and state ---------------------------------------------------------------------------------------------
 
     def _rehearse(self) -> None:
-        """Ask every term once: for its shape, and for the fields, memories and model fields that it uses."""
+        """Ask every term once: for its shape, and for the fields, memories and model fields that it uses. Simulations
+        must not have begun: the model fields that differ between them have to be known before."""
         w, task, nowhere = self.world, self.task, torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-        everywhere = ~nowhere
         if not task.observations or not task.rewards:
             raise UsageError(f"the task {self.name} needs an observation group and a reward at least")
-        self.sim.reset(everywhere)
-        w.write("qpos", everywhere, w.home.expand(self.num_envs, -1))
         task.action.apply(w, w.action)
-        self.sim.forward(everywhere)
         w.random.begin("rehearsal")
         for name, event in task.events.items():
             if (event.when == "interval") != (event.every is not None):
@@ -368,7 +365,7 @@ class SimVector(VectorEnv):
         if task.curriculum is not None:
             task.curriculum(w, nowhere)
         w.random.end()
-        w.begin(everywhere, all_memory=True)
+        w.begin(~nowhere, all_memory=True)
 
     def _state(self) -> dict[str, Tensor]:
         """(N, ...) each, by name; live, but for the simulations'."""
