@@ -383,7 +383,7 @@ class SimVector(VectorEnv):
             return "no state was saved"
         if json.get("method") != _METHOD:
             return "its state was saved by another backend"
-        if {name: tuple(array.shape) for name, array in arrays.items()} != {
+        if {name: np.shape(array) for name, array in arrays.items()} != {
             name: tuple(value.shape[1:]) for name, value in own.items()
         }:
             return "the state saved is of another task, or of the same one on another backend"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import mujoco
 import numpy as np
 import pytest
 import torch
 
+import ctrlrl
 from ctrlrl.envs.make import make_env
 from ctrlrl.envs.sim import BatchSim
 from ctrlrl.envs.sim_vector import SimVector
@@ -19,6 +21,7 @@ from ctrlrl.errors import UsageError
 from ctrlrl.mirror import ReflectedBox
 from ctrlrl.robots.robot import get_robot
 from tests.conformance import check_vector_env
+from tests.runs import assert_same
 
 TASKS = {"go1": "Go1VelocityFlat-v0", "go2": "Go2VelocityFlat-v0"}
 
@@ -177,3 +180,14 @@ def test_randomization() -> None:
     kp = env.world.model_field("actuator_gainprm")[0][:, :, 0]
     assert torch.equal(kp, -env.world.model_field("actuator_biasprm")[0][:, :, 1])
     assert kp.min() >= 31.5 and kp.max() <= 38.5
+
+
+def test_a_training_resumes_exactly(tmp_path: Path) -> None:
+    """Randomized robots, delays, clocks and commands go on where they were."""
+    how = {"num_envs": 4, "rollout_steps": 64, "eval_every": 0, "video": False, "quiet": True}
+    agent = {"minibatch_size": 32, "epochs": 2, "hidden": [16]}
+    for name, steps in (("whole", 400), ("parts", 180)):
+        ctrlrl.train("ppo", "Go1VelocityFlat-v0", steps=steps, out=str(tmp_path / name), agent=agent, **how)
+    ctrlrl.resume(tmp_path / "parts", steps=300, quiet=True)
+    ctrlrl.resume(tmp_path / "parts", steps=400, quiet=True)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
