@@ -89,9 +89,9 @@ def _velocity(name: str, robot: Robot, folder: str | None, randomize: bool, symm
             },
         },
         rewards={
-            "track": Reward(terms.tracks_speed, 1.0),
-            "turn": Reward(terms.tracks_turn, 0.5),
-            "gait": Reward(terms.keeps_gait, 2.0),
+            "track": Reward(terms.tracks_speed, 2.0),
+            "turn": Reward(terms.tracks_turn, 1.0),
+            "gait": Reward(terms.keeps_gait, 1.0),
             "pose": Reward(terms.keeps_pose, 0.5),
             "orientation": Reward(lambda w: terms.up(w)[:, :2].square().sum(1), -5.0),
             "bounce": Reward(lambda w: terms.velocity(w)[:, 2].square(), -0.5),
