@@ -21,11 +21,18 @@ from typing import Any
 import mujoco
 import numpy as np
 import torch
-from mujoco.batch import Batch, SimulationError
 from torch import Tensor
 
 from ctrlrl.cores import usable_cores
 from ctrlrl.errors import EnvironmentFailure, UsageError
+
+try:
+    from mujoco.batch import Batch, SimulationError
+except ImportError as error:
+    raise UsageError(
+        f"batches of simulations need MuJoCo 3.17 or newer, and this is {mujoco.__version__}: "
+        "pip install 'mujoco>=3.17', or take --backend gymnasium for Gymnasium's environments"
+    ) from error
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

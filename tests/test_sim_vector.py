@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import mujoco
 import numpy as np
 import pytest
 import torch
 
+from ctrlrl.envs.make import make_env
 from ctrlrl.envs.spec import Action, Event, Obs, Reward
 from ctrlrl.errors import UsageError
 from ctrlrl.mirror import Mirror, Reflection
@@ -255,3 +259,24 @@ def test_mirrored_task() -> None:
         for name, reflection in cart_mirror().observations.items():
             order, sign = reflection.tensors()
             torch.testing.assert_close(step.obs[name][1], step.obs[name][0][order] * sign, atol=1e-6, rtol=0)
+
+
+def test_mujoco_without_batches() -> None:
+    """One that is too old: said at once, by name, with the remedy."""
+    code = (
+        "import sys; sys.modules['mujoco.batch'] = None\n"
+        "from ctrlrl.envs.make import make_env\n"
+        "from ctrlrl.errors import UsageError\n"
+        "try: make_env('Go1VelocityFlat-v0')\n"
+        "except UsageError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "need MuJoCo 3.17 or newer, and this is" in done.stdout and "pip install" in done.stdout, done.stderr
+
+
+def test_backends_refused() -> None:
+    for env, words in (("HalfCheetah-v5", "simulates tasks of ours"), ("Go1VelocityFlat-v0", "Warp|cuda")):
+        if env.startswith("Go1") and torch.cuda.is_available():
+            continue
+        with pytest.raises(UsageError, match=words):
+            make_env(env, backend="warp", device="cuda")
