@@ -39,6 +39,8 @@ _TASKS = {
 ROBOT_TASKS = {
     "Go1VelocityFlat-v0": ("velocity:velocity", {"robot": "go1"}),
     "Go2VelocityFlat-v0": ("velocity:velocity", {"robot": "go2"}),
+    "PandaReach-v0": ("panda_reach:panda_reach", {}),
+    "PandaLift-v0": ("panda_lift:panda_lift", {}),
 }
 """Our own, by ID: the file of this folder, the function in it that makes the `SimTask`, and its arguments."""
 
