@@ -38,7 +38,7 @@ def sparse_reward(achieved: Tensor, desired: Tensor) -> Tensor:
 
     The tasks' own sparse reward, and that of transitions that are given another goal afterwards.
     """
-    return -(torch.linalg.vector_norm(achieved - desired, dim=-1) > TOLERANCE).to(torch.float32)
+    return -(norm(achieved - desired) > TOLERANCE).to(torch.float32)
 
 
 class Arm:
@@ -131,6 +131,8 @@ class Arm:
         # An elliptic cone and friction stiffer than the normal force: what is held does not creep out of the fingers.
         option.cone, option.impratio = mujoco.mjtCone.mjCONE_ELLIPTIC, 10.0
         option.solver, option.iterations, option.ls_iterations = mujoco.mjtSolver.mjSOL_NEWTON, 10, 20
+        spec.stat.center, spec.stat.extent = [0.3, 0, 0.3], 0.8  # what a camera looks at
+        spec.visual.headlight.ambient, spec.visual.headlight.diffuse = [0.3] * 3, [0.5] * 3
         for geom in spec.geoms:
             geom.contype = geom.conaffinity = 0
         for body in spec.bodies[1:]:

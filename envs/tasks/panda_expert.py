@@ -1,9 +1,9 @@
 """Scripted policies for the Panda's tasks: what to compare with, to learn from, and to correct.
 
-They see what any policy sees, and nothing else: joint positions lead, by the arm's kinematics, to the tool's frame, and
-damped least squares (Nakamura and Hanafusa 1986) from where the tool should go to how joints should turn. They remember
-nothing; the phase of a grasp (above, down, close, carry) is read off the observation, so that they go on from any state,
-after a cube has slipped or another policy has acted.
+They see what any policy sees, and nothing else: joint positions lead, by the arm's kinematics, to the tool's frame,
+and damped least squares (Nakamura and Hanafusa 1986) from where the tool should go to how joints should turn. They
+remember nothing: the phase of a grasp (above, down, close, carry) is read off the observation, so that they go on from
+any state, after a cube has slipped or another policy has acted.
 
     env = make_env("PandaLift-v0", num_envs=100)
     policy = expert(env)
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ctrlrl.envs.sim_vector import SimVector
-from ctrlrl.envs.tasks.panda import STEP
+from ctrlrl.envs.tasks.panda import STEP, norm
 from ctrlrl.envs.tasks.panda_lift import HALF
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.envs.world import index_of
@@ -58,7 +58,8 @@ class PandaExpert(Policy):
 
     def forward(self, obs: Tensor) -> Tensor:
         """(N, 7 or 8) actions for observations (N, ...)."""
-        return self.act(obs)[0]
+        action, _, _ = self.act(obs)
+        return action
 
     @torch.no_grad()
     def act(
@@ -86,11 +87,11 @@ class PandaExpert(Policy):
         _, axes, jacobian = self._chain(seen["joint positions"] + self._home)
         tool, cube, gripper = seen["tool"], seen["achieved goal"], seen["gripper"][:, 0]
         to_cube = cube - tool
-        beside, below = to_cube[:, :2].norm(dim=1), to_cube[:, 2].abs()
+        beside, below = norm(to_cube[:, :2]), to_cube[:, 2].abs()
 
         # The fingers, which close along the tool's y axis, are to be square to the cube: of the four ways that is so,
         # the one in which the hand is turned least.
-        edge = torch.where(_flat(seen["cube axes"][:, :3]) >= _flat(seen["cube axes"][:, 3:]), 0.0, 1.0)[:, None]
+        edge = torch.where(norm(seen["cube axes"][:, :2]) >= norm(seen["cube axes"][:, 3:5]), 0.0, 1.0)[:, None]
         side = torch.lerp(seen["cube axes"][:, :3], seen["cube axes"][:, 3:], edge)
         yaw = torch.atan2(side[:, 1], side[:, 0])
         yaw = torch.remainder(yaw + torch.pi / 4, torch.pi / 2) - torch.pi / 4
@@ -99,7 +100,7 @@ class PandaExpert(Policy):
         between = (beside < 0.012) & (below < 0.012)
         holds = between & (gripper < HALF + 0.0015)
         # Down a funnel: the further beside the cube, or turned away from it, the higher above it.
-        high = (4 * (beside - 0.006) + 0.3 * (turn.norm(dim=1) - 0.1)).clamp(0.0, ABOVE)
+        high = (4 * (beside - 0.006) + 0.3 * (norm(turn) - 0.1)).clamp(0.0, ABOVE)
         above = torch.cat([to_cube[:, :2], (to_cube[:, 2] + torch.where(between, 0.0, high))[:, None]], 1)
         way = torch.where(holds[:, None], seen["desired goal"] - cube, above)
         arm = self._move(seen, axes, jacobian, way, yaw.sin(), yaw.cos())
@@ -115,7 +116,8 @@ class PandaExpert(Policy):
         damping = DAMPING**2 * torch.eye(6, device=error.device)
         joints = (transposed @ torch.linalg.solve(jacobian @ transposed + damping, error[:, :, None]))[:, :, 0]
         action = (joints - seen["leads"][:, :7]) / STEP
-        return action / action.abs().amax(1, keepdim=True).clamp(min=1.0)
+        slower: Tensor = action / action.abs().amax(1, keepdim=True).clamp(min=1.0)
+        return slower
 
 
 def expert(env: VectorEnv, *, noise: float = 0.0, seed: int = 0) -> PandaExpert:
@@ -184,15 +186,10 @@ def _turn_to(axes: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
     x = torch.stack([-sine, cosine, none], 1)
     y = torch.stack([cosine, sine, none], 1)
     wanted = torch.stack([x, y, torch.linalg.cross(x, y)], 2)
-    return torch.linalg.cross(axes, wanted, dim=1).sum(2) / 2
+    turn: Tensor = torch.linalg.cross(axes, wanted, dim=1).sum(2) / 2
+    return turn
 
 
 def _shorten(vector: Tensor, longest: float) -> Tensor:
     """(N, 3) of the same directions, no longer than that."""
-    return vector * (longest / vector.norm(dim=1, keepdim=True).clamp(min=longest))
-
-
-def _flat(axis: Tensor) -> Tensor:
-    """(N,) how long it is, seen from above."""
-    length: Tensor = axis[:, :2].norm(dim=1)
-    return length
+    return vector * (longest / norm(vector)[:, None].clamp(min=longest))

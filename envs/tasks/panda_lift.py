@@ -1,10 +1,10 @@
 """The Panda grasps a cube of 4 cm on the floor and carries it to a point in the air.
 
 Command: where the cube's center is to be, drawn for each episode. Action: eight numbers, of which seven move the target
-of a joint on by up to 0.05 rad and the last that of the gripper by up to 1 cm, up to open it.
+of a joint on by up to 0.05 rad and the last that of the gripper by up to 1 cm; positive opens it.
 
-The dense reward has the stages of ManiSkill's PickCube: reach, grasp, carry, hold still, each between 0 and 1, the later
-ones only for a cube that is grasped. Its largest sum is 5 with the bonus for success, and a fifth of it is the reward.
+The dense reward has the stages of ManiSkill's PickCube: reach, grasp, carry (of what is grasped), hold still (at the
+goal), each from 0 to 1, and a bonus of 1 for success; a fifth of their sum is the reward.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ HALF = 0.02  # m, half the cube's side
 MASS = 0.05  # kg
 START_LOW, START_HIGH = (0.4, -0.2, -torch.pi), (0.6, 0.2, torch.pi)  # m, m, rad: where the cube lies, and its yaw
 GOAL_LOW, GOAL_HIGH = (0.4, -0.2, 0.15), (0.6, 0.2, 0.4)  # m, corners of the box in which goals lie
+BETWEEN = 0.025  # m, from the tool to the cube's center, within which it is between the fingertips
 STILL = 0.2  # rad/s, of the fastest joint, below which the arm is still
 
 
@@ -87,7 +88,7 @@ def panda_lift(name: str, *, reward: str = "dense", randomize: bool = True, fold
                 "joint positions": Obs(lambda w: arm.joint_offsets(w)[:, :7], noise=noise),
                 "gripper": Obs(lambda w: w.joint_pos[:, 7:]),
                 "joint velocities": Obs(lambda w: w.joint_vel[:, :7], noise=noise),
-                "leads": Obs(arm.leads, noise=0),
+                "leads": Obs(arm.leads),
                 "last action": Obs(lambda w: w.action),
             }
         },
@@ -132,8 +133,9 @@ class Terms:
         return 1 - torch.tanh(5 * norm(self.cube(w) - self._arm.tool(w)))
 
     def grasps(self, w: World) -> Tensor:
-        """(N,) 1 where both fingertips touch the cube."""
-        return ((w.sensor(PADS[0])[:, 0] > 0) & (w.sensor(PADS[1])[:, 0] > 0)).float()
+        """(N,) 1 where both fingertips touch the cube, and it is between them and not below."""
+        between = norm(self.cube(w) - self._arm.tool(w)) < BETWEEN
+        return (between & (w.sensor(PADS[0])[:, 0] > 0) & (w.sensor(PADS[1])[:, 0] > 0)).float()
 
     def at_goal(self, w: World) -> Tensor:
         """(N,) 1 where the cube is at the goal."""
@@ -147,7 +149,7 @@ class Terms:
 
     def place(self, w: World, rows: Tensor) -> None:
         """Put the cube on the floor, somewhere in front of the arm."""
-        x, y, yaw = draw_in(w, START_LOW, START_HIGH).split(1, 1)
+        x, y, yaw = torch.split(draw_in(w, START_LOW, START_HIGH), 1, 1)
         flat = torch.zeros_like(yaw)
         lies = torch.cat([x, y, flat + HALF, (yaw / 2).cos(), flat, flat, (yaw / 2).sin()], 1)
         begin = int(w.model.joint(CUBE).qposadr[0])

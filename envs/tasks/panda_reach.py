@@ -1,8 +1,8 @@
 """The Panda brings its tool to a point in front of it, and if asked turns it.
 
 Command: where the tool's frame, between the fingertips, is to be, drawn for each episode. Action: seven numbers, each
-of which moves the target of a joint on by up to 0.05 rad; the gripper stays open. Workspace, terms and weights are those
-of Isaac Lab's reach task, but that the penalties do not grow and the goal stays for the episode.
+of which moves the target of a joint on by up to 0.05 rad; the gripper stays open. Workspace, terms and weights are
+those of Isaac Lab's reach task, but that the penalties do not grow and the goal stays for the episode.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def panda_reach(
         "desired goal": Obs(lambda w: w.command[:, :3]),
         "joint positions": Obs(lambda w: arm.joint_offsets(w)[:, :7], noise=noise),
         "joint velocities": Obs(lambda w: w.joint_vel[:, :7], noise=noise),
-        "leads": Obs(lambda w: arm.leads(w)[:, :7], noise=noise),
+        "leads": Obs(lambda w: arm.leads(w)[:, :7]),
         "last action": Obs(lambda w: w.action),
     }
     if orientation:
