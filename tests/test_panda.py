@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 import mujoco
@@ -17,6 +20,7 @@ from tests.conformance import check_vector_env
 from tests.simulations import make_cart
 
 IDS = ("PandaReach-v0", "PandaLift-v0")
+PAGE = (Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1])) / "docs" / "panda.md").read_text()
 
 
 def make(env_id: str, num_envs: int, **options: Any) -> SimVector:
@@ -295,3 +299,26 @@ def test_experts_that_there_are_not() -> None:
         expert(make_cart(1))
     with pytest.raises(UsageError, match=r"from 0 to 2, got 2\.5"):
         expert(make("PandaReach-v0", 1), noise=2.5)
+
+
+# What the page says.
+
+
+@pytest.mark.parametrize(
+    ("env_id", "options", "column"), [(IDS[0], {"orientation": True}, 0), (IDS[0], {}, 0), (IDS[1], {}, 1)]
+)
+def test_the_page_has_the_observation(env_id: str, options: dict[str, Any], column: int) -> None:
+    rows = re.findall(r"^\| `([a-z ]+)` \| ([\d:]*) ?\| ([\d:]*) ?\|", PAGE, flags=re.MULTILINE)
+    said = {name: places[column] for name, *places in rows if places[column]}
+    names = make(env_id, 1, **options).groups["policy"].names
+    if env_id == IDS[0] and not options:
+        del said["turn"], said["tool axes"]
+    assert said == {name: f"{place.start}:{place.stop}" for name, place in names.items()}
+
+
+def test_python_on_the_page_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL):
+        exec(compile(block, "panda.md", "exec"), names)
+    assert names["step"].log["success"].mean() >= 0.8

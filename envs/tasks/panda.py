@@ -181,7 +181,9 @@ def add_sensor(spec: mujoco.MjSpec, name: str, sensor: mujoco.mjtSensor, kind: m
 def require_reward(name: str, reward: str) -> None:
     """Raise UsageError unless the option `reward` is one that there is."""
     if reward not in REWARDS:
-        raise UsageError(f"{name}: reward must be {' or '.join(REWARDS)}, got {reward!r}.{nearest(str(reward), REWARDS)}")
+        raise UsageError(
+            f"{name}: reward must be {' or '.join(REWARDS)}, got {reward!r}.{nearest(str(reward), REWARDS)}"
+        )
 
 
 def draw_in(w: World, low: tuple[float, ...], high: tuple[float, ...]) -> Tensor:
