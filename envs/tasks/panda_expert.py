@@ -28,54 +28,38 @@ from ctrlrl.envs.tasks.panda_lift import HALF
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.envs.world import index_of
 from ctrlrl.errors import UsageError
-from ctrlrl.nn.policy import Policy, PolicyState
-from ctrlrl.tree import Obs
 
 DAMPING = 0.05  # of least squares; unit: m for rows of positions, rad for those of rotations
 FASTEST = (0.1, 0.5)  # m, rad: largest errors that are looked at
 ABOVE = 0.08  # m, over the cube, from where the tool comes down
 
 
-class PandaExpert(Policy):
+class PandaExpert:
     """The scripted policy of an environment; make it with `expert`.
 
     Args:
         env: whose observations it will get.
-        noise: half width of uniform noise on each entry of the action, from 0 to 2, for demonstrations of varying
-            quality. Drawn from `generator`, which must be set then.
-
-    Raises:
-        UsageError: there is no expert for this environment, or the noise is out of range.
+        noise: half width of the uniform noise on each entry of the action, from 0 to 2.
+        seed: of the noise.
     """
 
-    def __init__(self, env: SimVector, noise: float = 0.0) -> None:
-        super().__init__()
-        if not 0 <= noise <= 2:
-            raise UsageError(f"noise is of actions in [-1, 1] and goes from 0 to 2, got {noise}")
-        self.noise = noise
+    def __init__(self, env: SimVector, noise: float, seed: int) -> None:
+        self._noise, self._generator = noise, torch.Generator(env.device).manual_seed(seed)
         self._names = env.groups["policy"].names
         self._lifts = "gripper" in self._names
         self._turns = "turn" in self._names
         self._home = env.world.default_joint_pos[:7]
         self._chain = Chain(env.sim.model, env.task.joints[:7], "tool", env.device)
 
-    def forward(self, obs: Tensor) -> Tensor:
-        """(N, 7 or 8) actions for observations (N, ...)."""
-        action, _, _ = self.act(obs)
-        return action
-
     @torch.no_grad()
-    def act(
-        self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
-    ) -> tuple[Tensor, PolicyState, dict[str, Tensor]]:
-        """(N, 7 or 8) actions for observations (N, ...); with noise if there is some, whether or not `explore`."""
-        assert isinstance(obs, Tensor)  # as the tasks have one group
+    def __call__(self, obs: Tensor) -> Tensor:
+        """(N, 7 or 8) actions in [-1, 1] for observations (N, ...)."""
         seen = {name: obs[:, place] for name, place in self._names.items()}
         action = self._lift(seen) if self._lifts else self._reach(seen)
-        if self.noise:
-            drawn = torch.rand(action.shape, generator=self.require_generator(), device=obs.device)
-            action = action + self.noise * (2 * drawn - 1)
-        return action.clamp(-1.0, 1.0), state or {}, {}
+        if self._noise:
+            drawn = torch.rand(action.shape, generator=self._generator, device=obs.device)
+            action = action + self._noise * (2 * drawn - 1)
+        return action.clamp(-1.0, 1.0)
 
     def _reach(self, seen: dict[str, Tensor]) -> Tensor:
         _, axes, jacobian = self._chain(seen["joint positions"] + self._home)
@@ -126,17 +110,22 @@ class PandaExpert(Policy):
 def expert(env: VectorEnv, *, noise: float = 0.0, seed: int = 0) -> PandaExpert:
     """The scripted policy for `env`: `PandaReach-v0` or `PandaLift-v0`, with any of their options.
 
-    Call it with observations (N, ...) to get actions, or hand it to whatever takes a `Policy`. It is deterministic but
-    for `noise`, the half width of what is added to actions in [-1, 1], drawn with `seed`.
+    Call it with observations (N, ...) to get actions. It is deterministic.
+
+    Args:
+        env: as `make_env` makes it.
+        noise: half width of uniform noise that is added to each entry of an action in [-1, 1], for demonstrations of
+            varying quality.
+        seed: of the noise.
 
     Raises:
-        UsageError: there is no expert for this environment, or the noise is out of range.
+        UsageError: there is no expert for this environment, or the noise is not from 0 to 2.
     """
     if not isinstance(env, SimVector) or not env.name.startswith(("PandaReach-", "PandaLift-")):
         raise UsageError(f"there are experts for PandaReach-v0 and PandaLift-v0, not for {env.name}")
-    policy = PandaExpert(env, noise)
-    policy.generator = torch.Generator(env.device).manual_seed(seed)
-    return policy
+    if not 0 <= noise <= 2:
+        raise UsageError(f"noise is of actions in [-1, 1] and goes from 0 to 2, got {noise}")
+    return PandaExpert(env, noise, seed)
 
 
 class Chain:
