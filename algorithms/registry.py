@@ -84,7 +84,26 @@ ALGORITHMS = {
             paper="Haarnoja et al. 2018, arXiv:1812.05905",
             config="ctrlrl.algorithms.sac_config:SACConfig",
             agent="ctrlrl.algorithms.sac:SAC",
-            presets=_CONTINUOUS,
+            presets=(
+                *_CONTINUOUS,
+                Preset(
+                    "panda",
+                    r"Panda(Reach|Lift)-",
+                    {
+                        "num_envs": 64,
+                        "update_every": 64,
+                        "agent": {
+                            "gamma": 0.97,
+                            "utd": 0.0625,
+                            "batch_size": 512,
+                            "actor_lr": 1e-3,
+                            "critic_lr": 1e-3,
+                            "initial_alpha": 0.01,
+                        },
+                    },
+                    "ours: many environments, few large updates; rewards are small, and entropy must not outweigh them",
+                ),
+            ),
         ),
         Algorithm(
             name="redq",

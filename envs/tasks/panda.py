@@ -30,7 +30,7 @@ PADS = ("left_pad", "right_pad")
 PAD_Z = 0.0445  # m, of a fingertip's middle, in the finger's frame
 REWARDS = ("dense", "sparse")
 
-FLOOR_BIT, OBJECT_BIT = 1, 2
+FLOOR_BIT, OBJECT_BIT = 1, 2  # of what the hand can touch
 
 
 def sparse_reward(achieved: Tensor, desired: Tensor) -> Tensor:
@@ -55,8 +55,7 @@ class Arm:
         self.pose = own | {name: (value,) for name, value in self.robot.passive.items()}
         self._lower = torch.tensor([joint.lower for joint in self.robot.joints])
         self._upper = torch.tensor([joint.upper for joint in self.robot.joints])
-        steps = [STEP] * 7 + [GRIP_STEP]
-        self._steps = torch.tensor(steps)
+        self._steps = torch.tensor([STEP] * 7 + [GRIP_STEP])
         self._size = 8 if gripper else 7
 
     @property
