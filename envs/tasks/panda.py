@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ctrlrl.envs import events
 from ctrlrl.envs.spec import Action, Event
+from ctrlrl.envs.tasks.scenery import FLOOR, add_scenery
 from ctrlrl.envs.world import World
 from ctrlrl.errors import UsageError, nearest
 from ctrlrl.robots.robot import Robot, get_robot
@@ -131,7 +132,7 @@ class Arm:
         option.cone, option.impratio = mujoco.mjtCone.mjCONE_ELLIPTIC, 10.0
         option.solver, option.iterations, option.ls_iterations = mujoco.mjtSolver.mjSOL_NEWTON, 10, 20
         spec.stat.center, spec.stat.extent = [0.3, 0, 0.3], 0.8  # what a camera looks at
-        spec.visual.headlight.ambient, spec.visual.headlight.diffuse = [0.3] * 3, [0.5] * 3
+        add_scenery(spec)
         for geom in spec.geoms:
             geom.contype = geom.conaffinity = 0
         for body in spec.bodies[1:]:
@@ -149,7 +150,7 @@ class Arm:
             mujoco.mjtGeom.mjGEOM_SPHERE,
         )
         spec.worldbody.add_geom(
-            name="floor", type=plane, size=[0, 0, 0.05], rgba=[0.35, 0.38, 0.42, 1], contype=FLOOR_BIT, conaffinity=0
+            name="floor", type=plane, size=[0, 0, 0.05], material=FLOOR, contype=FLOOR_BIT, conaffinity=0
         )
         touches = {"contype": 0, "conaffinity": FLOOR_BIT | OBJECT_BIT, "group": 3}
         for pad, finger in zip(PADS, ("left_finger", "right_finger"), strict=True):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ctrlrl.envs import events
 from ctrlrl.envs.spec import Action, Command, Event, Obs, Reward, SimTask
+from ctrlrl.envs.tasks.scenery import FLOOR, add_scenery
 from ctrlrl.envs.world import World
 from ctrlrl.mirror import Mirror, Reflection
 from ctrlrl.robots.robot import Robot, get_robot
@@ -245,15 +246,18 @@ def model_of(robot: Robot, folder: str | None) -> mujoco.MjSpec:
     option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     option.cone, option.impratio = mujoco.mjtCone.mjCONE_PYRAMIDAL, 1.0
     option.solver, option.iterations = mujoco.mjtSolver.mjSOL_PGS, 10
+    add_scenery(spec)
     spec.worldbody.add_geom(
         name="floor",
         type=mujoco.mjtGeom.mjGEOM_PLANE,
         size=[0, 0, 0.05],
+        material=FLOOR,
         condim=3,
-        priority=2,
+        priority=2,  # its friction counts, not the feet's
         friction=[0.8, 0.02, 0.01],
+        contype=1,
+        conaffinity=0,
     )
-    spec.geom("floor").contype, spec.geom("floor").conaffinity = 1, 0
     next(joint for joint in spec.joints if joint.type == mujoco.mjtJoint.mjJNT_FREE).name = BASE
     feet = [robot.frames[foot].partition(":")[2] for foot in FEET]
     for geom in spec.geoms:
