@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ctrlrl.envs.actions import ActionBuffer
 from ctrlrl.envs.spaces import build_space
+from ctrlrl.envs.tasks.registry import ROBOT_TASKS
 from ctrlrl.envs.vector import EnvState, RenderFailure, Step, VectorEnv, derive_seeds, require_as_many, seed_per_env
 from ctrlrl.envs.worker import (
     EnvironmentRaised,
@@ -48,7 +49,7 @@ T = TypeVar("T")
 
 def usage_error(refused: Refused) -> UsageError:
     """What the user is told of a `Refused`: its message, and the names that are near."""
-    return UsageError(str(refused) + (nearest(refused.word, refused.known) if refused.word else ""))
+    return UsageError(str(refused) + (nearest(refused.word, [*refused.known, *ROBOT_TASKS]) if refused.word else ""))
 
 
 def made_without_opengl(name: str, text: str, cause: str) -> RenderFailure:

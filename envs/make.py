@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import gymnasium as gym
 
-from ctrlrl.envs.tasks.registry import ROBOT_TASKS, task_of
+from ctrlrl.envs.tasks.registry import ROBOT_TASKS, is_robot_task, task_of
 from ctrlrl.envs.worker import EXTRAS, PixelObservation, build_env, family_of, newest_versions
 from ctrlrl.errors import UsageError, nearest
 
@@ -62,7 +62,8 @@ def make_env(
     """`num_envs` environments behind the vector contract.
 
     Args:
-        env: an id (`HalfCheetah-v5`, `module:ID`), an environment (one only), a function that makes one, a
+        env: an id (`HalfCheetah-v5`; or `module:ID`, where the module registers it, with Gymnasium or by
+            `tasks.registry.register_task`), an environment (one only), a function that makes one, a
             `gymnasium.vector.VectorEnv`, a batch of EnvPool, ManiSkill, Isaac Lab or mjlab (see `foreign`), or a
             `VectorEnv` of ours, which is returned as it is.
         backend: `native` steps ids of which there is a task of ours (`has_native`) as one batch, on threads, with the
@@ -120,7 +121,7 @@ def make_env(
         raise UsageError(f"backend {backend!r} makes environments from an id, and got a {type(env).__name__}")
     if native and pixels:
         raise UsageError(f"backend {backend!r} does not observe pictures; use 'gymnasium' or 'workers' with pixels")
-    if env in ROBOT_TASKS:
+    if isinstance(env, str) and (env in ROBOT_TASKS or (env_python is None and is_robot_task(env))):
         from ctrlrl.envs.sim_vector import make_sim_env
 
         if env_python is not None or pixels:
@@ -205,7 +206,7 @@ def has_native(
     """Whether `make_env` steps `env` natively where the backend is `auto`."""
     if env_python is not None or pixels or (env_kwargs or {}).get("render_mode") == "human":
         return False
-    return isinstance(env, str) and env not in ROBOT_TASKS and task_of(env) is not None
+    return isinstance(env, str) and not is_robot_task(env) and task_of(env) is not None
 
 
 def _checked(maker: Callable[[], gym.Env[Any, Any]], pixels: int, grayscale: bool) -> Callable[[], gym.Env[Any, Any]]:

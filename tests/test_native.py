@@ -16,6 +16,7 @@ import ctrlrl
 from ctrlrl.envs.make import has_native, list_envs, make_env
 from ctrlrl.envs.native import NativeVector, make_native
 from ctrlrl.envs.sim import BatchSim, Sim, ThreadSim
+from ctrlrl.envs.tasks.registry import ROBOT_TASKS
 from ctrlrl.envs.vector import EnvState
 from ctrlrl.errors import EnvironmentFailure, UsageError
 from ctrlrl.training.evaluation import evaluate
@@ -308,7 +309,7 @@ class Still(torch.nn.Module):
 
 def test_which_environments_are_stepped_natively(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(has_native(env_id) for env_id in (*MUJOCO, *CLASSIC))
-    assert {info.id for info in list_envs() if info.native} == {*MUJOCO, *CLASSIC}
+    assert {info.id for info in list_envs() if info.native} == {*MUJOCO, *CLASSIC, *ROBOT_TASKS}
     assert not has_native("HalfCheetah-v4") and not has_native("FrozenLake-v1") and not has_native("Nowhere-v0")
     assert not has_native("CartPole-v1", pixels=32) and not has_native("CartPole-v1", env_python="python")
     slow = gym.envs.registration.EnvSpec("ctrlrl-test/Slow-v0", gym.spec("Pendulum-v1").entry_point, kwargs={"g": 1.0})

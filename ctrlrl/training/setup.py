@@ -15,7 +15,7 @@ from ctrlrl.algorithms.registry import ALGORITHMS, find_algorithm, train_config_
 from ctrlrl.config import Config, TrainConfig
 from ctrlrl.envs.frame_stack import FrameStack
 from ctrlrl.envs.make import has_native, make_env
-from ctrlrl.envs.tasks.registry import ROBOT_TASKS
+from ctrlrl.envs.tasks.registry import is_robot_task
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.execution import multiplies_bfloat16, unavailable
@@ -39,7 +39,7 @@ def make(
     Where nothing else is asked for and `env` is an ID, `share` processes share them.
     """
     backend, cores = config.backend, config.threads
-    if render and not config.env_python and env not in ROBOT_TASKS:
+    if render and not config.env_python and not is_robot_task(env):
         backend = "gymnasium"
     elif backend == "auto" and share > 1 and num_envs > 1 and _spreads(env, config):
         backend, cores = "parallel", share
@@ -68,7 +68,7 @@ def make(
 
 def _spreads(env: EnvLike, config: TrainConfig) -> bool:
     """Whether `env` can be made in worker processes of this interpreter, and is not better stepped natively."""
-    foreign = isinstance(env, str) and env not in ROBOT_TASKS and not config.env_python
+    foreign = isinstance(env, str) and not config.env_python and not is_robot_task(env)
     return foreign and not steps_natively(env, config)
 
 
