@@ -19,7 +19,11 @@ Range = tuple[float, float]
 
 
 def friction(geoms: Sequence[str], sliding: Range) -> Do:
-    """Sliding friction of the geoms, one number for all of them. They need priority over what they touch."""
+    """Sliding friction of the geoms, one number for all of them.
+
+    Of two geoms that touch, the one with the higher `priority` says what friction there is; with equal ones it is the
+    larger of both. So give the geoms priority over what they touch.
+    """
 
     def do(world: World, rows: Tensor) -> None:
         own, _ = world.model_field("geom_friction")  # (N, ngeom, 3)
@@ -43,13 +47,14 @@ def mass(body: str, scale: Range, added: Range = (0.0, 0.0)) -> Do:
     return do
 
 
-def center_of_mass(body: str, offset: Range) -> Do:
-    """Center of mass of a body, moved along each axis, in meters."""
+def center_of_mass(body: str, offset: Range, along: str = "xyz") -> Do:
+    """Center of mass of a body, moved in meters, by an offset of its own along each of these axes of the body."""
+    axes = ["xyz".index(axis) for axis in along]
 
     def do(world: World, rows: Tensor) -> None:
         index = _ids(world.model, mujoco.mjtObj.mjOBJ_BODY, [body])[0]
         own, first = world.model_field("body_ipos")
-        _put(own, rows, (slice(None), index), first[index] + world.random.uniform(3, *offset))
+        _put(own, rows, (slice(None), index, axes), first[index, axes] + world.random.uniform(len(axes), *offset))
 
     return do
 
@@ -70,7 +75,7 @@ def gains(stiffness: Range, damping: Range) -> Do:
 
 
 def motor_strength(scale: Range) -> Do:
-    """Largest force of each actuator, times a factor of its own."""
+    """Largest force of each actuator, times a factor of its own: smaller forces are as before."""
 
     def do(world: World, rows: Tensor) -> None:
         own, first = world.model_field("actuator_forcerange")
@@ -80,14 +85,47 @@ def motor_strength(scale: Range) -> Do:
     return do
 
 
+def motor_constant(scale: Range) -> Do:
+    """All forces of each actuator that takes efforts, times a factor of its own, after it has cut them to its range.
+
+    Not for actuators that take positions, whose idea of where the joint is would change, too: `gains` is for those.
+    """
+
+    def do(world: World, rows: Tensor) -> None:
+        own, first = world.model_field("actuator_gear")
+        factor = world.random.uniform(world.model.nu, *scale)
+        _put(own, rows, (slice(None), slice(None), 0), first[:, 0] * factor)
+
+    return do
+
+
 def joint_friction(joints: Sequence[str], loss: Range) -> Do:
-    """Dry friction of joints, in N m, each with its own."""
+    """Dry friction of hinges and slides, in N m and N, each with its own."""
 
     def do(world: World, rows: Tensor) -> None:
         own, _ = world.model_field("dof_frictionloss")
-        ids = _ids(world.model, mujoco.mjtObj.mjOBJ_JOINT, joints)
-        index = [int(world.model.jnt_dofadr[i]) for i in ids]
+        index = _dofs(world.model, joints)
         _put(own, rows, (slice(None), index), world.random.uniform(len(index), *loss))
+
+    return do
+
+
+def joint_damping(joints: Sequence[str], scale: Range) -> Do:
+    """Damping of hinges and slides, each times a factor of its own."""
+    return _scaled_dofs("dof_damping", joints, scale)
+
+
+def armature(joints: Sequence[str], scale: Range) -> Do:
+    """Inertia of the rotors that drive hinges and slides, each times a factor of its own."""
+    return _scaled_dofs("dof_armature", joints, scale)
+
+
+def bias(name: str, offset: Range, size: int = 1) -> Do:
+    """What a sensor is off by: numbers in `world.memory(name, size, keep=True)`, for the sensor's term to add."""
+
+    def do(world: World, rows: Tensor) -> None:
+        own = world.memory(name, size, keep=True)
+        own.copy_(torch.where(rows[:, None], world.random.uniform(size, *offset), own))
 
     return do
 
@@ -105,7 +143,7 @@ def push(speed: Range) -> Do:
 
 
 def joint_offsets(offset: Range) -> Do:
-    """Positions of the task's joints at an episode's start, rad."""
+    """Positions of the task's joints at an episode's start, from the pose, rad or m."""
 
     def do(world: World, rows: Tensor) -> None:
         drawn = world.random.uniform(len(world.default_joint_pos), *offset)
@@ -119,6 +157,20 @@ def _put(own: Tensor, rows: Tensor, at: tuple[object, ...], value: Tensor) -> No
     part = own[at]  # type: ignore[index]
     where = rows.view(-1, *[1] * (part.dim() - 1))
     own[at] = torch.where(where, value.to(own.dtype), part)  # type: ignore[index]
+
+
+def _scaled_dofs(field: str, joints: Sequence[str], scale: Range) -> Do:
+    def do(world: World, rows: Tensor) -> None:
+        own, first = world.model_field(field)
+        index = _dofs(world.model, joints)
+        _put(own, rows, (slice(None), index), first[index] * world.random.uniform(len(index), *scale))
+
+    return do
+
+
+def _dofs(model: mujoco.MjModel, joints: Sequence[str]) -> list[int]:
+    """Where velocities of joints with one degree of freedom are."""
+    return [int(model.jnt_dofadr[i]) for i in _ids(model, mujoco.mjtObj.mjOBJ_JOINT, joints)]
 
 
 def _ids(model: mujoco.MjModel, kind: mujoco.mjtObj, names: Sequence[str]) -> list[int]:

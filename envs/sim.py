@@ -107,7 +107,7 @@ class Sim(ABC):
     @abstractmethod
     def set_const(self, rows: Tensor) -> None:
         """Compute what MuJoCo derives from expanded fields (`mj_setConst`), where `rows` (N,) bool: after masses,
-        inertias, frames or the reference pose have changed."""
+        inertias, frames or the reference pose have changed. The state stays as it is."""
 
     def overflow(self) -> Tensor | None:
         """(N,) bool: simulations that have had more contacts or constraints than there was memory for, and lost some;

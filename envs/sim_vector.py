@@ -48,6 +48,11 @@ class SimVector(VectorEnv):
     """
 
     def __init__(self, task: SimTask, sim: Sim, *, render: bool = False) -> None:
+        if sim.model.opt.timestep != task.timestep:
+            raise UsageError(
+                f"the task {task.name} wants steps of {task.timestep} s, its model was compiled with "
+                f"{sim.model.opt.timestep}; `physics(task)` compiles it as the task says"
+            )
         self.task, self.sim = task, sim
         self._renders = render
         self._grid: Grid | None = None
@@ -78,6 +83,8 @@ class SimVector(VectorEnv):
         self._begun = False
         self._seeded = torch.zeros(n, dtype=torch.bool, device=device)
         self._failure: EnvironmentFailure | None = None
+        self._resets_models = False
+        """Whether an event changes models at an episode's start, on whose fields others depend."""
         self._rehearse()
         mirror = task.mirror
         seen = {} if mirror is None else mirror.observations
@@ -123,7 +130,7 @@ class SimVector(VectorEnv):
         json: list[dict[str, Any] | None] = [
             {"method": _METHOD, "steps": int(self.world.steps)} for _ in range(self.num_envs)
         ]
-        return EnvState(json, [{k: v[row].copy() for k, v in arrays.items()} for row in range(self.num_envs)])
+        return EnvState(json, [{k: np.array(v[row]) for k, v in arrays.items()} for row in range(self.num_envs)])
 
     def set_state(self, state: EnvState, *, seed: int) -> tuple[dict[str, Tensor] | Tensor, list[str | None]]:
         require_as_many(self, state)
@@ -282,9 +289,9 @@ class SimVector(VectorEnv):
     def _begin(self, rows: Tensor) -> dict[str, Tensor]:
         """Start new episodes where `rows`; returns first observations, which count there only."""
         w, task = self.world, self.task
+        w.random.begin("reset")
         if task.curriculum is not None:
             task.curriculum(w, rows)
-        w.random.begin("reset")
         w.begin(rows, all_memory=False)
         self._sums.masked_fill_(rows[:, None], 0.0)
         self.sim.reset(rows)
@@ -292,6 +299,8 @@ class SimVector(VectorEnv):
         for event in task.events.values():
             if event.when == "reset":
                 event.do(w, rows)
+        if self._resets_models:
+            self.sim.set_const(rows)
         for name, event in self._intervals().items():
             self._set_wait(self._wait[name], rows, event.every)
         if self._action_delay is not None:
@@ -337,9 +346,15 @@ class SimVector(VectorEnv):
         task.action.apply(w, w.action)
         w.random.begin("rehearsal")
         for name, event in task.events.items():
+            if event.when not in ("startup", "reset", "interval"):
+                raise UsageError(
+                    f"the task's event {name} must happen at startup, reset or interval, not at {event.when!r}"
+                )
             if (event.when == "interval") != (event.every is not None):
                 raise UsageError(f"the task's event {name} is of the kind {event.when}, every is {event.every}")
+            w.touched.clear()
             event.do(w, nowhere)
+            self._resets_models |= event.when == "reset" and bool(w.touched)
         if task.command is not None:
             drawn = require("command", task.command.draw(w), w)
             if drawn.shape != w.command.shape:
@@ -461,9 +476,26 @@ def make_sim_env(
     Raises:
         UsageError: the backend cannot simulate it, or a model or an option is missing.
     """
-    if backend not in ("auto", "native", "warp"):
-        raise UsageError(f"{env_id} is a simulation of ours: --backend takes auto, native or warp, got {backend}")
     task = make_robot_task(env_id, options or {})
+    return simulate(task, num_envs, backend=backend, threads=threads, render=render, device=device)
+
+
+def simulate(
+    task: SimTask,
+    num_envs: int,
+    *,
+    backend: str = "auto",
+    threads: int | None = None,
+    render: bool = False,
+    device: torch.device | str = "cpu",
+) -> SimVector:
+    """N environments of a task; arguments as of `make_sim_env`.
+
+    Raises:
+        UsageError: the backend cannot simulate it, or the task contradicts itself or its model.
+    """
+    if backend not in ("auto", "native", "warp"):
+        raise UsageError(f"{task.name} is a simulation of ours: --backend takes auto, native or warp, got {backend}")
     model, on_gpu = physics(task), torch.device(device).type == "cuda"
     if backend == "warp" or (backend == "auto" and on_gpu):
         from ctrlrl.envs.warp import WarpSim
@@ -471,7 +503,9 @@ def make_sim_env(
         pgs = model.opt.solver == mujoco.mjtSolver.mjSOL_PGS
         return SimVector(task, WarpSim(model, num_envs, device, solver="newton" if pgs else None), render=render)
     if on_gpu:
-        raise UsageError(f"{env_id}: --backend native simulates on the CPU, and the learner is on {device}; take warp")
+        raise UsageError(
+            f"{task.name}: --backend native simulates on the CPU, and the learner is on {device}; take warp"
+        )
     return SimVector(task, BatchSim(model, num_envs, threads), render=render)
 
 

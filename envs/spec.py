@@ -42,7 +42,8 @@ class Reward:
     of: Term
     weight: float
     ramp: tuple[float, int] | None = None
-    """The weight that it comes to, linearly, and after how many control steps: a curriculum."""
+    """The weight that it comes to, linearly, and after how many control steps: a curriculum. Evaluations begin at step
+    0, and see the first weight."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Event:
 
     when: Literal["startup", "reset", "interval"]
     """startup: once for each seeding. reset: at the start of an episode, before derived fields are computed. interval:
-    from time to time during it, before a step."""
+    from time to time during it, before a step; what MuJoCo derives from model fields (`Sim.set_const`) is not computed
+    then, so masses are for the other two."""
     do: Callable[[World, Tensor], None]
     """Called with the world and the rows (N,) bool to which it happens; must leave the others alone."""
     every: tuple[float, float] | None = None
@@ -94,7 +96,7 @@ class SimTask:
     model: mujoco.MjSpec
     """Compiled by the environment."""
     timestep: float
-    """Seconds of a step of physics."""
+    """Seconds of a step of physics; the model's own is not used."""
     substeps: int
     """Steps of physics in a control step."""
     episode_seconds: float
@@ -122,6 +124,7 @@ class SimTask:
     command: Command | None = None
     events: Mapping[str, Event] = field(default_factory=dict)
     curriculum: Callable[[World, Tensor], None] | None = None
-    """Called with the rows whose episode is over, before they start anew."""
+    """Called with the rows (N,) bool that start an episode, before they do: after the last one's end, and on a reset. A
+    level that outlives episodes is `World.memory(..., keep=True)`; evaluations start at its beginning, zero."""
     mirror: Mirror | None = None
     """How observations and actions look in a mirror, for policies that are to be symmetric."""

@@ -206,13 +206,19 @@ def aim(camera: mujoco.MjvCamera, model: mujoco.MjModel, data: mujoco.MjData, *,
         camera.type, camera.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, int(bodies[0])
         shown &= roots == model.body_rootid[bodies[0]]
     if shown.any():  # the distance by what moves: the model's own extent counts floors
-        places = data.geom_xpos[shown]
+        places, sizes = data.geom_xpos[shown], model.geom_rbound[shown]
+        endless = (model.jnt_type == mujoco.mjtJoint.mjJNT_HINGE) & (model.jnt_limited == 0) & (not bodies.size)
+        for joint in np.flatnonzero(endless):  # what hangs now may stand later
+            turns = shown & (model.geom_bodyid == model.jnt_bodyid[joint])
+            places = np.concatenate([places, 2 * data.xanchor[joint] - data.geom_xpos[turns]])
+            sizes = np.concatenate([sizes, model.geom_rbound[turns]])
         center = (places.min(0) + places.max(0)) / 2
-        reach = float((np.linalg.norm(places - center, axis=1) + model.geom_rbound[shown]).max())
+        reach = float((np.linalg.norm(places - center, axis=1) + sizes).max())
         if bodies.size:
             camera.distance = _DISTANCE * reach
         else:  # what the camera does not follow moves about
-            camera.lookat[:], camera.distance = center, min(camera.distance, 2 * _DISTANCE * reach)
+            near, far = _DISTANCE * reach, 2 * _DISTANCE * reach
+            camera.lookat[:], camera.distance = center, max(near, min(camera.distance, far))
 
 
 class Grid:

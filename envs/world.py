@@ -62,6 +62,8 @@ class World:
         self._memory: dict[str, Tensor] = {}
         self._kept: set[str] = set()
         self._models: dict[str, tuple[Tensor, Tensor]] = {}
+        self.touched: set[str] = set()
+        """Model fields that were asked for since the environment last emptied this."""
         self._sensors: dict[str, slice] = {}
         self._constants: dict[tuple[float, ...], Tensor] = {}
         ids = [index_of(self.model, mujoco.mjtObj.mjOBJ_JOINT, name) for name in joints]
@@ -114,12 +116,22 @@ class World:
         return self.field("qvel")[:, self.joint_qvel]
 
     def memory(self, name: str, size: int, *, keep: bool = False) -> Tensor:
-        """(N, size) float32 of the task's own, zero when an episode starts; with `keep` only when rows are seeded."""
+        """(N, size) float32 of the task's own, zero when an episode starts; with `keep` only when rows are seeded.
+
+        Raises:
+            UsageError: what is called so is of another size, or is kept where this is not.
+        """
         if name not in self._memory:
             self._memory[name] = torch.zeros(self.num_envs, size, device=self.device)
             if keep:
                 self._kept.add(name)
-        return self._memory[name]
+        value = self._memory[name]
+        if value.shape[1] != size or (name in self._kept) != keep:
+            raise UsageError(
+                f"the task asks for its memory {name!r} in two ways: of size {value.shape[1]}, "
+                f"keep={name in self._kept}, and of size {size}, keep={keep}"
+            )
+        return value
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -142,6 +154,7 @@ class World:
 
     def model_field(self, name: str) -> tuple[Tensor, Tensor]:
         """An `MjModel` field, each simulation's own (N, ...) and live, and what it was at first (...)."""
+        self.touched.add(name)
         if name not in self._models:
             own = self.sim.expand(name)
             self._models[name] = own, own[0].clone()

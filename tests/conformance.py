@@ -305,6 +305,8 @@ def check_state(env: VectorEnv, other: VectorEnv, steps: list[Step], expected: E
         state = env.get_state()
         assert len(state.json) == len(state.arrays) == expected.num_envs
         stored = json.loads(json.dumps(state.json))
+        kinds = {type(array) for entry in state.arrays for array in entry.values()}
+        assert kinds <= {np.ndarray}, "a checkpoint gives numbers back as numbers, not as arrays"
         arrays = [{name: array.copy() for name, array in entry.items()} for entry in state.arrays]
         other.reset(SEED + 7)
         rollout(other, 2, seed=3)
