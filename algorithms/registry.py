@@ -87,6 +87,49 @@ ALGORITHMS = {
             presets=(
                 *_CONTINUOUS,
                 Preset(
+                    "velocity",
+                    r"\w+VelocityFlat-",
+                    {
+                        "num_envs": 512,
+                        "steps": 15_000_000,
+                        "learning_starts": 25_600,
+                        "update_every": 512,
+                        "eval_every": 1_000_000,
+                        "checkpoint_every": 1_000_000,
+                        "log_every": 51_200,
+                        "agent": {
+                            "utd": 1 / 512,
+                            "batch_size": 1024,
+                            "gamma": 0.97,
+                            "tau": 0.02,
+                            "initial_alpha": 0.01,
+                            "layer_norm": True,
+                            "normalize_obs": True,
+                        },
+                    },
+                    "many environments, one large update for a step of all of them (FastTD3, FastSAC)",
+                ),
+                Preset(
+                    "swing-up",
+                    r"\w+SwingUp-",
+                    {
+                        "num_envs": 64,
+                        "steps": 500_000,
+                        "learning_starts": 10_000,
+                        "update_every": 64,
+                        "eval_every": 25_000,
+                        "checkpoint_every": 50_000,
+                        "agent": {
+                            "utd": 0.0625,
+                            "batch_size": 512,
+                            "actor_lr": 1e-3,
+                            "critic_lr": 1e-3,
+                            "hidden": [128, 128],
+                        },
+                    },
+                    "many environments, few and large updates",
+                ),
+                Preset(
                     "panda",
                     r"Panda(Reach|Lift)-",
                     {
@@ -199,6 +242,28 @@ ALGORITHMS = {
                         },
                     },
                     "many environments, short rollouts, large minibatches (mjbatch, rsl_rl)",
+                ),
+                Preset(
+                    "swing-up",
+                    r"\w+SwingUp-",
+                    {
+                        "num_envs": 128,
+                        "rollout_steps": 32 * 128,
+                        "steps": 2_000_000,
+                        "eval_every": 100_000,
+                        "checkpoint_every": 100_000,
+                        "log_every": 32 * 128,
+                        "agent": {
+                            "epochs": 5,
+                            "minibatch_size": 1024,
+                            "lr": 1e-3,
+                            "lr_schedule": "adaptive",
+                            "entropy_coef": 0.005,
+                            "max_grad_norm": 1.0,
+                            "activation": "elu",
+                        },
+                    },
+                    "many environments, short rollouts, large minibatches, as for walking",
                 ),
                 Preset(
                     "panda",
