@@ -133,6 +133,8 @@ class Arm:
         option.solver, option.iterations, option.ls_iterations = mujoco.mjtSolver.mjSOL_NEWTON, 10, 20
         spec.stat.center, spec.stat.extent = [0.3, 0, 0.3], 0.8  # what a camera looks at
         add_scenery(spec)
+        # From in front and beside, towards where things are taken up.
+        spec.worldbody.add_camera(name="tracking", pos=[1.6, -1.1, 0.95], quat=[0.759, 0.5042, 0.228, 0.3431], fovy=40)
         for geom in spec.geoms:
             geom.contype = geom.conaffinity = 0
         for body in spec.bodies[1:]:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ctrlrl.envs import events
 from ctrlrl.envs.spec import Action, Event, Obs, Reward, SimTask
+from ctrlrl.envs.tasks.scenery import add_scenery
 from ctrlrl.envs.world import World
 from ctrlrl.mirror import Mirror, Reflection
 from ctrlrl.robots.robot import Robot, get_robot
@@ -86,6 +87,8 @@ def pendulum(
 def _swing_up(
     name: str, robot: Robot, sparse: bool, randomize: bool, symmetric: bool, observation_delay: int, history: int
 ) -> SimTask:
+    model = robot.spec()
+    add_scenery(model)
     driven, has_rail = robot.joints[0], bool(robot.passive)
     pose = {driven.name: driven.default} | dict(robot.passive)
     hinge = list(pose)[-1]
@@ -108,7 +111,7 @@ def _swing_up(
         factors["centered"] = terms.centered
     return SimTask(
         name=name,
-        model=robot.spec(),
+        model=model,
         timestep=TIMESTEP,
         substeps=SUBSTEPS,
         episode_seconds=10.0,
