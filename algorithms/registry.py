@@ -91,7 +91,7 @@ ALGORITHMS = {
                     r"\w+VelocityFlat-",
                     {
                         "num_envs": 512,
-                        "steps": 15_000_000,
+                        "steps": 10_000_000,
                         "learning_starts": 25_600,
                         "update_every": 512,
                         "eval_every": 1_000_000,
@@ -225,7 +225,7 @@ ALGORITHMS = {
                     {
                         "num_envs": 1024,
                         "rollout_steps": 24 * 1024,
-                        "steps": 15_000_000,
+                        "steps": 10_000_000,
                         "eval_every": 1_000_000,
                         "checkpoint_every": 1_000_000,
                         "log_every": 24 * 1024,
