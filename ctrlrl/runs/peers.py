@@ -127,7 +127,14 @@ def _run(part: _Part, library: str, path: Path) -> RunRecord:
         none = np.empty(0)
         evaluations.append(
             Evaluation(
-                step=step, time=0.0, checkpoint="current", returns=returns, lengths=none, success=None, best=False
+                step=step,
+                time=0.0,
+                checkpoint="current",
+                returns=returns,
+                lengths=none,
+                success=None,
+                best=False,
+                figures={},
             )
         )
     return RunRecord(

@@ -58,6 +58,8 @@ class Evaluation:
     """Share of successful episodes, where the task knows."""
     best: bool
     """Whether the run kept it as its best checkpoint so far."""
+    figures: dict[str, float]
+    """Means over the episodes of what the task says of each, without the reward's terms."""
 
     @property
     def mean(self) -> float:
@@ -294,6 +296,11 @@ def _evaluation(step: int, seconds: float, record: Mapping[str, Any]) -> Evaluat
         lengths=lengths,
         success=None if not success else float(np.mean(success)),
         best=bool(record.get("best", False)),
+        figures={
+            name.removeprefix("episode/"): float(value)
+            for name, value in (record.get("figures") or {}).items()
+            if not name.startswith("episode/reward/")
+        },
     )
 
 
