@@ -88,5 +88,5 @@ class Mirror:
     """How observations and actions look in a mirror."""
 
     observations: Mapping[str, Reflection]
-    """Of each group, or of `obs` where there is one."""
+    """Of each group, by its name."""
     action: Reflection

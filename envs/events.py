@@ -27,7 +27,7 @@ def friction(geoms: Sequence[str], sliding: Range) -> Do:
 
     def do(world: World, rows: Tensor) -> None:
         own, _ = world.model_field("geom_friction")  # (N, ngeom, 3)
-        index = _ids(world.model, mujoco.mjtObj.mjOBJ_GEOM, geoms)
+        index = world.indices(mujoco.mjtObj.mjOBJ_GEOM, geoms)
         _put(own, rows, (slice(None), index, 0), world.random.uniform(1, *sliding))
 
     return do
@@ -37,7 +37,7 @@ def mass(body: str, scale: Range, added: Range = (0.0, 0.0)) -> Do:
     """Mass of a body times a factor, and kilograms added; its inertia follows the mass."""
 
     def do(world: World, rows: Tensor) -> None:
-        index = _ids(world.model, mujoco.mjtObj.mjOBJ_BODY, [body])[0]
+        index = index_of(world.model, mujoco.mjtObj.mjOBJ_BODY, body)
         own, first = world.model_field("body_mass")
         inertia, first_inertia = world.model_field("body_inertia")
         new = first[index] * world.random.uniform(1, *scale) + world.random.uniform(1, *added)  # (N, 1)
@@ -52,9 +52,11 @@ def center_of_mass(body: str, offset: Range, along: str = "xyz") -> Do:
     axes = ["xyz".index(axis) for axis in along]
 
     def do(world: World, rows: Tensor) -> None:
-        index = _ids(world.model, mujoco.mjtObj.mjOBJ_BODY, [body])[0]
+        index = index_of(world.model, mujoco.mjtObj.mjOBJ_BODY, body)
         own, first = world.model_field("body_ipos")
-        _put(own, rows, (slice(None), index, axes), first[index, axes] + world.random.uniform(len(axes), *offset))
+        drawn = world.random.uniform(len(axes), *offset)
+        for axis, moved in zip(axes, drawn.unbind(1), strict=True):
+            _put(own, rows, (slice(None), index, axis), first[index, axis] + moved)
 
     return do
 
@@ -104,7 +106,7 @@ def joint_friction(joints: Sequence[str], loss: Range) -> Do:
 
     def do(world: World, rows: Tensor) -> None:
         own, _ = world.model_field("dof_frictionloss")
-        index = _dofs(world.model, joints)
+        index = world.dofs(joints)
         _put(own, rows, (slice(None), index), world.random.uniform(len(index), *loss))
 
     return do
@@ -162,16 +164,7 @@ def _put(own: Tensor, rows: Tensor, at: tuple[object, ...], value: Tensor) -> No
 def _scaled_dofs(field: str, joints: Sequence[str], scale: Range) -> Do:
     def do(world: World, rows: Tensor) -> None:
         own, first = world.model_field(field)
-        index = _dofs(world.model, joints)
+        index = world.dofs(joints)
         _put(own, rows, (slice(None), index), first[index] * world.random.uniform(len(index), *scale))
 
     return do
-
-
-def _dofs(model: mujoco.MjModel, joints: Sequence[str]) -> list[int]:
-    """Where velocities of joints with one degree of freedom are."""
-    return [int(model.jnt_dofadr[i]) for i in _ids(model, mujoco.mjtObj.mjOBJ_JOINT, joints)]
-
-
-def _ids(model: mujoco.MjModel, kind: mujoco.mjtObj, names: Sequence[str]) -> list[int]:
-    return [index_of(model, kind, name) for name in names]

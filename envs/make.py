@@ -114,7 +114,7 @@ def make_env(
         raise UsageError("grayscale goes with pixels: pictures of how many pixels a side?")
     render_headless()
 
-    if backend == "warp" and env not in ROBOT_TASKS:
+    if backend == "warp" and not is_robot_task(env):
         raise UsageError(f"backend 'warp' simulates tasks of ours ({', '.join(ROBOT_TASKS)}), and got {env!r}")
     native = backend in ("native", "native-fast")
     if native and not isinstance(env, str):

@@ -54,6 +54,14 @@ _STATE_FIELDS = {
     )
 }
 """Fields that are parts of the state, in its order, which is that of their bits."""
+READ_BY_SET_CONST = frozenset(
+    (
+        *("qpos0", "body_mass", "body_inertia", "body_ipos", "body_iquat", "body_pos", "body_quat"),
+        *("dof_armature", "tendon_armature", "actuator_armature", "actuator_gear", "eq_data", "geom_size"),
+        *("cam_pos", "cam_quat", "light_pos", "light_dir", "tendon_stiffness", "tendon_damping"),
+    )
+)
+"""Model fields from which `set_const` derives others."""
 _INTEGRATION = "integration"
 _NOTHING = int(mujoco.mjtStage.mjSTAGE_NONE)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ctrlrl.envs.gymnasium_backend import picture
 from ctrlrl.envs.observations import Delay, Group, require, require_figure
-from ctrlrl.envs.sim import BatchSim, Sim
+from ctrlrl.envs.sim import READ_BY_SET_CONST, BatchSim, Sim
 from ctrlrl.envs.spec import Event, SimTask
 from ctrlrl.envs.tasks.registry import make_robot_task
 from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds, require_as_many, seed_per_env
@@ -81,7 +81,6 @@ class SimVector(VectorEnv):
         self._command_wait = torch.zeros(n, 1, device=device)
         self._action_delay = Delay(w, size, task.action.delay) if task.action.delay != (0, 0) else None
         self._begun = False
-        self._seeded = torch.zeros(n, dtype=torch.bool, device=device)
         self._failure: EnvironmentFailure | None = None
         self._resets_models = False
         """Whether an event changes models at an episode's start, on whose fields others depend."""
@@ -95,23 +94,19 @@ class SimVector(VectorEnv):
     # --- the contract -------------------------------------------------------------------------------------------------
 
     def reset(self, seed: int | Sequence[int] | None = None) -> dict[str, Tensor] | Tensor:
-        seeds = {row: own for row, own in enumerate(seed_per_env(seed, self.num_envs)) if own is not None}
-        if not self._begun and len(seeds) < self.num_envs:
-            fresh = derive_seeds(int(np.random.SeedSequence().generate_state(1)[0]), self.num_envs)
-            seeds = dict(enumerate(fresh)) | seeds
-        if seeds:
-            self.world.random.seed(list(seeds), list(seeds.values()))
-            if len(seeds) == self.num_envs:
-                self.world.steps.zero_()
-                self._ramp()
-        self._seeded = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-        self._seeded[list(seeds)] = True
+        seeds = [own for own in seed_per_env(seed, self.num_envs) if own is not None]
+        if not self._begun and not seeds:
+            seeds = derive_seeds(int(np.random.SeedSequence().generate_state(1)[0]), self.num_envs)
         self._begun = True
         everything = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
         with self._guarded():
             if seeds:
-                self._start_up(self._seeded)
-            return self._bare(self._begin(everything))
+                self.world.random.seed(range(self.num_envs), seeds)
+                self.world.steps.zero_()
+                self._ramp()
+                self._start_up(everything)
+            self._seen = self._begin(everything)
+        return self._bare(self._seen)
 
     def step(self, action: Tensor) -> Step:
         if not self._begun:
@@ -191,6 +186,7 @@ class SimVector(VectorEnv):
         w.random.begin("step")
         for name, event in self._intervals().items():
             self._happen(name, event)
+            w.refresh()
         w.last_action.copy_(w.action)
         applied = action.to(self.device, torch.float32).clamp(-1.0, 1.0)
         w.action.copy_(applied)
@@ -221,6 +217,10 @@ class SimVector(VectorEnv):
         obs, log = final, {}
         if not self._on_cpu or bool(over.any()):
             log = self._log(over & valid)
+            if task.curriculum is not None:
+                w.random.begin("curriculum")
+                task.curriculum(w, over & valid)
+                w.random.end(over & valid)
             obs = {k: torch.where(over[:, None], new, final[k]) for k, new in self._begin(over).items()}
             if diverged is not None:  # nothing that was seen of it is to be relied on
                 final = {k: torch.where(diverged[:, None], obs[k], value) for k, value in final.items()}
@@ -290,8 +290,6 @@ class SimVector(VectorEnv):
         """Start new episodes where `rows`; returns first observations, which count there only."""
         w, task = self.world, self.task
         w.random.begin("reset")
-        if task.curriculum is not None:
-            task.curriculum(w, rows)
         w.begin(rows, all_memory=False)
         self._sums.masked_fill_(rows[:, None], 0.0)
         self.sim.reset(rows)
@@ -305,6 +303,7 @@ class SimVector(VectorEnv):
             self._set_wait(self._wait[name], rows, event.every)
         if self._action_delay is not None:
             self._action_delay.begin(w, rows, w.action)
+        w.refresh()
         task.action.apply(w, w.action)
         self.sim.forward(rows)
         w.refresh()
@@ -341,9 +340,7 @@ class SimVector(VectorEnv):
         """Ask every term once: for its shape, and for the fields, memories and model fields that it uses. Simulations
         must not have begun: the model fields that differ between them have to be known before."""
         w, task, nowhere = self.world, self.task, torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-        if not task.observations or not task.rewards:
-            raise UsageError(f"the task {self.name} needs an observation group and a reward at least")
-        task.action.apply(w, w.action)
+        self._rehearse_action()
         w.random.begin("rehearsal")
         for name, event in task.events.items():
             if event.when not in ("startup", "reset", "interval"):
@@ -354,7 +351,13 @@ class SimVector(VectorEnv):
                 raise UsageError(f"the task's event {name} is of the kind {event.when}, every is {event.every}")
             w.touched.clear()
             event.do(w, nowhere)
-            self._resets_models |= event.when == "reset" and bool(w.touched)
+            constants = w.touched & READ_BY_SET_CONST
+            if event.when == "interval" and constants:
+                raise UsageError(
+                    f"the task's event {name} changes the model's {min(constants)} during an episode, from which "
+                    "MuJoCo derives constants; let it happen at startup or reset"
+                )
+            self._resets_models |= event.when == "reset" and bool(constants)
         if task.command is not None:
             drawn = require("command", task.command.draw(w), w)
             if drawn.shape != w.command.shape:
@@ -382,6 +385,20 @@ class SimVector(VectorEnv):
         w.random.end()
         w.begin(~nowhere, all_memory=True)
 
+    def _rehearse_action(self) -> None:
+        """Refuse an action that keeps something by itself: it is asked for again where other rows start an episode."""
+        w, apply = self.world, self.task.action.apply
+        half = torch.full_like(w.action, 0.5)
+        apply(w, half)
+        before = {name: value.clone() for name, value in w.state().items() if name.startswith("memory/")}
+        apply(w, half)
+        for name, value in before.items():
+            if not torch.equal(w.state()[name], value):
+                raise UsageError(
+                    f"the task's action changes the memory {name.removeprefix('memory/')!r} each time it is applied, "
+                    "which is more than once in a step where other episodes begin; change it in track"
+                )
+
     def _state(self) -> dict[str, Tensor]:
         """(N, ...) each, by name; live, but for the simulations'."""
         own = {"sums": self._sums, "command_wait": self._command_wait} | self.world.state()
@@ -398,9 +415,8 @@ class SimVector(VectorEnv):
             return "no state was saved"
         if json.get("method") != _METHOD:
             return "its state was saved by another backend"
-        if {name: np.shape(array) for name, array in arrays.items()} != {
-            name: tuple(value.shape[1:]) for name, value in own.items()
-        }:
+        # What was saved besides belongs to somebody who looked at more fields.
+        if any(name not in arrays or np.shape(arrays[name]) != value.shape[1:] for name, value in own.items()):
             return "the state saved is of another task, or of the same one on another backend"
         return None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import mujoco
 from torch import Tensor
 
+from ctrlrl.errors import UsageError
 from ctrlrl.mirror import Mirror
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ class Action:
     names: Sequence[str]
     """Of its entries: joints, for most robots."""
     apply: Callable[[World, Tensor], None]
-    """Writes controls from actions (N, size)."""
+    """Writes controls from actions (N, size), for all rows. Where an episode begins it is asked once more, with zeros
+    there, so what it remembers from step to step is kept by `SimTask.track`."""
     delay: tuple[int, int] = (0, 0)
     """Control steps, from and to, by which it takes effect late; drawn for each episode."""
 
@@ -124,7 +126,36 @@ class SimTask:
     command: Command | None = None
     events: Mapping[str, Event] = field(default_factory=dict)
     curriculum: Callable[[World, Tensor], None] | None = None
-    """Called with the rows (N,) bool that start an episode, before they do: after the last one's end, and on a reset. A
+    """Called with the rows (N,) bool whose episode has ended, before they start anew; not with those that diverged. A
     level that outlives episodes is `World.memory(..., keep=True)`; evaluations start at its beginning, zero."""
     mirror: Mirror | None = None
     """How observations and actions look in a mirror, for policies that are to be symmetric."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            UsageError: a field is out of range, or two things would be logged under one name.
+        """
+        self._require("joints", bool(self.joints), "must name a joint at least", list(self.joints))
+        self._require("action.names", bool(self.action.names), "must name an entry at least", list(self.action.names))
+        self._require("timestep", self.timestep > 0, "must be above 0 s", self.timestep)
+        self._require("substeps", self.substeps >= 1, "must be at least 1", self.substeps)
+        self._require("episode_seconds", self.episode_seconds > 0, "must be above 0 s", self.episode_seconds)
+        self._require("rewards", bool(self.rewards), "must have a term at least", list(self.rewards))
+        groups = list(self.observations)
+        policy = len(groups) == 1 or "policy" in groups
+        self._require("observations", policy, "must be groups of which one group is policy", groups)
+        for group, terms in self.observations.items():
+            self._require(f"observations of {group}", bool(terms), "have no term", list(terms))
+        twice = (set(self.metrics) & set(self.outcomes)) | ({"success"} & set(self.metrics))
+        self._require("metrics and outcomes", not twice, "are named twice, or success is no outcome", sorted(twice))
+        for name, event in self.events.items():
+            if event.every is not None:
+                low, high = event.every
+                self._require(
+                    f"events[{name!r}].every", 0 < low <= high, "must be seconds above 0, the fewest first", event.every
+                )
+
+    def _require(self, field_name: str, ok: bool, rule: str, value: object) -> None:
+        if not ok:
+            raise UsageError(f"the task {self.name}: {field_name} {rule}, got {value}")

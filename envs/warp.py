@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ctrlrl.envs.sim import _STATE_FIELDS, Array, Sim, _require_whole_state
+from ctrlrl.envs.sim import _STATE_FIELDS, READ_BY_SET_CONST, Array, Sim, _require_whole_state
 from ctrlrl.errors import UsageError, nearest
 
 _STATE = ("time", *_STATE_FIELDS, "history", "plastic", "eq_active", "userdata")
@@ -39,13 +39,6 @@ _DERIVED = frozenset(
     )
 )
 """Fields that mean the same in MuJoCo Warp as in `mujoco.MjData`; others (`M`, `qLD`) are laid out otherwise."""
-_READ_BY_SET_CONST = frozenset(
-    (
-        *("qpos0", "body_mass", "body_inertia", "body_ipos", "body_iquat", "body_pos", "body_quat"),
-        *("dof_armature", "tendon_armature", "actuator_armature", "actuator_gear", "eq_data", "geom_size"),
-        *("cam_pos", "cam_quat", "light_pos", "light_dir", "tendon_stiffness", "tendon_damping"),
-    )
-)
 _WRITTEN_BY_SET_CONST = (
     *("body_subtreemass", "geom_aabb", "geom_rbound", "geom_size", "tendon_length0", "eq_data"),
     *("cam_pos0", "cam_poscom0", "cam_mat0", "light_pos0", "light_poscom0", "light_dir0"),
@@ -194,7 +187,7 @@ class WarpSim(Sim):
         value = self._tensor(getattr(holder, attribute)) if _has_rows(holder, attribute) else None
         if value is None or value.shape[1:] != np.shape(getattr(theirs, attribute)) or not value.is_floating_point():
             raise UsageError(f"the model's {name} cannot differ between simulations on MuJoCo Warp")
-        for other in (name, *(_WRITTEN_BY_SET_CONST if name in _READ_BY_SET_CONST else ())):
+        for other in (name, *(_WRITTEN_BY_SET_CONST if name in READ_BY_SET_CONST else ())):
             if other not in self._expanded:
                 self._expand(other)
         return self._expanded[name]
@@ -202,7 +195,7 @@ class WarpSim(Sim):
     def set_const(self, rows: Tensor) -> None:
         """What MuJoCo Warp computes is in the documentation of `mujoco_warp.set_const`; not among it are `dof_length`
         and the reference lengths of springs of tendons."""
-        if not self._expanded.keys() & _READ_BY_SET_CONST:
+        if not self._expanded.keys() & READ_BY_SET_CONST:
             return  # nothing that it reads can have changed
         constants = [self._expanded[name] for name in _WRITTEN_BY_SET_CONST]
         before, derived = [value.clone() for value in constants], [value.clone() for value in self._derived.values()]
@@ -362,7 +355,9 @@ def _import() -> tuple[Any, Any]:
 
         warp.init()
     except ImportError as error:
-        raise UsageError(f"simulation on a GPU needs MuJoCo Warp: pip install 'ctrlrl[warp]' ({error})") from error
+        raise UsageError(
+            f"simulation on a GPU needs MuJoCo Warp: pip install 'ctrlrl[warp]', or take --device cpu ({error})"
+        ) from error
     return warp, mujoco_warp
 
 

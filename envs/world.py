@@ -66,6 +66,7 @@ class World:
         """Model fields that were asked for since the environment last emptied this."""
         self._sensors: dict[str, slice] = {}
         self._constants: dict[tuple[float, ...], Tensor] = {}
+        self._indices: dict[tuple[int | str, ...], Tensor] = {}
         ids = [index_of(self.model, mujoco.mjtObj.mjOBJ_JOINT, name) for name in joints]
         self.joint_qpos = _places([int(self.model.jnt_qposadr[i]) for i in ids], device)
         self.joint_qvel = _places([int(self.model.jnt_dofadr[i]) for i in ids], device)
@@ -94,10 +95,33 @@ class World:
         for name in names:
             self.sensor(name)
         places = [self._sensors[name] for name in names]
+        sizes = {place.stop - place.start for place in places}
+        if len(sizes) > 1:
+            raise UsageError(f"sensors of one size make a block, {', '.join(names)} have {sorted(sizes)}")
         if all(a.stop == b.start for a, b in itertools.pairwise(places)):
             block = self.field("sensordata")[:, places[0].start : places[-1].stop]
             return block.view(self.num_envs, len(names), -1)
         return torch.stack([self.sensor(name) for name in names], 1)
+
+    def indices(self, kind: mujoco.mjtObj, names: Sequence[str]) -> Tensor:
+        """(len(names),) int64 on the device: the numbers of what is called so in the model; the same tensor each time.
+
+        Raises:
+            UsageError: there is none; says what there is.
+        """
+        key: tuple[int | str, ...] = (int(kind), *names)
+        if key not in self._indices:
+            found = [index_of(self.model, kind, name) for name in names]
+            self._indices[key] = torch.tensor(found, device=self.device)
+        return self._indices[key]
+
+    def dofs(self, joints: Sequence[str]) -> Tensor:
+        """(len(joints),) int64 on the device: where velocities of hinges and slides are; the same tensor each time."""
+        key: tuple[int | str, ...] = ("dofs", *joints)
+        if key not in self._indices:
+            places = self.model.jnt_dofadr[self.indices(mujoco.mjtObj.mjOBJ_JOINT, joints).cpu().numpy()]
+            self._indices[key] = torch.tensor(places.tolist(), device=self.device)
+        return self._indices[key]
 
     def constant(self, *values: float) -> Tensor:
         """(len(values),) on the device; the same tensor each time."""
@@ -175,6 +199,8 @@ class World:
         for name, value in self._memory.items():
             if all_memory or name not in self._kept:
                 value.masked_fill_(column, 0.0)
+            else:  # of a simulation that diverged
+                value.nan_to_num_(0.0, 0.0, 0.0)
         self.action.masked_fill_(column, 0.0)
         self.last_action.masked_fill_(column, 0.0)
         self.elapsed.masked_fill_(rows, 0)

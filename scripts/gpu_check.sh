@@ -29,7 +29,7 @@ done
 echo
 echo "simulations on the GPU (envs/warp.py) against those of the CPU:"
 echo
-CTRLRL_TEST_DEVICE=cuda "$python" -m pytest tests/test_sim.py tests/test_warp.py || failed=1
+CTRLRL_TEST_DEVICE=cuda "$python" -m pytest -m "" tests/test_sim.py tests/test_warp.py tests/test_backends.py || failed=1
 echo
 "$python" scripts/bench_warp.py --device cuda --num-sims 4096 2>"$out/log" || { tail -20 "$out/log"; failed=1; }
 
@@ -64,4 +64,27 @@ for algo in sac redq droq dsac-t td3; do
 done
 halves_equal_whole sac-discrete CartPole-v1 --learning-starts 900 || failed=1
 halves_equal_whole ppo Pendulum-v1 --rollout-steps 600 || failed=1
+halves_equal_whole ppo CartPoleSwingUp-v0 --num-envs 20 --rollout-steps 600 || failed=1
+
+echo
+echo "a quadruped in 4096 simulations on the GPU, and that no step waits for it:"
+echo
+"$python" - <<'PY' || failed=1
+import torch
+
+from ctrlrl.envs.make import make_env
+
+env = make_env("Go1VelocityFlat-v0", num_envs=64, device="cuda")
+env.reset(0)
+action = torch.zeros(64, 12, device="cuda")
+for _ in range(3):  # compiles and records
+    env.step(action)
+torch.cuda.set_sync_debug_mode("error")
+for _ in range(10):
+    env.step(action)
+torch.cuda.set_sync_debug_mode("default")
+print("no step waits for the GPU")
+PY
+"$python" scripts/profile_loop.py --algo ppo --env Go1VelocityFlat-v0 --steps 20000000 -- \
+    --num-envs 4096 --rollout-steps 98304 --agent.minibatch-size 24576 --device cuda || failed=1
 exit $failed

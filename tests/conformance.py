@@ -297,11 +297,13 @@ def check_reference(env: VectorEnv, first: Obs, steps: list[Step], expected: Exp
 def check_state(env: VectorEnv, other: VectorEnv, steps: list[Step], expected: Expected) -> None:
     """`get_state` disturbs nothing, and `set_state` goes on to the bit in another instance, or says why not."""
     ends = [t for t, step in enumerate(steps) if bool((step.terminated | step.truncated).any())]
-    moments = {1, ends[0] + 1, min(ends[-1] + 2, len(steps) - 1)}  # mid-episode, right after an end, after several
+    # Before the first step, mid-episode, right after an end, after several.
+    moments = {0, 1, ends[0] + 1, min(ends[-1] + 2, len(steps) - 1)}
     for moment in sorted(moments):
-        env.reset(SEED)
-        rollout(env, moment)
-        before = copy_obs(steps[moment - 1].obs)
+        before = copy_obs(env.reset(SEED))
+        if moment:
+            rollout(env, moment)
+            before = copy_obs(steps[moment - 1].obs)
         state = env.get_state()
         assert len(state.json) == len(state.arrays) == expected.num_envs
         stored = json.loads(json.dumps(state.json))
@@ -320,6 +322,14 @@ def check_state(env: VectorEnv, other: VectorEnv, steps: list[Step], expected: E
         assert same(copy_obs(obs), before), "set_state gives another observation to act on"
         count = expected.ends_within + 2
         assert_same_steps(rollout(other, count, seed=5), rollout(env, count, seed=5), f"going on from step {moment}")
+        n = expected.num_envs
+        some = EnvState([stored[0], *[None] * (n - 1)], [arrays[0], *[{}] * (n - 1)])
+        obs, reasons = other.set_state(some, seed=SEED + 9)
+        assert reasons[0] is None and all(reasons[1:])
+        assert same(row(obs, 0), row(before, 0))
+        fresh = copy_obs(env.reset(SEED + 9))
+        for index in range(1, n):
+            assert same(row(obs, index), row(fresh, index)), "a row that starts afresh shows its first observation"
 
 
 def check_fresh_start(env: VectorEnv, other: VectorEnv, expected: Expected) -> None:

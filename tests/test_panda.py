@@ -282,7 +282,7 @@ def test_kinematics() -> None:
     ("env_id", "options", "message"),
     [
         ("PandaReach-v0", {"reward": "spars"}, "reward must be dense or sparse, got 'spars'. Did you mean sparse"),
-        ("PandaLift-v0", {"reward": None}, "reward must be dense or sparse, got None"),
+        ("PandaLift-v0", {"reward": None}, "option reward takes text, got None"),
         ("PandaReach-v0", {"orientatoin": True}, "PandaReach-v0 has no option 'orientatoin'. Did you mean orientation"),
         ("PandaLift-v0", {"orientation": True}, "has no option 'orientation'.*reward, randomize, folder"),
         ("PandaReach-v0", {"reward": "sparse", "orientation": True}, "sparse reward is of positions alone"),

@@ -12,6 +12,7 @@ import torch
 
 from ctrlrl.envs.make import make_env
 from ctrlrl.envs.spec import Action, Event, Obs, Reward
+from ctrlrl.envs.world import World
 from ctrlrl.errors import UsageError
 from ctrlrl.mirror import Mirror, Reflection
 from tests.conformance import check_vector_env
@@ -122,7 +123,9 @@ def test_startup_randomization_stays_until_seeded_anew() -> None:
     assert torch.equal(env.reset()["privileged"][:, 2], first)
     assert torch.equal(env.reset(0)["privileged"][:, 2], first)
     assert not torch.equal(env.reset(1)["privileged"][:, 2], first)
-    # MuJoCo knows: the constants derived from the masses are each simulation's own.
+    weights = env.sim.expand("dof_invweight0")[:, 0]  # MuJoCo knows: what it derives from masses is each one's own
+    order = env.reset(1)["privileged"][:, 2].argsort()
+    assert weights.std() > 0.1 and (weights[order].diff() <= 0).all()  # the heavier, the less
     assert (env.world.memory("lifetime", 1, keep=True) == 0).all()
 
 
@@ -183,6 +186,47 @@ def test_diverged_simulations_are_no_transitions() -> None:
     assert env.world.elapsed.tolist() == [2, 0, 2]
 
 
+def test_rows_are_independent() -> None:
+    """Row i of N is what a single environment with its seed is, whenever the others' episodes end."""
+    seeds = [11, 12, 13, 14]
+    near = {"terminations": {"far": lambda w: place(w)[:, 0].abs() > 0.2}}
+    env, singles = make_cart(4, **near), [make_cart(1, **near) for _ in seeds]
+    first = env.reset(seeds)
+    for row, (single, seed) in enumerate(zip(singles, seeds, strict=True)):
+        assert torch.equal(single.reset([seed])["policy"][0], first["policy"][row])
+    ends = set()
+    for t, action in enumerate(random_actions(4, 120)):
+        step = env.step(action)
+        for row, single in enumerate(singles):
+            one = single.step(action[row : row + 1])
+            assert torch.equal(one.reward[0], step.reward[row])
+            for name, value in step.obs.items():
+                assert torch.equal(one.obs[name][0], value[row])
+                assert torch.equal(one.final_obs[name][0], step.final_obs[name][row])
+        ends.add((t, tuple((step.terminated | step.truncated).tolist())))
+    assert any(any(over) and not all(over) for _, over in ends)  # not all at the same time
+
+
+def remembers(w: World, action: torch.Tensor) -> None:
+    w.memory("smooth", 1).lerp_(action, 0.3)
+    w.control(w.memory("smooth", 1))
+
+
+def test_state_fields_are_current_in_events_and_actions() -> None:
+    """What a reset event or an interval event has written is what the action sees."""
+    seen: list[torch.Tensor] = []
+
+    def apply(w: World, action: torch.Tensor) -> None:
+        seen.append(torch.cat([w.field("qpos") - w.live("qpos"), w.field("qvel") - w.live("qvel")], 1).abs().max())
+        w.control(action)
+
+    env = make_cart(3, action=Action(["rail"], apply))
+    env.reset(0)
+    for action in random_actions(3, 70):
+        env.step(action)
+    assert len(seen) > 70 and max(seen) < 1e-6  # rounding to float32
+
+
 def test_keeps_state_of_its_own() -> None:
     """Going on from a state in another instance gives the same bits; conformance checks it for all that ends, too."""
     env, other = make_cart(4), make_cart(4)
@@ -203,6 +247,17 @@ def test_keeps_state_of_its_own() -> None:
 
 
 BAD = {
+    "stateful action": ({"action": Action(["rail"], remembers)}, "action changes the memory 'smooth'"),
+    "joints": ({"joints": []}, "joints must name"),
+    "substeps": ({"substeps": 0}, "substeps must be"),
+    "seconds": ({"episode_seconds": 0.0}, "episode_seconds must be"),
+    "groups": ({"observations": {"a": {"x": Obs(place)}, "b": {"x": Obs(place)}}}, "one group is policy"),
+    "empty group": ({"observations": {"policy": {}}}, "policy .* no term"),
+    "names": ({"metrics": {"success": distance}}, "success .* twice|named twice"),
+    "late mass": (
+        {"events": {"mass": Event("interval", cart_task().events["mass"].do, every=(1, 2))}},
+        "body_inertia during an episode|body_mass during an episode",
+    ),
     "reward": ({"rewards": {"tall": Reward(place, 1.0)}}, r"reward tall .* shape \(2,\), it gave \(2, 1\)"),
     "rows": ({"rewards": {"one": Reward(lambda w: torch.zeros(1), 1.0)}}, r"reward one .*\(2, ...\), it gave \(1,\)"),
     "dtype": ({"terminations": {"far": lambda w: place(w)[:, 0]}}, "termination far must give torch.bool"),

@@ -62,6 +62,15 @@ def test_deviations_change_places_only() -> None:
     torch.testing.assert_close(other.log_std, one.log_std[:, order], atol=1e-6, rtol=1e-5)
 
 
+def test_both_sides_explore_alike() -> None:
+    """PPO's deviations are parameters of their own."""
+    made = PPO(*boxes(), seed=1)
+    with torch.no_grad():
+        made.policy.head.log_std.copy_(torch.tensor([0.1, 0.5, 0.2]))
+    deviation = made.policy.distribution(torch.randn(5, 4)).log_std
+    torch.testing.assert_close(deviation.broadcast_to(5, 3)[0], torch.tensor([0.3, 0.3, 0.2]))
+
+
 def test_is_the_average_of_both_sides() -> None:
     """Against the same weights without symmetry."""
     observation, action = boxes()

@@ -13,9 +13,8 @@ import torch
 import ctrlrl
 from ctrlrl.envs.make import make_env
 from ctrlrl.envs.sim import BatchSim
-from ctrlrl.envs.sim_vector import SimVector
+from ctrlrl.envs.sim_vector import SimVector, physics
 from ctrlrl.envs.spec import Obs
-from ctrlrl.envs.tasks import velocity
 from ctrlrl.envs.tasks.registry import make_robot_task
 from ctrlrl.errors import UsageError
 from ctrlrl.mirror import ReflectedBox
@@ -30,14 +29,14 @@ def noiseless(robot: str, num_envs: int) -> SimVector:
     task = make_robot_task(TASKS[robot], {"randomize": False})
     clean = {name: {k: Obs(term.of) for k, term in terms.items()} for name, terms in task.observations.items()}
     task = dataclasses.replace(task, observations=clean)
-    return SimVector(task, BatchSim(task.model.compile(), num_envs))
+    return SimVector(task, BatchSim(physics(task), num_envs))
 
 
 @pytest.mark.parametrize("robot", TASKS)
 def test_contract(robot: str) -> None:
     def make(num_envs: int) -> SimVector:
         task = dataclasses.replace(make_robot_task(TASKS[robot], {}), episode_seconds=0.4)
-        return SimVector(task, BatchSim(task.model.compile(), num_envs))
+        return SimVector(task, BatchSim(physics(task), num_envs))
 
     check_vector_env(make, ends_within=20, num_envs=2)
 
@@ -99,8 +98,8 @@ def test_mirror() -> None:
         w.last_action[0] = torch.rand(12) - 0.5
         w.last_action[1] = w.last_action[0][order] * sign
         w.memory("clock", 1)[:, 0] = torch.tensor([0.11 * seed, (0.11 * seed + 0.5) % 1])
-        w.memory("height", 4)[0] = torch.tensor([0.0, 0.1, 0.2, 0.3])
-        w.memory("height", 4)[1] = torch.tensor([0.1, 0.0, 0.3, 0.2])
+        w.memory("landed", 4)[0] = torch.tensor([0.0, 1.0, 1.0, 0.0])
+        w.memory("landed", 4)[1] = torch.tensor([1.0, 0.0, 0.0, 1.0])
         for name, group in env.groups.items():
             seen = group.first(w, torch.zeros(2, dtype=torch.bool))
             o, s = task.mirror.observations[name].tensors()
@@ -147,11 +146,13 @@ def test_rewards_by_hand() -> None:
     # The gait: at a quarter of the cycle FR and RL are at their highest, FL and RR on the ground.
     w.memory("clock", 1).fill_(0.25)
     for foot, height in (("FR", 0.06), ("FL", 0.0), ("RR", 0.0), ("RL", 0.06)):
-        w.sensor(f"{foot} position")[:, 2] = height + velocity.FOOT_RADIUS
+        w.sensor(f"{foot} position")[:, 2] = height + env.sim.model.geom("FR").size[0]
         w.sensor(f"{foot} velocity")[:] = torch.tensor([0.2, 0.0, -0.3])
     slide = np.exp(-0.04 / 0.1)
     assert rewards["gait"].of(w).tolist() == pytest.approx([(2 + 2 * slide) / 4] * 2, rel=1e-4)
     w.memory("height", 4)[:] = torch.tensor([0.06, 0.01, 0.0, 0.06])  # FL has just come down
+    env.task.track(w)
+    w.memory("clock", 1).fill_(0.25)
     assert rewards["landing"].of(w).tolist() == pytest.approx([0.09, 0.09])
     w.command.zero_()  # at rest all feet should be down
     expected = (2 * np.exp(-4.0 - 0.04 / 0.1) + 2 * slide) / 4

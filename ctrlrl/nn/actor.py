@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlrl.errors import UsageError
+from ctrlrl.mirror import ReflectedBox
 from ctrlrl.nn.discrete import Choices, make_choices
 from ctrlrl.nn.distributions import Categorical, DiagonalGaussian
 from ctrlrl.nn.encoder import Encoder, ObservationNormalizer
@@ -59,14 +60,21 @@ class GaussianHead(Head):
     beyond the bounds is clipped for the environment only: log-probabilities are those of what was drawn.
     """
 
+    _counterpart: Tensor | None
+
     def __init__(self, observation_space: gym.Space[Any], space: gym.spaces.Box, log_std: float) -> None:
         super().__init__()
         self.observation_space, self.scaling = observation_space, ActionScaling(space)
         self.inputs, self.outputs = 0, math.prod(space.shape)
         self.log_std = nn.Parameter(torch.full((self.outputs,), log_std))
+        other_side = space.reflection.tensors()[0] if isinstance(space, ReflectedBox) else None  # explores alike
+        self.register_buffer("_counterpart", other_side, persistent=False)
 
     def distribution(self, network: Network, features: Tensor, obs: Obs) -> DiagonalGaussian:
-        return DiagonalGaussian(at_least_float32(network(features)), self.log_std)
+        mean, log_std = at_least_float32(network(features)), self.log_std
+        if self._counterpart is None:
+            return DiagonalGaussian(mean, log_std)
+        return DiagonalGaussian(mean, (log_std + log_std[self._counterpart]) / 2)
 
     def to_environment(self, decision: Tensor) -> Tensor:
         return self.scaling.to_environment(decision)

@@ -198,8 +198,8 @@ class OnPolicyNetworks(Networks):
         super().__init__(observation_space, settings, network, encoder, action_space=action_space, one_loss=True)
         if self._symmetry is not None and settings.recurrent != "none":
             raise UsageError(
-                "agent.recurrent does not go with a task whose policy is to be symmetric: turn one of them off "
-                "(--env-kwargs '{\"symmetric\": false}')"
+                "agent.recurrent does not go with a task whose policy is to be symmetric: take --agent.recurrent none, "
+                "or turn the task's mirror off (of ours by --env-kwargs '{\"symmetric\": false}')"
             )
         self._recurrent, self._size, self._activation = settings.recurrent, settings.recurrent_size, settings.activation
 

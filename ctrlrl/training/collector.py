@@ -98,7 +98,8 @@ class Collector:
             transitions = len(valid)
         if not done.any():
             return [], transitions
-        success = step.log.get("success")
+        said = step.log.get("success")
+        success = None if said is None else said.float().cpu().numpy()
         rows = (done & (self.lengths > 0) & valid).nonzero()[0].tolist()
         self._note(step.log)
         episodes = [
@@ -106,7 +107,7 @@ class Collector:
                 i,
                 float(self.returns[i]),
                 int(self.lengths[i]),
-                None if success is None or torch.isnan(success[i].float()) else bool(success[i]),
+                None if success is None or np.isnan(success[i]) else bool(success[i]),
             )
             for i in rows
         ]

@@ -150,7 +150,8 @@ def evaluate_run(
     try:
         result = evaluate(vector, loaded.policy, seeds)
     finally:
-        vector.close()
+        if vector is not source:
+            vector.close()
     record = {"date": now(), "kind": "eval", "step": step_of(path), "checkpoint": checkpoint, "seeds": result.seeds}
     record |= {"returns": result.returns, "lengths": result.lengths, "success": result.success, "mean": result.mean}
     record["figures"] = result.figures

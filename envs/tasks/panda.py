@@ -54,9 +54,9 @@ class Arm:
         self.joints = [joint.name for joint in self.robot.joints]  # the gripper's the last
         own = {joint.name: (POSE.get(joint.name, joint.default),) for joint in self.robot.joints}
         self.pose = own | {name: (value,) for name, value in self.robot.passive.items()}
-        self._lower = torch.tensor([joint.lower for joint in self.robot.joints])
-        self._upper = torch.tensor([joint.upper for joint in self.robot.joints])
-        self._steps = torch.tensor([STEP] * 7 + [GRIP_STEP])
+        self._lower = tuple(joint.lower for joint in self.robot.joints)
+        self._upper = tuple(joint.upper for joint in self.robot.joints)
+        self._steps = (*[STEP] * 7, GRIP_STEP)
         self._size = 8 if gripper else 7
 
     @property
@@ -68,11 +68,11 @@ class Arm:
         # Targets are kept as offsets from the pose in which episodes start, and taken over by `track`, so that asking
         # again, as happens where another row's episode begins, adds nothing.
         target = w.memory("target", 8) + w.default_joint_pos
-        target[:, : self._size] += action * self._steps[: self._size].to(w.device)
+        target[:, : self._size] += action * w.constant(*self._steps[: self._size])
         now = w.live("qpos")[:, w.joint_qpos].to(torch.float32)
         # What is blocked, by the floor say, comes back at once. The gripper's target may be ahead: that is its force.
         target[:, :7] = target[:, :7].clamp(now[:, :7] - LEAD, now[:, :7] + LEAD)
-        w.control(target.clamp(self._lower.to(w.device), self._upper.to(w.device)))
+        w.control(target.clamp(w.constant(*self._lower), w.constant(*self._upper)))
 
     def track(self, w: World) -> None:
         """Once a step: takes over targets, and puts the goal's mark where the goal is."""
@@ -190,7 +190,7 @@ def require_reward(name: str, reward: str) -> None:
 
 def draw_in(w: World, low: tuple[float, ...], high: tuple[float, ...]) -> Tensor:
     """(N, len(low)) uniform numbers between corners of a box."""
-    return w.random.uniform(len(low), torch.tensor(low, device=w.device), torch.tensor(high, device=w.device))
+    return w.random.uniform(len(low), w.constant(*low), w.constant(*high))
 
 
 def norm(vector: Tensor) -> Tensor:

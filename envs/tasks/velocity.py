@@ -23,7 +23,6 @@ from ctrlrl.robots.robot import Robot, get_robot
 
 BASE = "base"  # the floating joint
 FEET = ("FR", "FL", "RR", "RL")
-FOOT_RADIUS = 0.023  # m
 SPEED = (1.5, 0.8, 1.2)  # m/s forward, m/s sideways, rad/s: largest commands
 SHARE = (0.9, 0.25, 0.5)  # of commands in which each is not zero
 GAIT = 2.0  # steps per second of each foot
@@ -50,7 +49,8 @@ def velocity(
 
 def _velocity(name: str, robot: Robot, folder: str | None, randomize: bool, symmetric: bool) -> SimTask:
     joints = [joint.name for joint in robot.joints]
-    terms = Terms(robot)
+    model = model_of(robot, folder)
+    terms = Terms(robot, model.geom(_part(robot, FEET[0])).size[0])
     disturbances = {
         "friction": Event("startup", events.friction(["floor"], (0.4, 1.0))),
         "mass": Event("startup", events.mass(robot.base, (0.9, 1.1), (-1.0, 1.0))),
@@ -61,7 +61,7 @@ def _velocity(name: str, robot: Robot, folder: str | None, randomize: bool, symm
     }
     return SimTask(
         name=name,
-        model=model_of(robot, folder),
+        model=model,
         timestep=0.005,
         substeps=4,
         episode_seconds=10.0,
@@ -116,7 +116,8 @@ def _velocity(name: str, robot: Robot, folder: str | None, randomize: bool, symm
 class Terms:
     """The terms, for one robot."""
 
-    def __init__(self, robot: Robot) -> None:
+    def __init__(self, robot: Robot, foot_radius: float) -> None:
+        self._radius = foot_radius  # m
         middles = [(joint.lower + joint.upper) / 2 for joint in robot.joints]
         halves = [(joint.upper - joint.lower) / 2 for joint in robot.joints]
         self._middle, self._reach = tuple(middles), tuple(0.9 * half for half in halves)
@@ -157,7 +158,7 @@ class Terms:
 
     def heights(self, w: World) -> Tensor:
         """(N, 4) m, of the feet over the ground."""
-        return w.sensors([f"{foot} position" for foot in FEET])[:, :, 2] - FOOT_RADIUS
+        return w.sensors([f"{foot} position" for foot in FEET])[:, :, 2] - self._radius
 
     def speeds(self, w: World) -> Tensor:
         """(N, 4, 3) m/s, of the feet."""
@@ -172,6 +173,9 @@ class Terms:
         sums = w.memory("distance", 2)  # asked for, and gone that way
         sums[:, 0] += asked
         sums[:, 1] += went
+        heights, was = self.heights(w), w.memory("height", 4)
+        w.memory("landed", 4).copy_((heights < 0.005) & (was >= 0.005))
+        was.copy_(heights)
 
     # What is rewarded.
 
@@ -201,10 +205,7 @@ class Terms:
 
     def lands_hard(self, w: World) -> Tensor:
         """(N,) squared vertical speed, m2/s2, of feet that come down to the ground."""
-        heights, was = self.heights(w), w.memory("height", 4)
-        landed = (heights < 0.005) & (was >= 0.005)
-        was.copy_(heights)
-        return (self.speeds(w)[:, :, 2].clamp(max=0.0).square() * landed).sum(1)
+        return (self.speeds(w)[:, :, 2].clamp(max=0.0).square() * w.memory("landed", 4)).sum(1)
 
     # How it ends.
 
@@ -242,7 +243,6 @@ def model_of(robot: Robot, folder: str | None) -> mujoco.MjSpec:
     """The robot on a floor that only its feet touch, with the sensors that the terms read."""
     spec = robot.spec(folder)
     option = spec.option
-    option.timestep = 0.005
     option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     option.cone, option.impratio = mujoco.mjtCone.mjCONE_PYRAMIDAL, 1.0
     option.solver, option.iterations = mujoco.mjtSolver.mjSOL_PGS, 10
@@ -259,13 +259,13 @@ def model_of(robot: Robot, folder: str | None) -> mujoco.MjSpec:
         conaffinity=0,
     )
     next(joint for joint in spec.joints if joint.type == mujoco.mjtJoint.mjJNT_FREE).name = BASE
-    feet = [robot.frames[foot].partition(":")[2] for foot in FEET]
+    feet = [_part(robot, foot) for foot in FEET]
     for geom in spec.geoms:
         if geom.name != "floor":
             geom.contype, geom.conaffinity = 0, int(geom.name in feet)
             geom.margin = 0.0
 
-    imu = robot.frames["imu"].partition(":")[2]
+    imu = _part(robot, "imu")
     site = mujoco.mjtObj.mjOBJ_SITE
     spec.add_sensor(name="velocity", type=mujoco.mjtSensor.mjSENS_VELOCIMETER, objtype=site, objname=imu)
     spec.add_sensor(name="rotation", type=mujoco.mjtSensor.mjSENS_GYRO, objtype=site, objname=imu)
@@ -280,6 +280,11 @@ def model_of(robot: Robot, folder: str | None) -> mujoco.MjSpec:
         for name, foot in zip(FEET, feet, strict=True):
             spec.add_sensor(name=f"{name} {what}", type=kind, objtype=geom_type, objname=foot)
     return spec
+
+
+def _part(robot: Robot, frame: str) -> str:
+    """What a frame of the robot is called in its model."""
+    return robot.frames[frame].partition(":")[2]
 
 
 def mirror_of(joints: list[str]) -> Mirror:
