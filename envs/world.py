@@ -64,7 +64,7 @@ class World:
         self._models: dict[str, tuple[Tensor, Tensor]] = {}
         self.touched: set[str] = set()
         """Model fields that were asked for since the environment last emptied this."""
-        self._sensors: dict[str, slice] = {}
+        self._views: dict[str | tuple[str, ...], Tensor] = {}
         self._constants: dict[tuple[float, ...], Tensor] = {}
         self._indices: dict[tuple[int | str, ...], Tensor] = {}
         ids = [index_of(self.model, mujoco.mjtObj.mjOBJ_JOINT, name) for name in joints]
@@ -83,25 +83,36 @@ class World:
         return self._fields[name]
 
     def sensor(self, name: str) -> Tensor:
-        """(N, size) of a sensor of the model."""
-        if name not in self._sensors:
-            i = index_of(self.model, mujoco.mjtObj.mjOBJ_SENSOR, name)
-            begin = int(self.model.sensor_adr[i])
-            self._sensors[name] = slice(begin, begin + int(self.model.sensor_dim[i]))
-        return self.field("sensordata")[:, self._sensors[name]]
+        """(N, size) of a sensor of the model; the same view each time."""
+        if name not in self._views:
+            self._views[name] = self.field("sensordata")[:, self._place(name)]
+        return self._views[name]
 
     def sensors(self, names: Sequence[str]) -> Tensor:
-        """(N, len(names), size) of sensors of one size; a view where they lie one after the other in the model."""
-        for name in names:
-            self.sensor(name)
-        places = [self._sensors[name] for name in names]
+        """(N, len(names), size) of sensors of one size; the same view each time where they lie one after the other in
+        the model.
+
+        Raises:
+            UsageError: their sizes differ.
+        """
+        key = tuple(names)
+        if key in self._views:
+            return self._views[key]
+        places = [self._place(name) for name in names]
         sizes = {place.stop - place.start for place in places}
         if len(sizes) > 1:
             raise UsageError(f"sensors of one size make a block, {', '.join(names)} have {sorted(sizes)}")
-        if all(a.stop == b.start for a, b in itertools.pairwise(places)):
-            block = self.field("sensordata")[:, places[0].start : places[-1].stop]
-            return block.view(self.num_envs, len(names), -1)
-        return torch.stack([self.sensor(name) for name in names], 1)
+        if any(a.stop != b.start for a, b in itertools.pairwise(places)):
+            return torch.stack([self.sensor(name) for name in names], 1)
+        block = self.field("sensordata")[:, places[0].start : places[-1].stop]
+        self._views[key] = block.view(self.num_envs, len(names), -1)
+        return self._views[key]
+
+    def _place(self, name: str) -> slice:
+        """Where a sensor's numbers are."""
+        i = index_of(self.model, mujoco.mjtObj.mjOBJ_SENSOR, name)
+        begin = int(self.model.sensor_adr[i])
+        return slice(begin, begin + int(self.model.sensor_dim[i]))
 
     def indices(self, kind: mujoco.mjtObj, names: Sequence[str]) -> Tensor:
         """(len(names),) int64 on the device: the numbers of what is called so in the model; the same tensor each time.
