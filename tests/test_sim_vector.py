@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from ctrlrl.algorithms.ppo import PPO
 from ctrlrl.envs.make import make_env
 from ctrlrl.envs.spec import Action, Event, Obs, Reward
 from ctrlrl.envs.world import World
 from ctrlrl.errors import UsageError
 from ctrlrl.mirror import Mirror, Reflection
+from ctrlrl.training.collector import Collector
 from tests.conformance import check_vector_env
 from tests.simulations import cart_mirror, cart_task, distance, make_cart, place, push
 
@@ -335,3 +337,14 @@ def test_backends_refused() -> None:
             continue
         with pytest.raises(UsageError, match=words):
             make_env(env, backend="warp", device="cuda")
+
+
+def test_rows_that_are_no_transition_are_counted() -> None:
+    env = make_cart(3)
+    agent = PPO(env.observation_space, env.action_space)
+    collector = Collector(env, agent.policy, env.reset(0), seed=0)
+    env.sim.field("qvel")[1] = 1e12
+    step, _, _ = collector.step(random=True)
+    assert collector.finished(step) == ([], 2)
+    assert collector.figures() == {"invalid_rows": 1.0}
+    assert collector.figures() == {}

@@ -242,5 +242,6 @@ def test_the_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(name, *args)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UsageError, match=r"pip install 'ctrlrl\[warp\]' \(No module named 'mujoco_warp'\)"):
+    message = r"pip install 'ctrlrl\[warp\]', or take --device cpu \(No module named 'mujoco_warp'\)"
+    with pytest.raises(UsageError, match=message):
         WarpSim(small_model(), 2, DEVICE)

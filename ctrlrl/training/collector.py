@@ -117,9 +117,9 @@ class Collector:
 
     def figures(self) -> dict[str, float]:
         """Means of what the environment has logged of the episodes that ended since the last call (`episode/...`), and
-        how many rows were no transition, of simulations that diverged, say."""
+        where there were any, how many rows were no transition: of simulations that diverged, say."""
         means = {name: total / count for name, (total, count) in self._figures.items() if count}
-        if self.env.may_be_invalid:
+        if self._invalid:
             means["invalid_rows"] = float(self._invalid)
         self._figures, self._invalid = {}, 0
         return means
