@@ -1,9 +1,9 @@
 """N simulations of one MuJoCo model behind one seam, so that a task is written once.
 
-`BatchSim` steps them on MuJoCo's own thread pool (`mujoco.batch`), which is the fastest on a CPU. `ThreadSim` keeps one
-`MjData` for each and steps them on threads of Python: slower, but every derived field is what a single simulation would
-show after a step, contact forces among them (see there). Both give, to the bit, what a loop over single simulations
-gives, whatever the number of threads.
+`BatchSim` steps them on MuJoCo's own thread pool (`mujoco.batch`), which is the fastest on a CPU. `ThreadSim` steps
+them one by one on threads of Python: slower, but every derived field is what a single simulation would show after a
+step, contact forces among them (see there). Both give, to the bit, what a loop over single simulations gives, whatever
+the number of threads.
 
 Fields have the names of `mujoco.MjData`. State fields (qpos, qvel, ctrl, mocap_pos, ...) are read and written; derived
 ones (xpos, sensordata, ...) are read, and belong to the state before the last substep, as after `mj_step`.
@@ -12,6 +12,7 @@ ones (xpos, sensordata, ...) are read, and belong to the state before the last s
 from __future__ import annotations
 
 import itertools
+import queue
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -205,7 +206,8 @@ class BatchSim(Sim):
 
 
 class ThreadSim(Sim):
-    """One `MjData` for each simulation, on threads of Python, which MuJoCo frees while it computes.
+    """On threads of Python, which MuJoCo frees while it computes, with one `MjData` for each thread: what belongs to a
+    simulation is its state, and fewer of these large objects stay in the processor's caches.
 
     All simulations share the model. After each step `after` is called with model and data,
     `mujoco.mj_rnePostConstraint` say, and sees what a single simulation would: of a Runge-Kutta step, the last stage.
@@ -221,46 +223,52 @@ class ThreadSim(Sim):
         _require_whole_state(model)
         self.model, self.num_sims = model, num_sims
         self._after = after
-        self._data = [mujoco.MjData(model) for _ in range(num_sims)]
-        self._warnings = [data.warning.number[_DIVERGED] for data in self._data]
+        threads = threads_for(num_sims, threads)
+        self._desks = [_Desk(model) for _ in range(threads)]
         self._warned = np.zeros(num_sims, np.bool_)
         self._state = np.empty((num_sims, mujoco.mj_stateSize(model, _STATE)))
+        mujoco.mj_getState(model, self._desks[0].data, self._state[0], _STATE)
+        self._state[1:] = self._state[0]
         self._derived: dict[str, Array] = {}
-        self._read: list[list[tuple[Array, Array]]] = [[] for _ in range(num_sims)]
-        for row in range(num_sims):
-            self._take(row)
-        threads = threads_for(num_sims, threads)
         # A few shares per thread, since a simulation in contact takes longer than one in the air.
         edges = np.linspace(0, num_sims, min(num_sims, 1 if threads == 1 else 4 * threads) + 1).astype(int)
         self._shares = [range(first, last) for first, last in itertools.pairwise(edges)]
+        self._free: queue.SimpleQueue[_Desk] = queue.SimpleQueue()
+        for desk in self._desks:
+            self._free.put(desk)
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def field(self, name: str) -> Tensor:
-        first = getattr(self._data[0], name)
+        first = getattr(self._desks[0].data, name)
         if name in _STATE_FIELDS:
             component = _STATE_FIELDS[name]
             begin = mujoco.mj_stateSize(self.model, int(_STATE) & (int(component) - 1))
             view = self._state[:, begin : begin + mujoco.mj_stateSize(self.model, component)]
             return torch.from_numpy(view.reshape(self.num_sims, *np.shape(first)))
         if name not in self._derived:
-            views = [getattr(data, name) for data in self._data]
-            self._derived[name] = np.stack(views)
-            for row, pair in enumerate(zip(views, self._derived[name], strict=True)):
-                self._read[row].append(pair)
+            self._derived[name] = np.zeros((self.num_sims, *np.shape(first)), first.dtype)
+            for desk in self._desks:
+                desk.read.append((getattr(desk.data, name), self._derived[name]))
         return torch.from_numpy(self._derived[name])
 
     def step(self, substeps: int) -> None:
-        model, after = self.model, self._after
+        model, after, state = self.model, self._after, self._state
 
         def advance(share: range) -> None:
-            for row in share:
-                data = self._data[row]
-                mujoco.mj_setState(model, data, self._state[row], _STATE)
-                mujoco.mj_step(model, data, substeps)
-                if after is not None:
-                    after(model, data)
-                self._take(row)
-                self._warned[row] = self._warnings[row].any()
+            desk = self._free.get()
+            data, warnings = desk.data, desk.warnings
+            try:
+                for row in share:
+                    mujoco.mj_setState(model, data, state[row], _STATE)
+                    mujoco.mj_step(model, data, substeps)
+                    if after is not None:
+                        after(model, data)
+                    self._take(row, desk)
+                    if warnings.any():
+                        self._warned[row] = True
+                        warnings[:] = 0
+            finally:
+                self._free.put(desk)
 
         try:
             self._each_share(advance)
@@ -268,22 +276,23 @@ class ThreadSim(Sim):
             raise EnvironmentFailure(f"MuJoCo failed: {error}") from error
 
     def reset(self, rows: Tensor) -> None:
+        desk = self._desks[0]
         for row in rows.nonzero().flatten().tolist():
-            mujoco.mj_resetData(self.model, self._data[row])
-            self._take(row)
+            mujoco.mj_resetData(self.model, desk.data)
+            self._take(row, desk)
 
     def forward(self, rows: Tensor) -> None:
+        desk = self._desks[0]
         for row in rows.nonzero().flatten().tolist():
-            mujoco.mj_setState(self.model, self._data[row], self._state[row], _STATE)
-            mujoco.mj_forward(self.model, self._data[row])
-            self._take(row)
+            mujoco.mj_resetData(self.model, desk.data)  # what forward does not compute is of another simulation
+            mujoco.mj_setState(self.model, desk.data, self._state[row], _STATE)
+            mujoco.mj_forward(self.model, desk.data)
+            self._take(row, desk)
 
     def diverged(self) -> Tensor | None:
         if not self._warned.any():
             return None
         rows = self._warned.copy()
-        for row in np.flatnonzero(rows):
-            self._warnings[row][:] = 0
         self._warned[:] = False
         return torch.from_numpy(rows)
 
@@ -307,11 +316,11 @@ class ThreadSim(Sim):
             self._pool.shutdown()
             self._pool = None
 
-    def _take(self, row: int) -> None:
-        """Read state and derived fields of one simulation."""
-        mujoco.mj_getState(self.model, self._data[row], self._state[row], _STATE)
-        for view, ours in self._read[row]:
-            ours[:] = view
+    def _take(self, row: int, desk: _Desk) -> None:
+        """Read state and derived fields of the simulation that lies on a desk."""
+        mujoco.mj_getState(self.model, desk.data, self._state[row], _STATE)
+        for view, ours in desk.read:
+            ours[row] = view
 
     def _each_share(self, work: Callable[[range], None]) -> None:
         if self._pool is None:
@@ -324,6 +333,16 @@ class ThreadSim(Sim):
                 future.result()
         finally:
             wait(futures)  # an interrupt must not leave threads at work on what is used next
+
+
+class _Desk:
+    """An `MjData` that simulations take turns on."""
+
+    def __init__(self, model: mujoco.MjModel) -> None:
+        self.data = mujoco.MjData(model)
+        self.warnings: Array = self.data.warning.number[_DIVERGED]
+        self.read: list[tuple[Array, Array]] = []
+        """Views of fields, and where they are kept for each simulation (N, ...)."""
 
 
 def _require_whole_state(model: mujoco.MjModel) -> None:
