@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -80,15 +80,7 @@ class Group:
         for i, delay in enumerate(self._delays):
             if delay is not None:
                 values[i] = delay.push(values[i])
-        now = self._noisy(world, values)
-        if self._plain:
-            return now
-        parts = list(torch.split(now, self._sizes, 1))
-        for i, past in enumerate(self._history):
-            if past is not None:
-                past.copy_(torch.cat([past[:, 1:], parts[i][:, None]], 1))
-                parts[i] = past.flatten(1)
-        return torch.cat(parts, 1)
+        return self._with_history(world, values, lambda past, now: torch.cat([past[:, 1:], now[:, None]], 1))
 
     def first(self, world: World, rows: Tensor) -> Tensor:
         """(N, size) at an episode's start, where `rows` (N,) bool; anything elsewhere."""
@@ -96,21 +88,27 @@ class Group:
         for value, delay in zip(values, self._delays, strict=True):
             if delay is not None:
                 delay.begin(world, rows, value)
-        now = self._noisy(world, values)
-        if self._plain:
-            return now
-        parts = list(torch.split(now, self._sizes, 1))
-        for i, past in enumerate(self._history):
-            if past is not None:
-                past.copy_(torch.where(rows[:, None, None], parts[i][:, None], past))
-                parts[i] = past.flatten(1)
-        return torch.cat(parts, 1)
+        return self._with_history(world, values, lambda past, now: torch.where(rows[:, None, None], now[:, None], past))
 
     def state(self) -> dict[str, Tensor]:
         """(N, ...) each, live."""
         delays = {f"delay/{i}": d.past for i, d in enumerate(self._delays) if d is not None}
         lags = {f"lag/{i}": d.lag for i, d in enumerate(self._delays) if d is not None}
         return delays | lags | {f"history/{i}": past for i, past in enumerate(self._history) if past is not None}
+
+    def _with_history(
+        self, world: World, values: list[Tensor], following: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """(N, size) of terms' `values`; `following` gives a history (N, H, size) from itself and the value of now."""
+        now = self._noisy(world, values)
+        if self._plain:
+            return now
+        parts = list(torch.split(now, self._sizes, 1))
+        for i, past in enumerate(self._history):
+            if past is not None:
+                past.copy_(following(past, parts[i]))
+                parts[i] = past.flatten(1)
+        return torch.cat(parts, 1)
 
     def _noisy(self, world: World, values: list[Tensor]) -> Tensor:
         now = torch.cat(values, 1)

@@ -520,7 +520,8 @@ def simulate(
         return SimVector(task, WarpSim(model, num_envs, device, solver="newton" if pgs else None), render=render)
     if on_gpu:
         raise UsageError(
-            f"{task.name}: --backend native simulates on the CPU, and the learner is on {device}; take warp"
+            f"{task.name}: --backend native simulates on the CPU, and the learner is on {device}: "
+            "take --backend warp, or --device cpu"
         )
     return SimVector(task, BatchSim(model, num_envs, threads), render=render)
 

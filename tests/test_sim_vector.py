@@ -13,10 +13,12 @@ import torch
 from ctrlrl.algorithms.ppo import PPO
 from ctrlrl.envs.make import make_env
 from ctrlrl.envs.spec import Action, Event, Obs, Reward
+from ctrlrl.envs.vector import Step
 from ctrlrl.envs.world import World
 from ctrlrl.errors import UsageError
 from ctrlrl.mirror import Mirror, Reflection
 from ctrlrl.training.collector import Collector
+from ctrlrl.training.evaluation import evaluate
 from tests.conformance import check_vector_env
 from tests.simulations import cart_mirror, cart_task, distance, make_cart, place, push
 
@@ -348,3 +350,20 @@ def test_rows_that_are_no_transition_are_counted() -> None:
     assert collector.finished(step) == ([], 2)
     assert collector.figures() == {"invalid_rows": 1.0}
     assert collector.figures() == {}
+
+
+def test_an_unstable_episode_is_no_success() -> None:
+    """Also where it ends before any other has told of success."""
+    env = make_cart(3, terminations={}, outcomes={"success": lambda w: torch.ones(w.num_envs)})
+    agent = PPO(env.observation_space, env.action_space)
+    steps, step = [0], env.step
+
+    def unstable(action: torch.Tensor) -> Step:
+        steps[0] += 1
+        if steps[0] == 3:
+            env.sim.field("qvel")[1] = 1e12
+        return step(action)
+
+    env.step = unstable  # type: ignore[method-assign]
+    result = evaluate(env, agent.policy, [1, 2, 3])
+    assert result.success == [True, False, True] and result.lengths == [30, 2, 30]

@@ -79,6 +79,7 @@ def _evaluate(
         total = torch.zeros(n, dtype=torch.float64, device=env.device)
         count = torch.zeros(n, dtype=torch.int64, device=env.device)
         outcomes: dict[str, torch.Tensor] = {}
+        unstable = torch.zeros_like(running)
         for _ in range(MAX_STEPS):
             if before_step is not None and first == 0 and bool(running[0]):
                 before_step()
@@ -94,8 +95,7 @@ def _evaluate(
                 if name == "success" or name.startswith(EPISODE):
                     known = outcomes.setdefault(name, torch.full((n,), float("nan"), device=env.device))
                     known.copy_(torch.where(ended, value.float(), known))
-            if "success" in outcomes:  # a simulation that became unstable has not done its task
-                outcomes["success"].masked_fill_(running & ~step.valid, 0.0)
+            unstable |= running & ~step.valid
             running &= ~ended & step.valid  # an episode whose simulation diverged is over, too
             if not running.any():
                 break
@@ -103,6 +103,8 @@ def _evaluate(
             state, obs = policy.reset(state, fresh.to(policy.device)), step.obs
         rows = slice(first, first + len(chunk))
         returns[rows], lengths[rows] = total[: len(chunk)].cpu(), count[: len(chunk)].cpu()
+        if "success" in outcomes:  # a simulation that became unstable has not done its task
+            outcomes["success"].masked_fill_(unstable, 0.0)
         for name, outcome in outcomes.items():
             said.setdefault(name, [float("nan")] * len(seeds))[rows] = outcome[: len(chunk)].tolist()
     success = said.pop("success", [float("nan")])
