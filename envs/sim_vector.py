@@ -289,7 +289,7 @@ class SimVector(VectorEnv):
     def _begin(self, rows: Tensor) -> dict[str, Tensor]:
         """Start new episodes where `rows`; returns first observations, which count there only."""
         w, task = self.world, self.task
-        w.random.begin("reset")
+        w.random.begin("reset", rows)
         w.begin(rows, all_memory=False)
         self._sums.masked_fill_(rows[:, None], 0.0)
         self.sim.reset(rows)

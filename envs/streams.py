@@ -34,6 +34,7 @@ class Streams:
         self._places: dict[int, Tensor] = {}
         self._phase = ""
         self._used = 0
+        self._rows: Tensor | None = None
         self._block = torch.empty(num_rows, 0, device=device)
 
     def seed(self, rows: Sequence[int], seeds: Sequence[int]) -> None:
@@ -43,9 +44,11 @@ class Streams:
         self.key[index] = _mix((numbers + 1) * _GAMMA)
         self.position[index] = 0
 
-    def begin(self, phase: str) -> None:
-        """Begin to draw; `phase` names a place in the code, which draws as many numbers each time."""
+    def begin(self, phase: str, rows: Tensor | None = None) -> None:
+        """Begin to draw; `phase` names a place in the code, which draws as many numbers each time. With `rows` (N,)
+        bool only theirs count, and a CPU computes no others, which are 0."""
         self._phase, self._used = phase, 0
+        self._rows = None if rows is None or rows.device.type != "cpu" else rows.nonzero()[:, 0]
         self._block = self._numbers(self._sizes.get(phase, 0))
 
     def uniform(self, size: int, low: float | Tensor = 0.0, high: float | Tensor = 1.0) -> Tensor:
@@ -70,15 +73,19 @@ class Streams:
         hashes = -(-count // 2)
         if hashes not in self._places:
             self._places[hashes] = torch.arange(1, hashes + 1, device=self.key.device) * _GAMMA
-        bits = _mix(self.key + self.position * _GAMMA + self._places[hashes])
+        key, position, rows = self.key, self.position, self._rows
+        if rows is not None:
+            key, position = key[rows], position[rows]
+        bits = _mix(key + position * _GAMMA + self._places[hashes])
         numbers = torch.empty(len(bits), hashes, 2, device=bits.device)
-        numbers[:, :, 0] = (bits >> 40) & 0xFFFFFF
-        numbers[:, :, 1] = (bits >> 16) & 0xFFFFFF
-        return numbers.flatten(1)[:, :count].mul_(2.0**-24)
+        numbers[:, :, 0] = (bits >> 40).bitwise_and_(0xFFFFFF)
+        numbers[:, :, 1] = (bits >> 16).bitwise_and_(0xFFFFFF)
+        drawn = numbers.flatten(1)[:, :count].mul_(2.0**-24)
+        return drawn if rows is None else drawn.new_zeros(len(self.key), count).index_copy_(0, rows, drawn)
 
 
 def _mix(z: Tensor) -> Tensor:
-    """The finalizer of SplitMix64; shifts are arithmetic in torch, so the bits shifted in are masked away."""
-    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * _MIX_1
-    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * _MIX_2
-    return z ^ ((z >> 31) & 0x1FFFFFFFF)
+    """The finalizer of SplitMix64, in place; shifts are arithmetic in torch, so the bits shifted in are masked away."""
+    z.bitwise_xor_((z >> 30).bitwise_and_(0x3FFFFFFFF)).mul_(_MIX_1)
+    z.bitwise_xor_((z >> 27).bitwise_and_(0x1FFFFFFFFF)).mul_(_MIX_2)
+    return z.bitwise_xor_((z >> 31).bitwise_and_(0x1FFFFFFFF))

@@ -65,6 +65,7 @@ class World:
         self.touched: set[str] = set()
         """Model fields that were asked for since the environment last emptied this."""
         self._views: dict[str | tuple[str, ...], Tensor] = {}
+        self._gathered: dict[str, Tensor] = {}
         self._constants: dict[tuple[float, ...], Tensor] = {}
         self._indices: dict[tuple[int | str, ...], Tensor] = {}
         ids = [index_of(self.model, mujoco.mjtObj.mjOBJ_JOINT, name) for name in joints]
@@ -143,12 +144,19 @@ class World:
     @property
     def joint_pos(self) -> Tensor:
         """(N, J) positions of the task's joints."""
-        return self.field("qpos")[:, self.joint_qpos]
+        return self._of_joints("qpos", self.joint_qpos)
 
     @property
     def joint_vel(self) -> Tensor:
         """(N, J) velocities of the task's joints."""
-        return self.field("qvel")[:, self.joint_qvel]
+        return self._of_joints("qvel", self.joint_qvel)
+
+    def _of_joints(self, name: str, places: slice | Tensor) -> Tensor:
+        if isinstance(places, slice):
+            return self.field(name)[:, places]
+        if name not in self._gathered:  # once for all the terms that read it
+            self._gathered[name] = self.field(name).index_select(1, places)
+        return self._gathered[name]
 
     def memory(self, name: str, size: int, *, keep: bool = False) -> Tensor:
         """(N, size) float32 of the task's own, zero when an episode starts; with `keep` only when rows are seeded.
@@ -182,6 +190,7 @@ class World:
         part = live[:, at]
         where = rows.view(-1, *[1] * (part.dim() - 1))
         live[:, at] = torch.where(where, value.to(live.dtype), part)
+        self._gathered.pop(name, None)
 
     def control(self, value: Tensor) -> None:
         """Set all controls (N, nu)."""
@@ -199,6 +208,7 @@ class World:
 
     def refresh(self) -> None:
         """Read the fields in use from the simulations."""
+        self._gathered.clear()
         for name, value in self._fields.items():
             live = self._live[name]
             if value is not live:

@@ -90,6 +90,17 @@ def test_reset_and_forward_change_the_rows_asked_for_alone(make: Make) -> None:
     assert not torch.equal(sim.field("xpos")[~rows], lagging["xpos"][~rows])
 
 
+def test_reset_goes_back_to_what_is_each_simulations_own(make: Make) -> None:
+    sim = make(3)
+    start, places = sim.expand("qpos0"), sim.expand("body_pos")
+    start[1, 7], places[2, 3, 0] = 0.5, 4.0
+    stir(sim)
+    sim.step(5)
+    sim.reset(rows_of(sim, 1, 2))
+    assert close(sim.field("qpos")[1:, 7], [0.5, 0.0]) and close(sim.field("mocap_pos")[1:, 0, 0], [1.0, 4.0])
+    assert (sim.field("qvel")[0] != 0).any() and (sim.field("qvel")[1:] == 0).all()
+
+
 def test_forward_leaves_no_trace_in_later_steps(make: Make) -> None:
     one, other = make(3), make(3)
     for sim in (one, other):

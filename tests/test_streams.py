@@ -57,6 +57,17 @@ def test_rows_that_did_not_use_numbers_get_them_again() -> None:
     assert torch.equal(first[1], second[1]) and not torch.equal(first[0], second[0])
 
 
+def test_rows_that_count_draw_the_numbers_they_would_among_all() -> None:
+    some, every = streams([1, 2, 3]), streams([1, 2, 3])
+    rows = torch.tensor([True, False, True])
+    for size in (5, 5, 7):  # the first time, in one block, and in one that is too small
+        some.begin("reset", rows)
+        drawn = some.uniform(size)
+        some.end(rows)
+        assert torch.equal(drawn[rows], draw(every, size, rows)[rows])
+        assert not drawn[1].any()
+
+
 def test_blocks_do_not_change_the_numbers() -> None:
     """The second time all numbers of a phase are drawn at once."""
     one, two = streams([3]), streams([3])
