@@ -27,6 +27,10 @@ class Batch:
     index: Tensor  # int64: which stored transition, counted from the first one of the run
     extras: dict[str, Tensor]
     next_extras: dict[str, Tensor]
+    next_action: Tensor | None = None  # the data's, after the row; where the episode ended there, its last one
+    mc_return: Tensor | None = None  # float32: discounted sum of the rewards that followed in the data
+    weight: Tensor | None = None  # float32: of the row in the loss
+    mask: Tensor | None = None  # bool [.., H]: which actions of a chunk [.., H, ...] the episode has
 
     def __getitem__(self, g: int) -> Batch:
         """The batch [B, ...] of gradient step `g`."""
@@ -44,6 +48,10 @@ class Batch:
             index=fn(self.index),
             extras={name: fn(value) for name, value in self.extras.items()},
             next_extras={name: fn(value) for name, value in self.next_extras.items()},
+            next_action=None if self.next_action is None else fn(self.next_action),
+            mc_return=None if self.mc_return is None else fn(self.mc_return),
+            weight=None if self.weight is None else fn(self.weight),
+            mask=None if self.mask is None else fn(self.mask),
         )
 
     def __len__(self) -> int:

@@ -1,0 +1,1 @@
+"""Datasets: the store, importers and exporters, inspection."""
