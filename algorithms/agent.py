@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ctrlrl.algorithms.agent_config import OffPolicyAgentConfig
+from ctrlrl.algorithms.agent_config import OffPolicyAgentConfig, ReplayAgentConfig
 from ctrlrl.nn.encoder import ObservationNormalizer
 from ctrlrl.nn.execution import executed
 from ctrlrl.nn.networks import Critics
@@ -96,25 +96,23 @@ class OnPolicyAgent(Agent):
         """
 
 
-class OffPolicyAgent(Agent):
-    """An actor, a critic ensemble and target critics, which learn from replayed transitions.
+class ReplayAgent(Agent):
+    """A policy that learns from stored transitions.
 
     An algorithm makes its networks, names in `_keep` what changes, draws the random numbers of its steps (`draw`) and
     writes one gradient step down (`step`); everything else is here.
 
     Attributes:
         config: every number that changes the result.
-        critics: of [-1, 1]^A actions.
-        target_critics: their moving average.
         normalizer: of observations, if any; it belongs to the policy's state.
         updates: gradient steps so far, 0-d; which of them improve the policy too follows from it.
+        policy_delay: every so many steps one improves the policy too.
     """
 
-    critics: Critics
-    target_critics: Critics
     normalizer: ObservationNormalizer | None
+    policy_delay: int = 1
 
-    def __init__(self, config: OffPolicyAgentConfig, seed: int, device: torch.device | str) -> None:
+    def __init__(self, config: ReplayAgentConfig, seed: int, device: torch.device | str) -> None:
         super().__init__(seed, device)
         self.config = config
         self.updates = 0
@@ -138,6 +136,11 @@ class OffPolicyAgent(Agent):
         """`step(batch, *draws, improve=True)`: one gradient step on `batch` [B, ...], a pure function of weights, batch
         and draws; with `improve` the policy's too. Metrics are 0-d."""
 
+    @property
+    def reads(self) -> frozenset[str]:
+        """Which optional entries of a batch its step reads: `next_action`, `mc_return`."""
+        return frozenset()
+
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step for each of the G groups of `batch` [G, B, ...].
 
@@ -148,7 +151,7 @@ class OffPolicyAgent(Agent):
         metrics: list[dict[str, Tensor]] = []
         for g in range(len(batch)):
             self.updates += 1
-            step = self._steps[self.updates % self.config.policy_delay == 0]
+            step = self._steps[self.updates % self.policy_delay == 0]
             metrics.append(step(batch[g], *(None if value is None else value[g] for value in draws)))
         if len(metrics) == 1:
             return metrics[0]
@@ -170,6 +173,23 @@ class OffPolicyAgent(Agent):
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers of the agent's generator."""
         return torch.randn(shape, generator=self.generator, device=self.device)
+
+
+class OffPolicyAgent(ReplayAgent):
+    """An actor, a critic ensemble and target critics, which learn from replayed transitions.
+
+    Attributes:
+        critics: of [-1, 1]^A actions.
+        target_critics: their moving average.
+    """
+
+    config: OffPolicyAgentConfig
+    critics: Critics
+    target_critics: Critics
+
+    def __init__(self, config: OffPolicyAgentConfig, seed: int, device: torch.device | str) -> None:
+        super().__init__(config, seed, device)
+        self.policy_delay = config.policy_delay
 
     def draw_shift(self, groups: int, rows: int) -> Tensor | None:
         """How far images are shifted, (G, 2, B, 2): of obs and next_obs, down and to the right; None without images."""

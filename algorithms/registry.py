@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ctrlrl.config import Config, OffPolicyConfig, OnPolicyConfig, TrainConfig
+from ctrlrl.config import Config, OfflineConfig, OffPolicyConfig, OnPolicyConfig, TrainConfig
 from ctrlrl.errors import UsageError, nearest
 
 
@@ -39,8 +39,10 @@ class Algorithm:
     """`module:class` of its numbers."""
     agent: str
     """`module:class` of the agent."""
-    loop: Literal["off-policy", "on-policy"] = "off-policy"
-    """How it collects and learns: from a replay memory, or from each rollout once."""
+    loop: Literal["off-policy", "on-policy", "offline"] = "off-policy"
+    """How it collects and learns: from a replay memory, from each rollout once, or from a dataset alone."""
+    needs: Literal["", "data", "init_from"] = ""
+    """Which setting of the loop it cannot do without: a dataset besides, or a run to start from."""
     presets: tuple[Preset, ...] = field(default=())
 
     def load_config_class(self) -> type[Config]:
@@ -298,6 +300,79 @@ ALGORITHMS = {
             ),
         ),
         Algorithm(
+            name="iql",
+            title="Implicit Q-learning: values of the data's actions alone, then advantage-weighted regression",
+            actions="Box",
+            data="dataset",
+            paper="Kostrikov et al. 2021, arXiv:2110.06169",
+            config="ctrlrl.algorithms.iql_config:IQLConfig",
+            agent="ctrlrl.algorithms.iql:IQL",
+            loop="offline",
+            presets=(
+                *_CONTINUOUS[:1],
+                Preset(
+                    "locomotion",
+                    r"(HalfCheetah|Hopper|Walker2d|Ant)-",
+                    {"sampling": {"return_range": 1000.0}},
+                    "the paper's: rewards on the scale for which beta was chosen",
+                ),
+                Preset(
+                    "antmaze",
+                    r"AntMaze",
+                    {"sampling": {"reward_shift": -1.0}, "agent": {"expectile": 0.9, "beta": 10.0}},
+                    "the paper's for sparse rewards and long ways",
+                ),
+                Preset(
+                    "adroit",
+                    r"AdroitHand",
+                    {"agent": {"beta": 0.5}},
+                    "the paper's for few human demonstrations (it has dropout in the policy besides)",
+                ),
+            ),
+        ),
+        Algorithm(
+            name="cql",
+            title="Conservative Q-learning: SAC with low values where the data has no actions; Cal-QL by a setting",
+            actions="Box",
+            data="dataset",
+            paper="Kumar et al. 2020, arXiv:2006.04779; Nakamoto et al. 2023, arXiv:2303.05479",
+            config="ctrlrl.algorithms.cql_config:CQLConfig",
+            agent="ctrlrl.algorithms.cql:CQL",
+            loop="offline",
+            presets=(
+                *_CONTINUOUS[:1],
+                Preset(
+                    "antmaze",
+                    r"AntMaze",
+                    {
+                        "sampling": {"reward_scale": 10.0, "reward_shift": -0.5},
+                        "agent": {"conservative_weight": 5.0, "action_gap": 0.8, "max_target_backup": True},
+                    },
+                    "CORL's for sparse rewards and long ways (it has five hidden layers in the critics besides)",
+                ),
+            ),
+        ),
+        Algorithm(
+            name="iql-discrete",
+            title="Implicit Q-learning for discrete actions",
+            actions="Discrete",
+            data="dataset",
+            paper="Kostrikov et al. 2021, arXiv:2110.06169",
+            config="ctrlrl.algorithms.iql_discrete_config:IQLDiscreteConfig",
+            agent="ctrlrl.algorithms.iql_discrete:IQLDiscrete",
+            loop="offline",
+        ),
+        Algorithm(
+            name="cql-discrete",
+            title="Conservative Q-learning for discrete actions, on double DQN",
+            actions="Discrete",
+            data="dataset",
+            paper="Kumar et al. 2020, arXiv:2006.04779",
+            config="ctrlrl.algorithms.cql_discrete_config:CQLDiscreteConfig",
+            agent="ctrlrl.algorithms.cql_discrete:CQLDiscrete",
+            loop="offline",
+        ),
+        Algorithm(
             name="sac-discrete",
             title="Soft actor-critic for discrete actions, stabilized",
             actions="Discrete",
@@ -320,6 +395,94 @@ ALGORITHMS = {
                 ),
             ),
         ),
+        Algorithm(
+            name="bc",
+            title="Behaviour cloning: supervised learning of the data's actions",
+            actions="Box, Discrete, MultiDiscrete",
+            data="dataset",
+            paper="Pomerleau 1988, ALVINN",
+            config="ctrlrl.algorithms.bc_config:BCConfig",
+            agent="ctrlrl.algorithms.bc:BC",
+            loop="offline",
+        ),
+        Algorithm(
+            name="td3-bc",
+            title="TD3 with behaviour cloning",
+            actions="Box",
+            data="dataset",
+            paper="Fujimoto and Gu 2021, arXiv:2106.06860",
+            config="ctrlrl.algorithms.td3_bc_config:TD3BCConfig",
+            agent="ctrlrl.algorithms.td3_bc:TD3BC",
+            loop="offline",
+            presets=_CONTINUOUS[:1],
+        ),
+        Algorithm(
+            name="rebrac",
+            title="TD3 that stays near the data in both actor and critics",
+            actions="Box",
+            data="dataset",
+            paper="Tarasov et al. 2023, arXiv:2305.09836",
+            config="ctrlrl.algorithms.rebrac_config:ReBRACConfig",
+            agent="ctrlrl.algorithms.rebrac:ReBRAC",
+            loop="offline",
+            presets=(
+                *_CONTINUOUS[:1],
+                Preset(
+                    "halfcheetah",
+                    r"HalfCheetah-",
+                    {"agent": {"actor_bc": 0.001, "critic_bc": 0.01}},
+                    "the authors' tuning for D4RL's medium data; for other data see docs/rebrac.md",
+                ),
+                Preset(
+                    "hopper",
+                    r"Hopper-",
+                    {"agent": {"actor_bc": 0.01, "critic_bc": 0.01}},
+                    "the authors' tuning for D4RL's medium data; for other data see docs/rebrac.md",
+                ),
+                Preset(
+                    "walker2d",
+                    r"Walker2d-",
+                    {"agent": {"actor_bc": 0.05, "critic_bc": 0.1}},
+                    "the authors' tuning for D4RL's medium data; for other data see docs/rebrac.md",
+                ),
+            ),
+        ),
+        Algorithm(
+            name="rlpd",
+            title="REDQ with LayerNorm, from data and an environment, half and half",
+            actions="Box",
+            data="both",
+            paper="Ball et al. 2023, arXiv:2302.02948",
+            config="ctrlrl.algorithms.rlpd_config:RLPDConfig",
+            agent="ctrlrl.algorithms.rlpd:RLPD",
+            needs="data",
+            presets=(
+                *_CONTINUOUS,
+                Preset(
+                    "antmaze",
+                    r"AntMaze",
+                    {"agent": {"hidden": [256, 256, 256], "subset": 1, "backup_entropy": False}},
+                    "the authors' for sparse rewards and long ways",
+                ),
+                Preset(
+                    "adroit",
+                    r"AdroitHand",
+                    {"agent": {"hidden": [256, 256, 256], "backup_entropy": False}},
+                    "the authors' for sparse rewards",
+                ),
+            ),
+        ),
+        Algorithm(
+            name="wsrl",
+            title="Fine-tuning of what was learned from data, without that data",
+            actions="Box",
+            data="both",
+            paper="Zhou et al. 2024, arXiv:2412.07762",
+            config="ctrlrl.algorithms.wsrl_config:WSRLConfig",
+            agent="ctrlrl.algorithms.wsrl:WSRL",
+            needs="init_from",
+            presets=_CONTINUOUS[:1],
+        ),
     )
 }
 
@@ -336,6 +499,13 @@ def find_algorithm(name: str) -> Algorithm:
     return ALGORITHMS[name]
 
 
+_CONFIGS: dict[str, type[TrainConfig]] = {
+    "off-policy": OffPolicyConfig,
+    "on-policy": OnPolicyConfig,
+    "offline": OfflineConfig,
+}
+
+
 @functools.cache
 def train_config_class(name: str) -> type[TrainConfig]:
     """The configuration of a training run with algorithm `name`: the loop's fields and `agent`."""
@@ -344,7 +514,7 @@ def train_config_class(name: str) -> type[TrainConfig]:
     made = dataclasses.make_dataclass(
         f"Train{agent.__name__.removesuffix('Config')}",
         [("agent", agent, field(default_factory=agent))],
-        bases=(OffPolicyConfig if algorithm.loop == "off-policy" else OnPolicyConfig,),
+        bases=(_CONFIGS[algorithm.loop],),
         frozen=True,
         kw_only=True,
     )

@@ -22,7 +22,7 @@ from typing import Any
 
 import gymnasium as gym
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrlrl.algorithms.agent import Draws, OffPolicyAgent
 from ctrlrl.algorithms.sac_config import SACConfig
@@ -78,7 +78,7 @@ class SAC(OffPolicyAgent):
             networks = Networks(observation_space, c, network, encoder, action_space=action_space)
             self.normalizer = networks.normalizer
             bounds = (c.log_std_bounds[0], c.log_std_bounds[1])
-            trunk = networks.trunk(2 * dim)
+            trunk = self.make_trunk(networks, 2 * dim)
             self.policy = SquashedGaussianPolicy(networks.policy_encoder, trunk, box, bounds, self.normalizer)
             outputs = self.critic_outputs
             self.critics = networks.critics(c.num_critics, actions=dim, outputs=outputs, layer_norm=c.layer_norm)
@@ -121,7 +121,8 @@ class SAC(OffPolicyAgent):
         with torch.no_grad():
             next_action, next_log_prob, _ = self.policy.distribution(next_obs).rsample(noise[1])
             next_q = self.next_value(target_obs, next_action, *rest)
-            target = batch.reward + batch.discount * (next_q - alpha * next_log_prob.sum(-1))  # (B,)
+            next_v = self.soft_value(next_q, alpha * next_log_prob.sum(-1))
+            target = batch.reward + batch.discount * next_v  # (B,)
         q = self.value(critic_obs, self.policy.scaling.to_unit(batch.action), *rest)  # (K, B)
         critic_loss = 0.5 * (q - target.expand_as(q)).square().mean(-1).sum()
         self.critic_optimizer.descend(critic_loss)
@@ -139,6 +140,10 @@ class SAC(OffPolicyAgent):
     # What variants of the algorithm change: which critics are asked, and how they are put together. The `rest` is what
     # a variant draws besides.
 
+    def make_trunk(self, networks: Networks, outputs: int) -> nn.Module:
+        """The policy's network, from its features to (B, outputs)."""
+        return networks.trunk(outputs)
+
     def value(self, obs: Obs, action: Tensor, *rest: Tensor) -> Tensor:
         """Q(s, a) of each critic, (K, B), for their loss."""
         out: Tensor = self.critics(obs, action)
@@ -148,6 +153,10 @@ class SAC(OffPolicyAgent):
         """Q(s', a') in the critics' target, (B,)."""
         out: Tensor = self.target_critics(obs, action).amin(0)
         return out
+
+    def soft_value(self, q: Tensor, cost: Tensor) -> Tensor:
+        """V(s') in that target, eq. 3, of Q(s', a') and of alpha log pi(a'|s'), (B,) each."""
+        return q - cost
 
     def policy_value(self, obs: Obs, action: Tensor, *rest: Tensor) -> Tensor:
         """Q(s, a) that the policy goes up, (B,)."""

@@ -34,6 +34,7 @@ from ctrlrl.nn.networks import Networks
 from ctrlrl.nn.optim import Adam, polyak
 from ctrlrl.nn.policy import DeterministicPolicy, require_bounded_box
 from ctrlrl.replay.batch import Batch
+from ctrlrl.tree import Obs
 
 
 class TD3(OffPolicyAgent):
@@ -45,6 +46,7 @@ class TD3(OffPolicyAgent):
 
     config: TD3Config
     policy: DeterministicPolicy
+    config_class: type[TD3Config] = TD3Config
 
     def __init__(
         self,
@@ -57,7 +59,7 @@ class TD3(OffPolicyAgent):
         network: NetworkFactory | None = None,
         encoder: EncoderFactory | None = None,
     ) -> None:
-        c = config or TD3Config()
+        c = config or self.config_class()
         super().__init__(c, seed, device)
         box = require_bounded_box(action_space, c.title)
         dim = math.prod(box.shape)
@@ -97,7 +99,7 @@ class TD3(OffPolicyAgent):
         with torch.no_grad():
             smoothing = (c.target_noise * noise).clamp(-c.target_noise_clip, c.target_noise_clip)
             next_action = (self.target_policy.action(next_obs) + smoothing).clamp(-1, 1)
-            next_q = self.target_critics(next_obs, next_action).amin(0)
+            next_q = self.next_value(batch, next_obs, next_action)
             target = batch.reward + batch.discount * next_q  # (B,)
         q = self.critics(critic_obs, self.policy.scaling.to_unit(batch.action))  # (K, B)
         critic_loss = (q - target.expand_as(q)).square().mean(-1).sum()
@@ -107,8 +109,19 @@ class TD3(OffPolicyAgent):
         if improve:
             # Deterministic policy gradient, algorithm 1: up Q_1(s, pi(s)), by the critics as they are now.
             action = self.policy.action(obs)
-            actor_loss = -self.critics(obs, action, members=slice(0, 1)).mean()
+            actor_loss, more = self.policy_loss(batch, obs, action)
             self.actor_optimizer.descend(actor_loss)
             polyak(self._target, self._online, c.tau)
-            metrics |= {"actor_loss": actor_loss.detach(), "action_size": action.detach().abs().mean()}
+            metrics |= {"actor_loss": actor_loss.detach(), "action_size": action.detach().abs().mean()} | more
         return metrics
+
+    # What variants of the algorithm change; `action` (B, A) is the one that the critics are asked for.
+
+    def next_value(self, batch: Batch, obs: Obs, action: Tensor) -> Tensor:
+        """Q(s', a') in the critics' target, (B,), clipped double Q."""
+        out: Tensor = self.target_critics(obs, action).amin(0)
+        return out
+
+    def policy_loss(self, batch: Batch, obs: Obs, action: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the policy goes down, and metrics of it."""
+        return -self.critics(obs, action, members=slice(0, 1)).mean(), {}

@@ -105,20 +105,55 @@ class ReplayConfig(Config):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Config):
+    """How transitions of a dataset are drawn."""
+
+    section: ClassVar[str] = "sampling"
+    temperature: float | None = None
+    """Draw episodes in proportion to exp(return / temperature), with returns scaled to [0, 1], and then one of their
+    transitions (arXiv:2306.13085; there 0.1). By default all transitions are drawn alike."""
+
+    def check(self) -> None:
+        self.require("temperature", self.temperature is None or self.temperature > 0, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineSamplingConfig(SamplingConfig):
+    """How transitions of a dataset are drawn where there is no other source."""
+
+    n_step: int = 1
+    """Rewards summed before the bootstrap."""
+    reward_shift: float = 0.0
+    """Added to each reward, before it is scaled."""
+    reward_scale: float = 1.0
+    """Factor of each reward."""
+    return_range: float | None = None
+    """Scale rewards besides, so that the best episode's return lies so far above the worst one's; IQL's paper has 1000
+    on locomotion."""
+
+    def check(self) -> None:
+        super().check()
+        self.require("n_step", 1 <= self.n_step <= 1000, "between 1 and 1000")
+        self.require("reward_scale", self.reward_scale > 0, "above 0")
+        self.require("return_range", self.return_range is None or self.return_range > 0, "above 0")
+
+    @property
+    def changes_rewards(self) -> bool:
+        """Whether rewards are not what the data has."""
+        return (self.reward_shift, self.reward_scale, self.return_range) != (0.0, 1.0, None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config, ABC):
-    """What every algorithm's training run takes. All budgets count environment steps, summed over environments."""
+    """What every algorithm's training run takes."""
 
     compile_from: ClassVar[int] = 50_000
     """Updates from which on compiling them on a CPU pays for itself: it takes up to a minute, and saves one to three
     milliseconds each."""
     env: str
     """Environment to train on: an ID such as HalfCheetah-v5, or module:ID. `ctrlrl envs` lists them."""
-    steps: int = 1_000_000
-    """Environment steps in all."""
     seed: int = 0
     """Seed of everything random."""
-    num_envs: int = 1
-    """Environments stepped together."""
     backend: Literal["auto", "native", "native-fast", "warp", "gymnasium", "workers", "parallel"] = "auto"
     """Where environments run: native as one batch on threads, where there is a task of ours (ctrlrl envs says);
     native-fast too, with contact forces that differ from Gymnasium's; warp on a GPU, tasks of our own;
@@ -160,10 +195,7 @@ class TrainConfig(Config, ABC):
     """Record one episode of the best policy at the end."""
 
     def check(self) -> None:
-        self.require("env", bool(self.env), "an environment ID")
-        self.require("steps", self.steps >= 1, "at least 1")
         self.require("seed", 0 <= self.seed < 2**32, "between 0 and 4294967295")
-        self.require("num_envs", 1 <= self.num_envs <= 1_000_000, "between 1 and 1,000,000")
         self.require("pixels", self.pixels == 0 or 8 <= self.pixels <= 1024, "0 (off), or between 8 and 1,024")
         self.require("grayscale", bool(self.pixels) or not self.grayscale, "false unless pixels are observed")
         self.require("frame_stack", 1 <= self.frame_stack <= 64, "between 1 and 64")
@@ -175,17 +207,87 @@ class TrainConfig(Config, ABC):
         self.require("checkpoint_every", self.checkpoint_every >= 1, "at least 1")
         self.require("keep_checkpoints", self.keep_checkpoints >= 1, "at least 1")
 
+    @property
+    @abstractmethod
+    def budget(self) -> int:
+        """Length of the training: environment steps, or updates where there is no environment to step."""
+
     @abstractmethod
     def planned_updates(self) -> float:
         """Gradient updates of the whole training."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class OffPolicyConfig(TrainConfig):
+class OnlineConfig(TrainConfig):
+    """What training in an environment takes besides. Budgets count environment steps, summed over environments."""
+
+    steps: int = 1_000_000
+    """Environment steps in all."""
+    num_envs: int = 1
+    """Environments stepped together."""
+
+    def check(self) -> None:
+        super().check()
+        self.require("env", bool(self.env), "an environment ID")
+        self.require("steps", self.steps >= 1, "at least 1")
+        self.require("num_envs", 1 <= self.num_envs <= 1_000_000, "between 1 and 1,000,000")
+
+    @property
+    def budget(self) -> int:
+        return self.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfflineConfig(TrainConfig):
+    """What training on a dataset takes besides. Budgets, and all that is counted in steps elsewhere, are updates."""
+
+    env: str = ""
+    """Environment to evaluate on, by default the one that the dataset names. It is not learned from."""
+    data: str
+    """Dataset to learn from: a folder that `ctrlrl data import` or `ctrlrl data collect` made."""
+    updates: int = 500_000
+    """Gradient updates in all."""
+    init_from: str | None = None
+    """Run whose weights to start with."""
+    sampling: OfflineSamplingConfig = field(default_factory=OfflineSamplingConfig)
+    """How transitions are drawn."""
+    log_every: int = 1_000
+    """Updates between two lines of training metrics."""
+    eval_every: int = 10_000
+    """Updates between two evaluations; 0 turns them off."""
+    checkpoint_every: int = 50_000
+    """Updates between two checkpoints: what a crash can cost at most."""
+
+    def check(self) -> None:
+        super().check()
+        self.require("data", bool(self.data), "a dataset's folder")
+        self.require("updates", self.updates >= 1, "at least 1")
+
+    @property
+    def budget(self) -> int:
+        return self.updates
+
+    def planned_updates(self) -> float:
+        return float(self.updates)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffPolicyConfig(OnlineConfig):
     """What off-policy algorithms take besides."""
 
     learning_starts: int = 5_000
-    """Environment steps with uniformly random actions before the first update."""
+    """Environment steps before the first update: with uniformly random actions, or, with init_from, with that policy's
+    (the warm-up of WSRL, arXiv:2412.07762)."""
+    data: str | None = None
+    """Dataset to learn from besides: a folder that `ctrlrl data import` or `ctrlrl data collect` made."""
+    data_share: float = 0.5
+    """Of each batch that comes from the dataset, exactly."""
+    init_from: str | None = None
+    """Run whose weights to start with, trained offline or online."""
+    keep_statistics: bool = True
+    """Where observations are standardized: keep the statistics that came with data or init_from as they are."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How transitions of the dataset are drawn."""
     update_every: int = 8
     """Environment steps between two turns of updates, each of which makes all that are owed (agent.utd). Several in a
     row find code and data in the processor's caches; the policy acts with weights that are so many steps old at most.
@@ -198,6 +300,7 @@ class OffPolicyConfig(TrainConfig):
 
     def check(self) -> None:
         super().check()
+        self.require("data_share", 0 < self.data_share <= 1, "in (0, 1]")
         self.require("learning_starts", self.learning_starts >= 0, "0 or more")
         self.require("update_every", self.update_every >= 1, "1 or more")
         capacity = self.buffer.capacity
@@ -206,7 +309,7 @@ class OffPolicyConfig(TrainConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnPolicyConfig(TrainConfig):
+class OnPolicyConfig(OnlineConfig):
     """What on-policy algorithms take besides."""
 
     compile_from: ClassVar[int] = 15_000

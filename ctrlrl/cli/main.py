@@ -15,6 +15,7 @@ COMMANDS = {
     "eval": "deterministic returns of a run's policy, and videos",
     "play": "watch a run's policy in a window",
     "report": "one page of curves, tables and videos, for one run or to compare several",
+    "data": "datasets: import, inspect, collect, export",
     "envs": "list environments",
     "algos": "list algorithms",
     "robots": "list robots, and where their models are",

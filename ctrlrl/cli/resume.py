@@ -18,6 +18,8 @@ class Resume:
     """Run folder."""
     steps: int | None = None
     """Environment steps in all, instead of what the run was started with."""
+    updates: int | None = None
+    """The same of what learns from a dataset alone: updates in all."""
     checkpoint: str = "last"
     """Where to go on from: last, or a folder's name under checkpoints/. What came after it is deleted."""
     device: str | None = None
@@ -31,5 +33,12 @@ def run(arguments: Sequence[str]) -> int:
     options = parse(Resume, arguments, "resume")
     from ctrlrl.training.session import resume  # imports torch: only now
 
-    resume(options.run, steps=options.steps, checkpoint=options.checkpoint, device=options.device, quiet=options.quiet)
+    resume(
+        options.run,
+        steps=options.steps,
+        updates=options.updates,
+        checkpoint=options.checkpoint,
+        device=options.device,
+        quiet=options.quiet,
+    )
     return 0

@@ -45,7 +45,9 @@ def run(arguments: Sequence[str]) -> int:
 
     if preset and not options.quiet:
         print(describe_preset(preset))
-    train(algorithm.name, config.env, config=config, preset=preset.name if preset else None, quiet=options.quiet)
+    train(
+        algorithm.name, config.env or None, config=config, preset=preset.name if preset else None, quiet=options.quiet
+    )
     return 0
 
 
@@ -57,17 +59,17 @@ def resolve(algorithm: Algorithm, arguments: Sequence[str]) -> tuple[Options, Tr
     named = from_file.pop("algo", algorithm.name)  # a run's config.json says what it was
     if named != algorithm.name:
         raise UsageError(f"{path} is for {named}, not for {algorithm.name}: ctrlrl train {named} --config {path}")
+    data = option(arguments, "data") or from_file.get("data")
     if (
         "preset" in from_file and "out" in from_file
     ):  # a run's config.json: its preset is in its fields, its folder taken
         del from_file["preset"], from_file["out"]
         preset = None
     else:
-        env = option(arguments, "env") or from_file.get("env")
+        env = option(arguments, "env") or from_file.get("env") or _env_of(data)
         wanted = not {"--no-preset", "--no_preset"} & set(arguments) and isinstance(env, str)
         preset = algorithm.preset_for(env) if wanted and isinstance(env, str) else None
-    placeholder = {"env": option(arguments, "env") or from_file.get("env") or "?"}
-    base = cls.from_dict((preset.values if preset else {}) | placeholder)
+    base = cls.from_dict((preset.values if preset else {}) | _required(cls, arguments, from_file))
     base = cls.from_dict(from_file, base=base, source=path or "")
     made = dataclasses.make_dataclass(
         f"Train{algorithm.name}",
@@ -82,15 +84,34 @@ def resolve(algorithm: Algorithm, arguments: Sequence[str]) -> tuple[Options, Tr
 
 
 def _defaults(base: TrainConfig) -> TrainConfig:
-    """`base`, with `env` marked as still to be given if nothing gave it."""
-    if base.env == "?":
-        object.__setattr__(base, "env", tyro.MISSING)  # frozen, and checked to be text: this is for tyro's eyes
+    """`base`, with what is still to be given marked as such."""
+    for name in _REQUIRED:
+        if getattr(base, name, None) == _MISSING:
+            object.__setattr__(base, name, tyro.MISSING)  # frozen, and checked to be text: this is for tyro's eyes
     return base
+
+
+def _env_of(data: Any) -> str | None:
+    """The environment that a dataset names."""
+    if not isinstance(data, str):
+        return None
+    from ctrlrl.data.store import environment_of  # imports gymnasium: only now
+
+    return environment_of(data)
+
+
+_REQUIRED, _MISSING = ("env", "data"), "?"
+
+
+def _required(cls: type[TrainConfig], arguments: Sequence[str], from_file: dict[str, Any]) -> dict[str, Any]:
+    """The fields without which there is no configuration, as far as they are given."""
+    names = [f.name for f in dataclasses.fields(cls) if f.name in _REQUIRED and f.default is dataclasses.MISSING]
+    return {name: option(arguments, name) or from_file.get(name) or _MISSING for name in names}
 
 
 def describe(config: TrainConfig, preset: Preset | None) -> str:
     """The configuration as JSON lines; what differs from the defaults is marked."""
-    changed = set(changed_fields(config, type(config)(env="?"))) - {"env"}
+    changed = set(changed_fields(config, type(config).from_dict(_required(type(config), (), {})))) - {*_REQUIRED}
     lines = [describe_preset(preset)] if preset else []
 
     def walk(values: dict[str, Any], prefix: str) -> None:

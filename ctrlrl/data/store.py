@@ -276,6 +276,14 @@ class Dataset:
         return np.memmap(self.path / name, dtype, "r", shape=shape)
 
 
+def environment_of(path: str | Path | None) -> str:
+    """The environment that the dataset at `path` names; "" where it names none, or there is no dataset."""
+    try:
+        return "" if path is None else str(_read_manifest(Path(path))["env"] or "")
+    except UsageError:  # whoever opens it says so
+        return ""
+
+
 class DatasetWriter:
     """Writes a new dataset, or appends to one; `with` commits at its end.
 
@@ -366,6 +374,12 @@ class DatasetWriter:
     def num_transitions(self) -> int:
         """Transitions so far, those that are not committed yet included."""
         return int(self._manifest["transitions"]) + self._transitions
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the data comes from; changes are written by the next commit."""
+        provenance: dict[str, Any] = self._manifest["provenance"]
+        return provenance
 
     def add(self, episode: Episode) -> None:
         """Take in an episode.

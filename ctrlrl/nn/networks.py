@@ -137,9 +137,9 @@ class Networks:
         if self._symmetry is not None:
             self.policy_encoder = BothSides(self.policy_encoder, self._symmetry)
 
-    def trunk(self, outputs: int, *, actions: int = 0) -> nn.Module:
+    def trunk(self, outputs: int, *, actions: int = 0, layer_norm: bool = False) -> nn.Module:
         """The policy's network, from its encoder's features and `actions` numbers besides to (B, outputs)."""
-        return self._policy_trunk(self.policy_encoder.out_features, outputs, actions=actions)
+        return self._policy_trunk(self.policy_encoder.out_features, outputs, actions=actions, layer_norm=layer_norm)
 
     def critic_encoder(self) -> Encoder:
         """The encoder of what critics read; images that the policy reads too are seen by the same convolution."""
@@ -153,14 +153,28 @@ class Networks:
             trains_shared=not self._one_loss,
         )
 
-    def critics(self, members: int, *, actions: int = 0, outputs: int = 1, layer_norm: bool = False) -> Critics:
-        """`members` critics of observations and of `actions` numbers besides, with `outputs` each."""
-        encoder = self.critic_encoder()
+    def critics(
+        self,
+        members: int,
+        *,
+        actions: int = 0,
+        outputs: int = 1,
+        layer_norm: bool = False,
+        encoder: Encoder | None = None,
+    ) -> Critics:
+        """`members` critics of observations and of `actions` numbers besides, with `outputs` each; by default with an
+        encoder of their own."""
+        encoder = encoder or self.critic_encoder()
         inputs = encoder.out_features + actions
         if self._network is None:
             sizes = (inputs, *self._settings.hidden, outputs)
             return Critics(encoder, EnsembleMLP(members, sizes, layer_norm=layer_norm))
         return Critics(encoder, Ensemble(members, lambda: self._make(inputs, outputs)))
+
+    def value(self, *, actions: int = 0, outputs: int = 1, layer_norm: bool = False) -> ValueFunction:
+        """V(s) of what critics read; its trunk takes `actions` numbers besides and gives `outputs`."""
+        encoder = self.critic_encoder()
+        return ValueFunction(encoder, None, self._make(encoder.out_features + actions, outputs, layer_norm=layer_norm))
 
     def _policy_trunk(self, inputs: int, outputs: int, *, actions: int, **how: Any) -> nn.Module:
         if self._symmetry is None:

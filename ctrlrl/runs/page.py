@@ -21,15 +21,20 @@ _EMBEDDED_BYTES = 32 * 2**20
 """Videos are embedded up to this many bytes in all; further ones are named, so that the page still opens on a phone."""
 
 
-def template() -> jinja2.Template:
-    """The template of both pages, `report.html`."""
+def template(path: Path | None = None) -> jinja2.Template:
+    """The template of a page, by default of the two of runs, `report.html`; it can include `style.html`."""
+    path = path or Path(__file__).with_name("report.html")
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader([path.parent, Path(__file__).parent]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["number"] = _number
     environment.filters["duration"] = duration
     environment.filters["date"] = _date
-    return environment.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8"))
+    return environment.get_template(path.name)
 
 
 def writable_page(path: Path) -> Path:

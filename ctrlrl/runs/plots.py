@@ -35,7 +35,7 @@ _MAX_DOTS = 800
 _TICKS = [1, 2, 2.5, 5, 10]
 _SMALLEST_TEXT = 8.5  # points, of ticks and legends
 
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
     "axes.edgecolor": _INK,
     "axes.facecolor": "none",
@@ -71,6 +71,7 @@ _STYLE: dict[Any, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
 }
+"""Of every plot that `inline_svg` takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,9 @@ def downsample(series: Series, limit: int = _MAX_POINTS) -> Series:
     return Series(series.steps[rows], series.values[rows])
 
 
-def learning_curve(name: str, evaluations: EvaluationCurve, episodes: Series, best: int | None) -> str:
+def learning_curve(
+    name: str, evaluations: EvaluationCurve, episodes: Series, best: int | None, unit: str = _STEPS
+) -> str:
     """SVG of one run: mean and range of each evaluation over training episodes as points.
 
     Args:
@@ -143,9 +146,10 @@ def learning_curve(name: str, evaluations: EvaluationCurve, episodes: Series, be
         evaluations: may be empty.
         episodes: (step at the end, return) of each training episode, in any number.
         best: index of the best evaluation, which is marked.
+        unit: of the steps.
     """
-    with matplotlib.rc_context(_STYLE):
-        figure, axes = _figure(5.5, 3.1, _STEPS, "return per episode")
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(5.5, 3.1, unit, "return per episode")
         if len(episodes.steps):
             rows = np.unique(np.linspace(0, len(episodes.steps) - 1, _MAX_DOTS).astype(int))
             axes.plot(
@@ -181,12 +185,46 @@ def learning_curve(name: str, evaluations: EvaluationCurve, episodes: Series, be
         return _svg(figure, axes, name, "Learning curve: return over environment steps")
 
 
+def stages(
+    name: str, before: Series, before_label: str, after: Series, after_label: str, lines: Mapping[str, float]
+) -> str:
+    """Two trainings, the second of which went on from the first, side by side at one scale of returns.
+
+    Args:
+        name: prefix of the ids in the SVG.
+        before: (step, mean return) of the first one's evaluations.
+        before_label: its axis.
+        after: of the second one's.
+        after_label: its axis.
+        lines: returns to compare with, by what they are.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(5.8, 3.1), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=[1, 1.6])
+        for index, (axes, series, label) in enumerate(((left, before, before_label), (right, after, after_label))):
+            axes.plot(series.steps, series.values, color=SERIES[index], marker="o", markersize=3)
+            for text, value in lines.items():
+                axes.axhline(value, color=_INK, linestyle="--", linewidth=1, label=text)
+            axes.set_xlabel(label)
+            axes.set_xlim(left=0)
+            axes.xaxis.set_major_locator(MaxNLocator(3 + 2 * index, steps=_TICKS))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+        left.set_ylabel("evaluation return")
+        if len(after.values):
+            right.axhline(after.values[0], color=SERIES[0], linestyle=":", linewidth=1, label="before it went on")
+        handles, labels = right.get_legend_handles_labels()
+        if labels:
+            figure.legend(handles, labels, loc="outside upper left", ncols=2, borderpad=0.2)
+        described = f"Evaluation returns of {before_label} and, going on from it, of {after_label}."
+        return inline_svg(figure, name, described)
+
+
 def comparison_curves(name: str, groups: Sequence[GroupCurve], threshold: float | None, labels: Sequence[str]) -> str:
     """SVG of one environment: the IQM of each group with its interval, every run as a thin line, the threshold dashed.
 
     `labels` are those of all groups in the page, so that one label has one colour throughout.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _figure(5.8, 3.2, _STEPS, "evaluation return")
         for group in groups:
             index = labels.index(group.label)
@@ -217,7 +255,7 @@ def returns_picture(panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[Ser
     columns = min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     own: dict[Any, Any] = {"svg.fonttype": "path", "figure.facecolor": "white", "figure.constrained_layout.w_pad": 0.1}
-    with matplotlib.rc_context({**_STYLE, **own}):
+    with matplotlib.rc_context({**STYLE, **own}):
         figure = Figure(figsize=(3.5 * max(columns, 2), 2.7 * rows + 0.5), layout="constrained")
         drawn: dict[str, Any] = {}
         for index, (env, groups) in enumerate(panels):
@@ -260,7 +298,7 @@ def returns_picture(panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[Ser
 
 def small_panel(name: str, series: Mapping[str, Series], unit: str = "") -> str:
     """SVG of one small plot with all of `series`; a logarithmic axis where they are positive over three decades."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _figure(3.9, 2.3, _STEPS, unit)
         for index, (label, full) in enumerate(series.items()):
             thin = downsample(full)
@@ -287,7 +325,7 @@ def value_distribution(name: str, mean: Series, deviation: Series) -> str:
         mean: of the returns in the batches that were learned from.
         deviation: mean of the learned standard deviations, at the same steps.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _figure(3.9, 2.3, _STEPS, "return")
         for times, label in ((2, "2 standard deviations"), (1, "1 standard deviation")):
             low, high = mean.values - times * deviation.values, mean.values + times * deviation.values
@@ -373,6 +411,11 @@ def _svg(figure: Figure, axes: Axes, name: str, description: str, *, title: bool
     elif labels:
         columns = max(1, int(figure.get_figwidth() * 15 / (max(map(len, labels)) + 6)))
         figure.legend(handles, labels, loc="outside upper left", ncols=min(columns, len(labels)), borderpad=0.2)
+    return inline_svg(figure, name, description)
+
+
+def inline_svg(figure: Figure, name: str, description: str) -> str:
+    """A figure drawn under `STYLE` as an `<svg>` element; `name` is unique in the page, `description` is read aloud."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
         # The browser draws the text with its own fonts; that matplotlib's lacks a glyph matters to nobody.

@@ -12,9 +12,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import torch
 
-from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.envs.worker import describe_action_space, describe_observation_space
 
 _PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "safetensors")
@@ -48,15 +48,17 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
     }
 
 
-def describe_environment(env: VectorEnv) -> dict[str, Any]:
+def describe_environment(
+    name: str, observation_space: gym.Space[Any], action_space: gym.Space[Any], control_dt: float | None
+) -> dict[str, Any]:
     """Name, spaces (for people, and to make the policy again without the environment) and control period."""
-    observation = describe_observation_space(env.observation_space, env.name)
-    action = describe_action_space(env.action_space, env.name)
+    observation = describe_observation_space(observation_space, name)
+    action = describe_action_space(action_space, name)
     return {
-        "name": env.name,
-        "observation_space": str(env.observation_space),
-        "action_space": str(env.action_space),
-        "control_dt": env.control_dt,
+        "name": name,
+        "observation_space": str(observation_space),
+        "action_space": str(action_space),
+        "control_dt": control_dt,
         "spaces": {"observation": observation, "action": action},
     }
 

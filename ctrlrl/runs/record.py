@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ RATES = ("steps_per_s", "updates_per_s")
 """Speeds of training, which a training record holds beside its metrics."""
 
 # The parts of a run's JSON files that a page uses, with their types: {...} for an object, [...] for a list of such.
-_CONFIG: dict[str, Any] = {"algo": str, "env": str, "seed": int, "steps": int, "num_envs": int}
+_CONFIG: dict[str, Any] = {"algo": str, "env": str, "seed": int, "steps": int, "updates": int, "num_envs": int}
 _CONFIG |= {"device": str, "preset": str, "eval_every": int}
 _STATUS: dict[str, Any] = {"state": str, "step": int, "message": str}
 _SIDECAR: dict[str, Any] = {"checkpoint": str, "step": int, "return": float, "seed": int, "length": int, "frames": int}
@@ -36,6 +36,16 @@ _PROVENANCE: dict[str, Any] = {
     "environment": {"observation_space": str, "action_space": str, "control_dt": float},
     "changed": [str],
     "sessions": [{"started": str, "from_step": int, "command": str, "notes": [str]}],
+}
+_HISTORY: dict[str, Any] = {
+    "run": str,
+    "algo": str,
+    "checkpoint": str,
+    "step": int,
+    "unit": str,
+    "evaluations": list,
+    "notes": [str],
+    "data": {"path": str, "mean_return": float, "reference": dict},
 }
 _TYPE_NAMES = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 _TYPE_NAMES |= {dict: "an object", list: "a list"}
@@ -103,7 +113,7 @@ class RunRecord:
     videos: list[Video]
     """The best one first."""
     step: int
-    """Environment steps done."""
+    """Environment steps, or updates of what learns from a dataset alone, done."""
     seconds: float
     """Training time, summed over sessions."""
     unreadable: int
@@ -112,6 +122,8 @@ class RunRecord:
     """Records of steps that were lost with a killed session and done again."""
     remarks: list[str]
     """What is missing or broken in the folder, and so not in the page."""
+    history: dict[str, Any] = field(default_factory=dict)
+    """Of a run that started with another's weights: which, how that had learned, and from what."""
     library: str | None = None
     """Name and version of the library that a peer's run was made with; None for a run of ours."""
 
@@ -160,6 +172,16 @@ class RunRecord:
         return Series(steps, np.array([one.mean for one in self.evaluations], dtype=np.float64))
 
     @property
+    def unit(self) -> str:
+        """What its steps are."""
+        return "updates" if "updates" in self.config and "steps" not in self.config else "environment steps"
+
+    @property
+    def budget(self) -> Any:
+        """How many of them there are to be; None where that is not known."""
+        return self.config.get("updates" if self.unit == "updates" else "steps")
+
+    @property
     def flat_config(self) -> dict[str, Any]:
         """`config` without nesting: names inside a section are dotted, as in `agent.gamma`."""
         return flatten(self.config)
@@ -186,6 +208,7 @@ def load_run(path: str | Path) -> RunRecord:
     provenance = _read_object(folder / "provenance.json", _PROVENANCE, remarks)
     if not provenance:
         remarks.append("Nothing is known about where this run comes from.")
+    history = _read_object(folder / "history.json", _HISTORY, remarks) if (folder / "history.json").exists() else {}
     status = _read_object(folder / "status.json", _STATUS, remarks) if (folder / "status.json").exists() else {}
     # From step 0 on every step was new; only a later session can have done steps again.
     starts = [one.get("from_step", 0) for one in provenance.get("sessions", [])]
@@ -209,6 +232,7 @@ def load_run(path: str | Path) -> RunRecord:
         unreadable=lines.unreadable,
         superseded=lines.superseded,
         remarks=remarks,
+        history=history,
     )
 
 

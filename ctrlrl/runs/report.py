@@ -15,6 +15,7 @@ from ctrlrl.runs.files import write_atomically
 from ctrlrl.runs.page import embed, setting_text, shown, template, writable_page
 from ctrlrl.runs.plots import EvaluationCurve, Series
 from ctrlrl.runs.record import RATES, RunRecord, load_run
+from ctrlrl.runs.stages import better_of, change_of
 
 
 def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
@@ -39,8 +40,9 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         kind="run",
         title=f"{run.algo} on {run.env}",
         run=run,
-        curve=Markup(plots.learning_curve("curve", _evaluation_curve(run), run.episodes, run.best_index)),
+        curve=Markup(plots.learning_curve("curve", _evaluation_curve(run), run.episodes, run.best_index, run.unit)),
         recent=float(run.episodes.values[-10:].mean()) if len(run.episodes.values) else None,
+        stages=_stages(run),
         panels=panels,
         videos=embed(run.videos),
         no_video=_why_no_video(run),
@@ -72,6 +74,22 @@ def _evaluation_curve(run: RunRecord) -> EvaluationCurve:
     low = np.array([one.returns.min() for one in run.evaluations], dtype=np.float64)
     high = np.array([one.returns.max() for one in run.evaluations], dtype=np.float64)
     return EvaluationCurve(curve.steps, curve.values, low, high)
+
+
+def _stages(run: RunRecord) -> dict[str, Any] | None:
+    """What the page says of a run that started with another's weights: both curves, dip and regret."""
+    history = run.history
+    pairs = [p for p in history.get("evaluations", []) if isinstance(p, list) and len(p) == 2]
+    if not history or "algo" not in history:
+        return None
+    before = Series(np.array([float(p[0]) for p in pairs]), np.array([float(p[1]) for p in pairs]))
+    data = history.get("data") or {}
+    change = change_of([(one.step, one.mean) for one in run.evaluations], data.get("reference"))
+    unit = str(history.get("unit", "steps"))
+    lines = {"mean return of the data": data["mean_return"]} if "mean_return" in data else {}
+    drawn = plots.stages("stages", before, f"{history['algo']}, {unit}", run.curve, f"{run.algo}, steps", lines)
+    said = better_of(change.first, data) if change is not None and "mean_return" in data else ""
+    return {"history": history, "unit": unit, "svg": Markup(drawn), "change": change, "better": said}
 
 
 def _why_no_video(run: RunRecord) -> str | None:

@@ -1,8 +1,7 @@
-"""What both loops share: collect, learn, evaluate, record, checkpoint.
+"""What all loops share: evaluate, record, checkpoint, stop.
 
-One iteration is one control step in each of N environments, and the updates that are due then. Everything between two
-iterations is consistent and can be saved, what is still owed included: a run that goes on from there does what it would
-have done.
+Everything between two iterations is consistent and can be saved, what is still owed included: a run that goes on from
+there does what it would have done.
 """
 
 from __future__ import annotations
@@ -22,65 +21,30 @@ from torch import Tensor
 
 from ctrlrl.algorithms.agent import Agent
 from ctrlrl.config import TrainConfig
-from ctrlrl.envs.vector import EnvState, Step, VectorEnv
+from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import CtrlrlError, Interrupted, NonFiniteError
 from ctrlrl.runs.checkpoint import pack, save_checkpoint
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.metrics import JsonLines, Record, Writer
 from ctrlrl.runs.progress import Progress
+from ctrlrl.runs.stages import better_of
 from ctrlrl.training.callbacks import Callback
-from ctrlrl.training.collector import Collector
+from ctrlrl.training.collector import Episode
 from ctrlrl.training.evaluation import evaluate, evaluation_seeds
 from ctrlrl.training.interrupt import Interrupt
-from ctrlrl.tree import Obs
 
 CHECK_EVERY = 100
 """Updates between two looks at whether the losses are still finite: each look waits for the device."""
 
 
 class Loop(ABC):
-    """Trains `agent` on `env` for `config.steps` environment steps, into `folder`.
+    """Trains `agent` for `config.budget` steps, into `folder`: of environments or, where there are none, updates.
 
-    A loop stores what was collected (`_store`), learns from it (`_learn`) and says what of that a checkpoint needs.
+    A loop says what an iteration is (`_iterate`), and what a checkpoint needs of it.
 
-    Attributes that callbacks may read: `env_steps`, `updates`, `agent`, `env`, `config`, `folder`.
+    Attributes that callbacks may read: `env_steps` (of an offline training its updates), `updates`, `agent`, `config`,
+    `folder`.
     """
-
-    # What a session asks of the kind of loop, before there is one.
-
-    @staticmethod
-    @abstractmethod
-    def make_memory(config: Any, env: VectorEnv, agent: Any, obs: Obs) -> Any:
-        """The empty memory of what `agent` will collect in `env`, which is at `obs`; `memory.begin(obs)` starts it.
-
-        Raises:
-            UsageError: if it does not fit.
-        """
-
-    @staticmethod
-    @abstractmethod
-    def restore_memory(memory: Any, folder: RunFolder, state: dict[str, Any]) -> None:
-        """Fill an empty memory with what the checkpoint `state` holds or refers to."""
-
-    @staticmethod
-    @abstractmethod
-    def begin_afresh(memory: Any, obs: Obs, rows: Sequence[bool]) -> None:
-        """Go on from `obs` where the episodes of `rows` could not be continued."""
-
-    @staticmethod
-    @abstractmethod
-    def stored_bytes(config: Any, env: VectorEnv) -> int:
-        """How much of the memory the run folder will hold."""
-
-    @staticmethod
-    def shares_environments(config: Any) -> bool:
-        """Whether environments are worth several processes where nothing else is asked for."""
-        return False
-
-    @staticmethod
-    def learner_threads(config: Any, agent: Any, cores: int) -> int:
-        """Of the learner, where `cores` may be used and networks are the built-in ones for vectors."""
-        return cores
 
     advice = "Try a smaller step size, or rewards of a smaller scale."
     """What may help where a training became non-finite."""
@@ -92,19 +56,18 @@ class Loop(ABC):
         *,
         config: TrainConfig,
         folder: RunFolder,
-        env: VectorEnv,
         eval_env: VectorEnv | None,
         agent: Agent,
         memory: Any,
-        collector: Collector,
         writers: Sequence[Writer],
         callbacks: Sequence[Callback],
         progress: Progress,
         state: dict[str, Any] | None = None,
+        history: dict[str, Any] | None = None,
     ) -> None:
-        self.config, self.folder, self.env, self.eval_env = config, folder, env, eval_env
-        self.agent, self.memory, self.collector = agent, memory, collector
-        self.callbacks, self.progress = list(callbacks), progress
+        self.config, self.folder, self.eval_env = config, folder, eval_env
+        self.agent, self.memory = agent, memory
+        self.callbacks, self.progress, self._history = list(callbacks), progress, history
         counters = (state or {}).get("loop", {})
         self.env_steps: int = counters.get("env_steps", 0)
         self.updates: int = counters.get("updates", 0)
@@ -113,7 +76,7 @@ class Loop(ABC):
         self.seconds: float = counters.get("seconds", 0.0)
         self.best: dict[str, Any] | None = (state or {}).get("best")
         self._evaluated_at: int = counters.get("evaluated_at", 0)
-        self._evaluation_due: bool = counters.get("evaluation_due", False)
+        self._evaluation_due: bool = counters.get("evaluation_due", self._starts_trained() and bool(config.eval_every))
         # Sums of metrics since the last training record, and of how many updates each. Older runs have one number for
         # all of them: their next record covers what follows.
         summed = counters.get("summed")
@@ -130,7 +93,7 @@ class Loop(ABC):
         self._infinite = set(_non_finite(pack(agent.state_dict())[0]))
 
     def run(self) -> None:
-        """Train until `config.steps`, or until a callback stops it.
+        """Train until `config.budget`, or until a callback stops it.
 
         Raises:
             Interrupted: on Ctrl-C or SIGTERM, with a checkpoint written.
@@ -160,7 +123,7 @@ class Loop(ABC):
             self.checkpoint()
 
     def stop(self, reason: str) -> None:
-        """End the run after this step, as finished; resuming it goes on to `config.steps`. Later calls do nothing."""
+        """End the run after this step, as finished; resuming it goes on to the budget. Later calls do nothing."""
         if self._stop is not None:
             return
         self._stop = reason
@@ -183,16 +146,17 @@ class Loop(ABC):
         for writer in self._writers:
             writer.close()
 
+    @abstractmethod
     def _iterate(self) -> None:
-        before = self.env_steps
-        with self._saved_on_failure(continue_episodes=False):  # what the environments did in this step is lost
-            step, extras, next_extras = self.collector.step(random=self._acts_at_random())
-        self._store(step, extras, next_extras)
-        episodes, transitions = self.collector.finished(step)
-        self.env_steps += transitions
+        """Go on by the least that can be done, between two states that can be saved."""
 
-        self._learn(before)
+    @staticmethod
+    def learner_threads(config: Any, agent: Any, cores: int) -> int:
+        """Of the learner, where `cores` may be used and networks are the built-in ones for vectors."""
+        return cores
 
+    def _after(self, before: int, episodes: Sequence[Episode] = ()) -> None:
+        """What is due since step `before`: records, an evaluation, a checkpoint."""
         for episode in episodes:
             record = {"kind": "episode", "step": self.env_steps, "time": self._time(), "env": episode.env}
             self.record(record | {"return": episode.ret, "length": episode.length, "success": episode.success})
@@ -208,20 +172,20 @@ class Loop(ABC):
         self.progress.update(self.env_steps, episodes)
 
     @abstractmethod
-    def _store(self, step: Step, extras: dict[str, Tensor], next_extras: dict[str, Tensor]) -> None:
-        """Keep a control step, with what the policy said of its actions here and at `final_obs`."""
-
-    @abstractmethod
-    def _learn(self, before: int) -> None:
-        """Make the updates that are due now; `before` environment steps had been done before this iteration."""
-
-    @abstractmethod
     def _memory(self) -> dict[str, Any]:
         """What was stored and is still needed, for a checkpoint."""
 
-    def _acts_at_random(self) -> bool:
-        """Whether the next actions are uniformly random."""
-        return False
+    def _figures(self) -> dict[str, float]:
+        """What a training record says besides, since the last one."""
+        return {}
+
+    @abstractmethod
+    def _where(self, continue_episodes: bool) -> dict[str, Any]:
+        """What is not of the agent and changes, for a checkpoint: episodes, which go on or start afresh from there."""
+
+    def _starts_trained(self) -> bool:
+        """Whether the policy is one that has learned before, so that it is evaluated before anything else."""
+        return getattr(self.config, "init_from", None) is not None
 
     def _suspects(self) -> dict[str, Any]:
         """What is kept besides the weights for the post-mortem of a training that became non-finite."""
@@ -264,7 +228,7 @@ class Loop(ABC):
     def _log_training(self) -> None:
         self._require_finite()
         metrics = {name: float(value) / self._summed[name] for name, value in self._sums.items()}
-        metrics |= self.collector.figures()
+        metrics |= self._figures()
         self._sums, self._summed = {}, Counter()
         steps_per_s, updates_per_s = self._window.rates(self.env_steps, self.updates)
         record = {"kind": "train", "step": self.env_steps, "time": self._time(), "updates": self.updates}
@@ -286,6 +250,12 @@ class Loop(ABC):
         figures |= {"success": result.success, "figures": result.figures}
         self.record(record | figures | {"mean": result.mean, "best": best})
         self.progress.evaluated(self.env_steps, result.mean, best)
+        if (
+            self._history is not None
+            and self.env_steps == 0
+            and (text := better_of(result.mean, self._history["data"]))
+        ):
+            self.note(text)
 
     def checkpoint(self, *, continue_episodes: bool = True) -> None:
         """Write a resumable checkpoint of this moment, if there is none yet.
@@ -299,8 +269,6 @@ class Loop(ABC):
             agent = self.agent.state_dict()
             self._require_finite(agent)
             memory = self._memory()
-            n = self.env.num_envs
-            env = self.env.get_state() if continue_episodes else EnvState([None] * n, [{} for _ in range(n)])
             state = {
                 "loop": {
                     "env_steps": self.env_steps,
@@ -313,8 +281,7 @@ class Loop(ABC):
                     "summed": dict(self._summed),
                 },
                 "agent": agent,
-                "collector": self.collector.state_dict(),
-                "env": {"json": env.json, "arrays": env.arrays},
+                **self._where(continue_episodes),
                 **memory,
                 "best": self.best,
                 "metrics_offset": self._log.offset(),
@@ -343,7 +310,7 @@ class Loop(ABC):
             raise
 
     def _finished(self) -> bool:
-        return self.env_steps >= self.config.steps or self._stop is not None
+        return self.env_steps >= self.config.budget or self._stop is not None
 
     def _time(self) -> float:
         """Seconds of training so far, over all sessions."""

@@ -17,8 +17,10 @@ from ctrlrl.config import OffPolicyConfig
 from ctrlrl.envs.vector import Step, VectorEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.replay.buffer import ReplayBuffer
+from ctrlrl.replay.dataset import DatasetSampler, MixedSampler, Source
 from ctrlrl.runs.folder import RunFolder
-from ctrlrl.training.loop import Loop, memory_of, passed
+from ctrlrl.training.collecting import CollectingLoop
+from ctrlrl.training.loop import memory_of, passed
 from ctrlrl.tree import Obs, is_image, obs_to
 
 MAX_GROUPS = 64
@@ -29,7 +31,7 @@ KEPT_BATCHES = 16
 """Indices of the latest batches kept for the post-mortem of a training that became non-finite."""
 
 
-class OffPolicyLoop(Loop):
+class OffPolicyLoop(CollectingLoop):
     """Trains an agent from replayed transitions; callbacks may read `buffer`, too."""
 
     config: OffPolicyConfig
@@ -37,11 +39,20 @@ class OffPolicyLoop(Loop):
     sizes = "--agent.batch-size or --buffer.capacity"
     advice = "Try a smaller --agent.critic-lr and --agent.actor-lr, --agent.layer-norm, or rewards of a smaller scale."
 
-    def __init__(self, *, state: dict[str, Any] | None = None, **shared: Any) -> None:
+    def __init__(
+        self, *, state: dict[str, Any] | None = None, data: DatasetSampler | None = None, **shared: Any
+    ) -> None:
         super().__init__(state=state, **shared)
         self.buffer: ReplayBuffer = self.memory
-        group = 2 * self.agent.config.batch_size * bytes_of(self.env.observation_space)  # obs and next_obs
-        self._max_groups = max(1, min(MAX_GROUPS, MAX_SAMPLED_BYTES // group))
+        self._max_groups = groups_at_once(self.env.observation_space, self.agent.config.batch_size)
+        self.data: DatasetSampler | None = data
+        self.source: Source = self.buffer
+        if self.data is not None:
+            self.source = MixedSampler(self.buffer, self.data, self.config.data_share)
+            if state is not None:
+                self.data.load_state_dict(state["data"])
+        began = self.data is not None or self.config.init_from is not None  # with statistics of what was seen there
+        self._keeps_statistics = began and self.config.keep_statistics
         self._segments: list[dict[str, Any]] = (state or {}).get("replay", {}).get("segments", [])
         self._recent: deque[tuple[int, Tensor]] = deque(maxlen=KEPT_BATCHES)
 
@@ -91,11 +102,12 @@ class OffPolicyLoop(Loop):
         )
 
     def _acts_at_random(self) -> bool:
-        return self.env_steps < self.config.learning_starts
+        return self.env_steps < self.config.learning_starts and self.config.init_from is None
 
     def _store(self, step: Step, extras: dict[str, Tensor], next_extras: dict[str, Tensor]) -> None:
         self.buffer.add(step, extras, next_extras)
-        self.agent.observe(obs_to(step.obs, self.buffer.device), step.valid.to(self.buffer.device))
+        if not self._keeps_statistics:
+            self.agent.observe(obs_to(step.obs, self.buffer.device), step.valid.to(self.buffer.device))
 
     def _learn(self, before: int) -> None:
         """All updates owed: `utd` per environment step since learning started, whatever the number of environments."""
@@ -105,7 +117,7 @@ class OffPolicyLoop(Loop):
         owed = int(c.utd * (self.env_steps - self.config.learning_starts)) - self.updates
         while owed > 0 and len(self.buffer):
             groups = min(owed, self._max_groups)
-            batch = self.buffer.sample(groups, c.batch_size, gamma=c.gamma, n_step=self.config.buffer.n_step)
+            batch = self.source.sample(groups, c.batch_size, gamma=c.gamma, n_step=self.config.buffer.n_step)
             metrics = self.agent.update(batch)
             self._recent.append((self.updates, batch.index))
             self._take(metrics, groups)
@@ -115,10 +127,21 @@ class OffPolicyLoop(Loop):
         self._segments = self.folder.append_replay(self.buffer, self._segments)
         generator = self.buffer.generator.get_state()
         rows = self.buffer.total_rows
-        return {"replay": {"total_rows": rows, "segments": self._segments, "generator": generator}}
+        memory = {"replay": {"total_rows": rows, "segments": self._segments, "generator": generator}}
+        return memory if self.data is None else memory | {"data": self.data.state_dict()}
+
+    def _figures(self) -> dict[str, float]:
+        shares = {} if self.data is None else {"data_share": self.config.data_share}
+        return super()._figures() | shares
 
     def _suspects(self) -> dict[str, Any]:
         return {"batches": [{"update": update, "index": index} for update, index in self._recent]}
+
+
+def groups_at_once(observation_space: gym.Space[Any], batch_size: int) -> int:
+    """Of how many gradient steps the batches are sampled together."""
+    group = 2 * batch_size * bytes_of(observation_space)  # obs and next_obs
+    return max(1, min(MAX_GROUPS, MAX_SAMPLED_BYTES // group))
 
 
 def transition_bytes(config: OffPolicyConfig, env: VectorEnv) -> int:

@@ -15,7 +15,8 @@ from ctrlrl.errors import UsageError
 from ctrlrl.nn.cpu import SMALL
 from ctrlrl.replay.rollout import Rollout
 from ctrlrl.runs.folder import RunFolder
-from ctrlrl.training.loop import Loop, memory_of
+from ctrlrl.training.collecting import CollectingLoop
+from ctrlrl.training.loop import memory_of
 from ctrlrl.training.off_policy import bytes_of
 from ctrlrl.tree import Obs, obs_to
 
@@ -23,7 +24,7 @@ _SHARED_FROM = 50_000
 """Environment steps of a training from which on its environments are worth several processes."""
 
 
-class OnPolicyLoop(Loop):
+class OnPolicyLoop(CollectingLoop):
     """Trains an agent from rollouts; callbacks may read `rollout`, too."""
 
     config: OnPolicyConfig

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+from datetime import UTC, datetime
 from pathlib import Path
 
-from ctrlrl.data.importers.base import Format
+from ctrlrl.data.importers.base import Format, ImportOptions
+from ctrlrl.data.store import Dataset, DatasetWriter
 from ctrlrl.errors import UsageError, nearest
 
 MODULES = {
@@ -49,3 +51,56 @@ def detect(path: Path) -> Format:
         if found.detect(path):
             return found
     raise UsageError(f"{path} looks like none of the formats {', '.join(MODULES)}; say which it is with --format")
+
+
+def import_dataset(
+    src: Path, out: Path, name: str | None = None, options: ImportOptions | None = None
+) -> tuple[Dataset, list[str]]:
+    """Read the file or folder `src` into a new dataset at `out`; returns it, and what the user should know of it.
+
+    Args:
+        src: what to read.
+        out: the dataset's folder; must not hold anything yet.
+        name: of the format, told from the file by default.
+        options: what is to be known beside the file.
+
+    Raises:
+        UsageError: it is not as the format has it, holds no transition, or `out` is taken. Nothing is left behind then.
+    """
+    options = options or ImportOptions()
+    if not src.exists():
+        raise UsageError(f"no such file or folder: {src}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not empty: choose another --out; nothing was overwritten")
+    found = detect(src) if name is None else find_format(name)
+    source = found.read(src, options)
+    notes = [] if name is not None else [f"read as {found.name}: {found.title}"]
+    try:
+        provenance = {
+            "imported": datetime.now(UTC).isoformat(timespec="seconds"),
+            "source": str(src),
+            "format": found.name,
+            "notes": list(source.notes),
+            **source.provenance,
+        }
+        with DatasetWriter.create(
+            out,
+            observation_space=source.observation_space,
+            action_space=source.action_space,
+            env=options.env or source.env,
+            control_dt=source.control_dt,
+            columns=source.columns,
+            reference=source.reference,
+            provenance=provenance,
+        ) as writer:
+            for episode in source.episodes:
+                try:
+                    writer.add(episode)
+                except UsageError as error:
+                    raise UsageError(f"{src}: {error}") from None
+            if not writer.num_transitions:
+                raise UsageError(f"{src} holds no transition")
+            writer.provenance["notes"] = list(source.notes)  # some are known only when all was read
+    finally:
+        source.close()
+    return Dataset.open(out), notes + list(source.notes)

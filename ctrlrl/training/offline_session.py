@@ -1,0 +1,93 @@
+"""Sessions that learn from a dataset alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ctrlrl.algorithms.agent import ReplayAgent
+from ctrlrl.config import OfflineConfig, TrainConfig
+from ctrlrl.data.store import Dataset
+from ctrlrl.envs.vector import VectorEnv
+from ctrlrl.errors import UsageError
+from ctrlrl.runs.folder import RunFolder
+from ctrlrl.training.base_session import Session
+from ctrlrl.training.offline import OfflineLoop, make_sampler, require_same_spaces, take_statistics
+from ctrlrl.training.setup import EnvLike, make
+
+
+class OfflineSession(Session):
+    """A dataset and a learner; environments are there to evaluate on."""
+
+    config: OfflineConfig
+    loop_class = OfflineLoop
+    agent: ReplayAgent
+    collects = False
+
+    def _open(self) -> None:
+        self.dataset = dataset = open_dataset(self.config.data)
+        if self.eval_source is None:
+            self.eval_source = self.config.env or dataset.env
+        if self.eval_source is None and self.config.eval_every:
+            self.remark = f"nothing is evaluated: {dataset.path} names no environment; --env ID does"
+            self.config = replace(self.config, eval_every=0)
+        if isinstance(self.eval_source, str):
+            self.config = replace(self.config, env=self.eval_source)
+        self.name = self.config.env or str(dataset.path)
+        self.control_dt = dataset.control_dt
+        self.observation_space, self.action_space = dataset.observation_space, dataset.action_space
+
+    def _make(self, env: EnvLike, config: TrainConfig, rows: int, device: str) -> VectorEnv:
+        made = make(env, config, rows, device)
+        try:
+            require_same_spaces(self.dataset, made)
+        except UsageError:
+            if made is not env:
+                made.close()
+            raise
+        return made
+
+    def described(self) -> dict[str, Any]:
+        return {"data": provenance_of(self.dataset)}
+
+    def _begin(self) -> None:
+        self._draw_from_the_start()
+        if self.config.init_from is not None:
+            self._start_from(self.config.init_from, self.dataset)
+        else:
+            take_statistics(self.agent, self.memory)
+
+    def _restore(self, folder: RunFolder, state: dict[str, Any], fresh_seed: int) -> list[str]:
+        self._draw_from_the_start()
+        return ["continues exactly"]
+
+    def _draw_from_the_start(self) -> None:
+        self.memory = make_sampler(self.dataset, self.agent, self.config.sampling, seed=self.config.seed)
+
+    def _parts(self) -> dict[str, Any]:
+        return {"memory": self.memory}
+
+
+def open_dataset(path: str) -> Dataset:
+    """The dataset at `path`, which must hold a transition.
+
+    Raises:
+        UsageError: there is none, it is damaged, or empty.
+    """
+    dataset = Dataset.open(Path(path))
+    if not dataset.num_transitions:
+        raise UsageError(f"{path} has no transition to learn from")
+    return dataset
+
+
+def provenance_of(dataset: Dataset) -> dict[str, Any]:
+    """What a run says of the data that it learns from."""
+    return {
+        "path": str(dataset.path),
+        "content_hash": dataset.content_hash,
+        "transitions": dataset.num_transitions,
+        "episodes": dataset.num_episodes,
+        "mean_return": float(dataset.returns.mean()),
+        "reference": dataset.reference,
+    }

@@ -1,0 +1,158 @@
+"""Starting with the weights of another run: which of them fit, and what is to be remembered of where they come from.
+
+A policy is taken over whole where both are of one kind. Between policies that squash one network's output by tanh
+(those of SAC and its variants, TD3 and its, IQL, BC) the network is taken over: from one that gives means alone to one
+that gives standard deviations besides, these start as constants, the former policy's own where it has any.
+Critics are taken over where they are of the same shape and number, temperatures where both have one. Optimizers start
+afresh: it is another loss that they step down.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from ctrlrl.algorithms.agent import ReplayAgent
+from ctrlrl.config import OfflineConfig
+from ctrlrl.data.store import Dataset
+from ctrlrl.envs.spaces import build_space
+from ctrlrl.errors import UsageError
+from ctrlrl.nn.actor import StochasticPolicy
+from ctrlrl.nn.discrete import CategoricalPolicy
+from ctrlrl.nn.policy import DeterministicPolicy, Policy, SquashedGaussianPolicy
+from ctrlrl.runs.checkpoint import load_checkpoint
+from ctrlrl.runs.folder import RunFolder
+from ctrlrl.runs.record import load_run
+from ctrlrl.training.setup import read_config, read_provenance, step_of
+from ctrlrl.training.spaces import alike
+
+STANDARD_DEVIATION = 0.1
+"""Of the actions in [-1, 1] of a policy that had none, before tanh."""
+
+
+def warm_start(
+    agent: ReplayAgent,
+    observation_space: gym.Space[Any],
+    action_space: gym.Space[Any],
+    run: str,
+    dataset: Dataset | None,
+) -> dict[str, Any]:
+    """Put the weights of a run's best checkpoint into `agent`; returns what its new run remembers of it, as JSON.
+
+    Raises:
+        UsageError: there is no such run, or its policy does not fit.
+    """
+    folder = RunFolder.open(Path(run))
+    algo, config = read_config(folder)
+    there = sorted(p.name for p in folder.checkpoints.glob("best-*"))
+    path = folder.find_checkpoint("best" if there else "last")
+    state = load_checkpoint(path)["agent"]
+    spaces = read_provenance(folder)["environment"]["spaces"]
+    for what, own in (("observation", observation_space), ("action", action_space)):
+        theirs = build_space(spaces[what])
+        if not alike(own, theirs, bounds=what == "action"):
+            raise UsageError(
+                f"{run} was trained with the {what} space {theirs}, and this is {own}; they must be the same"
+            )
+    notes = _policy(agent.policy, state["policy"], run)
+    notes += _values(agent, state, scaled=isinstance(config, OfflineConfig) and config.sampling.changes_rewards)
+    record = load_run(folder.path)
+    return {
+        "run": str(folder.path),
+        "algo": algo,
+        "checkpoint": path.name,
+        "step": step_of(path),
+        "unit": "updates" if isinstance(config, OfflineConfig) else "steps",
+        "evaluations": [[one.step, one.mean] for one in record.evaluations],
+        "notes": notes,
+        "data": None
+        if dataset is None
+        else {"path": str(dataset.path), "mean_return": float(dataset.returns.mean()), "reference": dataset.reference},
+    }
+
+
+def _policy(policy: Policy, saved: dict[str, Tensor], run: str) -> list[str]:
+    """Take over a policy's weights; returns what is to be said of it."""
+    own = policy.state_dict()
+    if own.keys() == saved.keys() and all(own[name].shape == saved[name].shape for name in own):
+        policy.load_state_dict(saved)
+        return ["policy: as it was"]
+    if isinstance(policy, CategoricalPolicy) or not isinstance(
+        policy, SquashedGaussianPolicy | DeterministicPolicy | StochasticPolicy
+    ):
+        raise _misfit(run, "its policy is of another kind")
+    log_std = next((value for name, value in saved.items() if name.endswith("log_std")), None)
+    deviation = math.log(STANDARD_DEVIATION) if log_std is None else log_std
+    layers = [name for name in own if name.startswith("trunk.")]
+    last = {name for name in layers if name.rpartition(".")[0] == layers[-1].rpartition(".")[0]}
+    for name, value in own.items():
+        if name.endswith("log_std") or name.startswith("scaling."):
+            continue
+        if name not in saved:
+            raise _misfit(run, f"it has no {name}")
+        there = saved[name]
+        if name in last and there.shape[1:] == value.shape[1:] and len(value) == 2 * len(there):
+            rest = torch.zeros_like(there)
+            if name.endswith("bias"):
+                rest = rest + deviation
+            value.copy_(torch.cat([there, rest]))
+        elif name in last and there.shape[1:] == value.shape[1:] and len(there) == 2 * len(value):
+            value.copy_(there[: len(value)])
+        elif there.shape == value.shape:
+            value.copy_(there)
+        else:
+            raise _misfit(run, f"its {name} is {tuple(there.shape)}, and here it is {tuple(value.shape)}")
+    extra = [name for name in saved if name.startswith("normalizer") and name not in own]
+    if extra:
+        raise _misfit(run, "it standardizes observations: --agent.normalize-obs")
+    policy.load_state_dict(own)
+    return ["policy: its network, with standard deviations of its own" if log_std is None else "policy: its network"]
+
+
+def _values(agent: ReplayAgent, state: dict[str, Any], *, scaled: bool) -> list[str]:
+    """Take over critics and temperature where they fit; returns what is to be said of them."""
+    critics = getattr(agent, "critics", None)
+    notes = []
+    if critics is not None:
+        saved = state.get("critics")
+        if saved is None:
+            notes.append("critics: new, since the run has none")
+        elif scaled:
+            notes.append("critics: new, since those of the run are of rewards that were scaled")
+        elif _same(critics.state_dict(), saved):
+            critics.load_state_dict(saved)
+            agent.target_critics.load_state_dict(state.get("target_critics", saved))  # type: ignore[attr-defined]
+            notes.append("critics: as they were")
+        else:
+            shapes = {name: tuple(value.shape) for name, value in saved.items() if name.endswith("weight")}
+            notes.append(f"critics: new, since those of the run are of other shapes: {shapes}")
+    if (
+        "target_policy" in state
+        and hasattr(agent, "target_policy")
+        and _same(agent.target_policy.state_dict(), state["target_policy"])
+    ):
+        agent.target_policy.load_state_dict(state["target_policy"])
+    elif hasattr(agent, "target_policy"):
+        own = agent.policy.state_dict()
+        agent.target_policy.load_state_dict({name: own[name] for name in agent.target_policy.state_dict()})
+    if "log_alpha" in state and hasattr(agent, "log_alpha"):
+        with torch.no_grad():
+            agent.log_alpha.copy_(state["log_alpha"])
+        notes.append("temperature: as it was")
+    return notes
+
+
+def _same(own: dict[str, Tensor], saved: dict[str, Tensor]) -> bool:
+    return own.keys() == saved.keys() and all(own[name].shape == saved[name].shape for name in own)
+
+
+def _misfit(run: str, why: str) -> UsageError:
+    return UsageError(
+        f"the policy of {run} does not fit this agent: {why}. Both must have the same --agent.hidden, observation "
+        "entries and --agent.normalize-obs; see its config.json"
+    )

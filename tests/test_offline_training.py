@@ -1,0 +1,228 @@
+"""Trainings on a dataset, alone or beside an environment, and trainings that go on from another run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import ctrlrl
+from ctrlrl.cli.main import run as command
+from ctrlrl.data.store import Dataset, DatasetWriter
+from ctrlrl.errors import Interrupted, UsageError
+from ctrlrl.runs.checkpoint import load_checkpoint
+from ctrlrl.runs.folder import RunFolder
+from ctrlrl.runs.record import load_run
+from ctrlrl.runs.stages import better_of, change_of
+from tests.datasets import pendulum_data
+from tests.runs import SMALL, assert_same
+
+OFFLINE: dict[str, Any] = {
+    "updates": 130,
+    "log_every": 20,
+    "eval_every": 50,
+    "eval_episodes": 2,
+    "checkpoint_every": 40,
+    "threads": 1,
+    "video": False,
+    "agent": {"hidden": [16, 16], "batch_size": 16},
+    "quiet": True,
+}
+ALGORITHMS = ("bc", "td3-bc", "rebrac", "iql", "cql")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: Any) -> Dataset:
+    return pendulum_data(tmp_path_factory.mktemp("data") / "pendulum")
+
+
+class InterruptAt(ctrlrl.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, loop: Any) -> None:
+        if loop.env_steps >= self.step:
+            signal.raise_signal(signal.SIGINT)
+            self.step = 10**9
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_a_training_that_is_interrupted_goes_on_with_the_same_bits(algo: str, data: Dataset, tmp_path: Path) -> None:
+    settings = OFFLINE | {"data": str(data.path)}
+    if algo == "cql":
+        settings["agent"] = settings["agent"] | {"calibrate": True}
+    ctrlrl.train(algo, out=str(tmp_path / "whole"), callbacks=[InterruptAt(10**9)], **settings)
+    with pytest.raises(Interrupted):
+        ctrlrl.train(algo, out=str(tmp_path / "parts"), callbacks=[InterruptAt(70)], **settings)
+    ctrlrl.resume(tmp_path / "parts", callbacks=[InterruptAt(10**9)], quiet=True)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    record = load_run(tmp_path / "parts")
+    assert [one.step for one in record.evaluations] == [50, 100, 130] and record.unit == "updates"
+    assert record.provenance and json.loads((tmp_path / "parts/provenance.json").read_text())["data"]["content_hash"]
+    policy = ctrlrl.load(tmp_path / "parts").policy
+    assert policy.act(torch.zeros(2, 3))[0].shape == (2, 1)
+
+
+def test_a_longer_budget_extends_it(data: Dataset, tmp_path: Path) -> None:
+    settings = OFFLINE | {"data": str(data.path), "eval_every": 0, "checkpoint_every": 1000}
+    ctrlrl.train("td3-bc", out=str(tmp_path / "whole"), **settings | {"updates": 150})
+    ctrlrl.train("td3-bc", out=str(tmp_path / "parts"), **settings | {"updates": 100})
+    with pytest.raises(UsageError, match="is counted in updates: extend it by --updates"):
+        ctrlrl.resume(tmp_path / "parts", steps=150, quiet=True)
+    with pytest.raises(UsageError, match=r"has done 100 updates already; --updates must be at least that, got 20"):
+        ctrlrl.resume(tmp_path / "parts", updates=20, quiet=True)
+    ctrlrl.resume(tmp_path / "parts", updates=150, quiet=True)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_observations_are_standardized_by_the_data(data: Dataset, tmp_path: Path) -> None:
+    ctrlrl.train("td3-bc", out=str(tmp_path / "r"), data=str(data.path), **OFFLINE | {"updates": 10, "eval_every": 0})
+    normalizer = ctrlrl.load(tmp_path / "r", checkpoint="last").policy.normalizer
+    assert normalizer is not None
+    entry = normalizer.entry("obs")  # type: ignore[operator]
+    assert torch.allclose(entry.mean, torch.from_numpy(data.observation.astype(np.float64).mean(0)), atol=1e-6)
+    assert float(entry.count) == data.num_transitions + data.num_episodes
+
+
+def test_a_changed_dataset_is_not_gone_on_with(data: Dataset, tmp_path: Path) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data.path, copy)
+    ctrlrl.train("bc", out=str(tmp_path / "r"), data=str(copy), **OFFLINE | {"updates": 20, "eval_every": 0})
+    with DatasetWriter.append(copy) as writer:
+        writer.add(data.episode(0))
+    with pytest.raises(UsageError, match=r"has changed since the run began \(200 transitions then, 250 now\)"):
+        ctrlrl.resume(tmp_path / "r", updates=40, quiet=True)
+
+
+def test_without_an_environment_nothing_is_evaluated(tmp_path: Path, capsys: Any) -> None:
+    unnamed = pendulum_data(tmp_path / "data", 2, 20, env=None)
+    run = ctrlrl.train("bc", data=str(unnamed.path), out=str(tmp_path / "r"), **OFFLINE | {"updates": 20})
+    assert load_run(run.path).evaluations == []
+    assert "nothing is evaluated" in " ".join(text for _, text in load_run(run.path).notes)
+    with pytest.raises(UsageError, match=r"has the observation space .* and MountainCarContinuous-v0 has"):
+        ctrlrl.train("bc", "MountainCarContinuous-v0", data=str(unnamed.path), out=str(tmp_path / "s"), **OFFLINE)
+    assert not (tmp_path / "s").exists()
+
+
+def test_both_sources_are_learned_from_and_resumed_exactly(data: Dataset, tmp_path: Path) -> None:
+    settings = SMALL | {"steps": 200, "data": str(data.path), "data_share": 0.25, "sampling": {"temperature": 0.2}}
+    settings |= {"agent": SMALL["agent"] | {"normalize_obs": True}}
+    ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "whole"), **settings)
+    ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "parts"), **settings | {"steps": 96})
+    ctrlrl.resume(tmp_path / "parts", steps=200, quiet=True)
+    left, right = (load_checkpoint(RunFolder(tmp_path / n).find_checkpoint("last")) for n in ("whole", "parts"))
+    assert torch.equal(left["data"]["generator"], right["data"]["generator"])
+    for name, value in left["agent"]["policy"].items():
+        assert torch.equal(value, right["agent"]["policy"][name]), name
+    record = load_run(tmp_path / "whole")
+    assert (record.metrics["data_share"].values == 0.25).all()
+    statistics = ctrlrl.load(tmp_path / "whole").policy.normalizer.entry("obs")  # type: ignore[union-attr, operator]
+    assert float(statistics.count) == data.num_transitions + data.num_episodes  # kept as they came with the data
+
+
+def test_rlpd_and_wsrl_say_what_they_need(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="rlpd learns from a dataset besides: --data DIR"):
+        ctrlrl.train("rlpd", "Pendulum-v1", out=str(tmp_path / "r"), **SMALL)
+    with pytest.raises(UsageError, match="wsrl goes on from a run that was trained on data: --init-from RUN"):
+        ctrlrl.train("wsrl", "Pendulum-v1", out=str(tmp_path / "r"), **SMALL)
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "critics"),
+    [
+        ("iql", "sac", True),
+        ("td3-bc", "td3", True),
+        ("bc", "sac", False),
+        ("cql", "sac", True),
+        ("td3-bc", "sac", True),
+    ],
+)
+def test_what_was_learned_offline_goes_on_online(
+    before: str, after: str, critics: bool, data: Dataset, tmp_path: Path
+) -> None:
+    """The first evaluation is the former policy's, to the last digit; then it is the environment's turn."""
+    settings = OFFLINE | {"updates": 40, "eval_every": 40}
+    if before == "cql":
+        settings["agent"] = settings["agent"] | {"hidden": [16, 16]}
+    ctrlrl.train(before, data=str(data.path), out=str(tmp_path / "before"), **settings)
+    agent = SMALL["agent"] | ({"normalize_obs": True} if before in ("bc", "td3-bc") else {})
+    online = SMALL | {"steps": 160, "eval_every": 80, "agent": agent, "init_from": str(tmp_path / "before")}
+    ctrlrl.train(after, "Pendulum-v1", out=str(tmp_path / "after"), data=str(data.path), **online)
+    first, *rest = load_run(tmp_path / "after").evaluations
+    former = load_run(tmp_path / "before").evaluations[-1]
+    assert first.step == 0 and np.allclose(first.returns, former.returns, rtol=1e-5)
+    assert [one.step for one in rest] == [80, 160]
+    history = json.loads((tmp_path / "after/history.json").read_text())
+    assert history["algo"] == before and ("critics: as they were" in history["notes"]) == critics
+    notes = " ".join(text for _, text in load_run(tmp_path / "after").notes)
+    assert "starts from" in notes and "which suggests to preserve" in notes
+    page = (tmp_path / "after/report.html").read_text()
+    assert f"From {before} on" in page and "Dip" in page and "Regret" in page
+    ctrlrl.resume(tmp_path / "after", steps=170, quiet=True)  # and can be gone on with itself
+
+
+def test_wsrl_warms_up_with_the_policy_it_starts_from(data: Dataset, tmp_path: Path) -> None:
+    shape = {"hidden": [16, 16], "batch_size": 16, "num_critics": 4, "layer_norm": True, "subset": 2}
+    ctrlrl.train("cql", data=str(data.path), out=str(tmp_path / "before"), **OFFLINE | {"updates": 40, "agent": shape})
+    settings = SMALL | {"steps": 120, "learning_starts": 100, "init_from": str(tmp_path / "before"), "agent": shape}
+    run = ctrlrl.train("wsrl", "Pendulum-v1", out=str(tmp_path / "after"), **settings)
+    state = load_checkpoint(RunFolder(run.path).find_checkpoint("last"))
+    assert state["loop"]["updates"] == 4 * 20
+    folder, replay = RunFolder(run.path), state["replay"]["segments"]
+    from safetensors.torch import load_file
+
+    actions = load_file(folder.replay / replay[0]["file"])["action"][:70].flatten()
+    policy = ctrlrl.load(tmp_path / "before").policy
+    assert abs(float(actions.std()) - 2 / 3**0.5) > 0.02 or policy is None  # not the uniform ones
+
+
+def test_a_run_that_does_not_fit_is_refused(data: Dataset, tmp_path: Path) -> None:
+    settings = OFFLINE | {"updates": 20, "eval_every": 0}
+    ctrlrl.train("bc", data=str(data.path), out=str(tmp_path / "before"), **settings)
+    online = SMALL | {"init_from": str(tmp_path / "before"), "agent": {"hidden": [8, 8], "batch_size": 16}}
+    with pytest.raises(
+        UsageError, match=r"does not fit this agent: its trunk\.0\.weight is \(16, 3\), and here it is \(8, 3\)"
+    ):
+        ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "after"), **online)
+    with pytest.raises(UsageError, match="was trained with the observation space"):
+        ctrlrl.train("sac", "MountainCarContinuous-v0", out=str(tmp_path / "after"), **online)
+    with pytest.raises(UsageError, match="no such run folder"):
+        ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "after"), **online | {"init_from": str(tmp_path / "x")})
+    assert not (tmp_path / "after").exists()
+
+
+def test_dip_and_regret() -> None:
+    change = change_of([(0, 100.0), (10, 40.0), (20, 80.0), (30, 120.0)], {"random": 0.0, "expert": 200.0})
+    assert change is not None
+    assert (change.dip, change.lowest_step, change.back) == (60.0, 10, 30)
+    assert change.regret == pytest.approx((60 + 20 + 0) / 3) and change.score_regret == pytest.approx(1 - 0.4)
+    never = change_of([(0, 100.0), (10, 40.0)], None)
+    assert never is not None and never.back is None and never.score_regret is None
+    assert change_of([(10, 1.0), (20, 2.0)], None) is None and change_of([(0, 1.0)], None) is None
+    assert "preserve the policy" in better_of(10.0, {"mean_return": 5.0})
+    assert "preserve the data" in better_of(1.0, {"mean_return": 5.0}) and better_of(1.0, None) == ""
+
+
+def test_the_command_line(data: Dataset, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = f"train iql --data {data.path} --updates 20 --eval-every 10 --eval-episodes 1 --threads 1 --no-video"
+    assert command([*words.split(), "--agent.hidden", "16", "--quiet"]) == 0
+    run = tmp_path / "runs/iql-pendulum-seed0"
+    assert json.loads((run / "config.json").read_text())["env"] == "Pendulum-v1"
+    assert command(["resume", str(run), "--updates", "30", "--quiet"]) == 0
+    assert command(["eval", str(run), "--episodes", "1"]) == 0
+    capsys.readouterr()
+    assert command(["train", "iql", "--data", str(tmp_path / "nowhere"), "--updates", "20"]) == 2
+    assert "is no dataset: no such folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as refused:
+        command(["train", "iql", "--updates", "20"])
+    assert refused.value.code == 2
+    assert command(["train", "iql", "--data", str(data.path), "--dry-run"]) == 0
+    assert "updates: 500000" in capsys.readouterr().out
