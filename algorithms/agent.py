@@ -138,7 +138,7 @@ class ReplayAgent(Agent):
 
     @property
     def reads(self) -> frozenset[str]:
-        """Which optional entries of a batch its step reads: `next_action`, `mc_return`."""
+        """Which optional entries of a batch its step reads: `next_action`, `mc_return`, names of `extras`."""
         return frozenset()
 
     def update(self, batch: Batch) -> dict[str, Tensor]:

@@ -113,6 +113,10 @@ class SACDiscrete(OffPolicyAgent):
         self._keep(log_alpha=self.log_alpha, actor_optimizer=self.actor_optimizer)
         self._keep(critic_optimizer=self.critic_optimizer, alpha_optimizer=self.alpha_optimizer)
 
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset(("entropy",)) if self.config.entropy_penalty > 0 else frozenset()
+
     def draw(self, groups: int, rows: int) -> Draws:
         """The shift of images; expectations over actions are exact."""
         return (self.draw_shift(groups, rows),)

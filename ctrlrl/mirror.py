@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 import numpy as np
-import torch
-from torch import Tensor
 
 from ctrlrl.errors import UsageError
+
+if TYPE_CHECKING:  # importing it takes seconds, and what only describes a space needs none
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,8 @@ class Reflection:
 
     def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """`order` (D,) int64 and `sign` (D,) float32."""
+        import torch
+
         return torch.tensor(self.order, device=device), torch.tensor(self.sign, device=device)
 
 

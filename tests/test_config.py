@@ -96,7 +96,8 @@ def test_config_files(tmp_path):
 def test_presets_are_valid_and_picked_by_name():
     for algorithm in ALGORITHMS.values():
         for preset in algorithm.presets:
-            train_config_class(algorithm.name).from_dict({"env": "X", **preset.values})
+            required = {"env": "X"} | ({"data": "set"} if algorithm.loop == "offline" else {})
+            train_config_class(algorithm.name).from_dict(required | preset.values)
     sac = ALGORITHMS["sac"]
     assert sac.preset_for("Swimmer-v5").values["agent"]["gamma"] == 0.999
     assert sac.preset_for("some.module:Pendulum-v1").name == "pendulum"

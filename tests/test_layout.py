@@ -71,11 +71,12 @@ ALLOWED = {
     "nn": {"nn"},
     "envs": {"envs", "robots"},
     "robots": {"robots"},
-    "replay": {"replay", "envs"},
+    "data": {"data", "envs", "runs"},
+    "replay": {"replay", "envs", "data"},
     "runs": {"runs", "envs", "replay"},
     "algorithms": {"algorithms", "nn", "replay"},
-    "training": {"training", "algorithms", "nn", "replay", "runs", "envs"},
-    "cli": {"cli", "training", "algorithms", "runs", "envs", "robots"},
+    "training": {"training", "algorithms", "nn", "replay", "runs", "envs", "data"},
+    "cli": {"cli", "training", "algorithms", "runs", "envs", "robots", "data"},
 }
 
 

@@ -73,6 +73,12 @@ def make_sampler(dataset: Dataset, agent: ReplayAgent, sampling: SamplingConfig,
     Raises:
         UsageError: the dataset cannot be drawn from.
     """
+    extras = sorted(agent.reads - {"next_action", "mc_return"})
+    if missing := [name for name in extras if name not in dataset.columns]:
+        raise UsageError(
+            f"the agent learns from what its policy said of each action ({', '.join(missing)}), which {dataset.path} "
+            "does not have. Of sac-discrete --agent.entropy-penalty 0 does without"
+        )
     scale, shift = 1.0, 0.0
     if isinstance(sampling, OfflineSamplingConfig):
         scale, shift = sampling.reward_scale, sampling.reward_shift
@@ -89,6 +95,7 @@ def make_sampler(dataset: Dataset, agent: ReplayAgent, sampling: SamplingConfig,
         device=agent.device,
         seed=seed,
         memory=memory_of(agent.device),
+        extras=extras,
         next_action="next_action" in agent.reads,
         mc_return="mc_return" in agent.reads,
         temperature=sampling.temperature,
