@@ -127,6 +127,9 @@ class OfflineSamplingConfig(SamplingConfig):
     """Added to each reward, before it is scaled."""
     reward_scale: float = 1.0
     """Factor of each reward."""
+    hindsight: float = 0.0
+    """Share of the transitions that get another goal, which their episode came to later on (arXiv:1707.01495, where it
+    is 0.8); for tasks of ours whose reward is one of goals, PandaReach-v0 with '{"reward": "sparse"}' say."""
     return_range: float | None = None
     """Scale rewards besides, so that the best episode's return lies so far above the worst one's; IQL's paper has 1000
     on locomotion."""
@@ -134,6 +137,8 @@ class OfflineSamplingConfig(SamplingConfig):
     def check(self) -> None:
         super().check()
         self.require("n_step", 1 <= self.n_step <= 1000, "between 1 and 1000")
+        self.require("hindsight", 0 <= self.hindsight <= 1, "between 0 and 1")
+        self.require("n_step", self.n_step == 1 or not self.hindsight, "1 where goals are replaced (hindsight)")
         self.require("reward_scale", self.reward_scale > 0, "above 0")
         self.require("return_range", self.return_range is None or self.return_range > 0, "above 0")
 

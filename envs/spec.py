@@ -85,6 +85,19 @@ class Action:
     """Control steps, from and to, by which it takes effect late; drawn for each episode."""
 
 
+@dataclass(frozen=True)
+class Goals:
+    """That a task's reward is one of goals, so that transitions can be given others afterwards (hindsight). Neither
+    what else is observed nor how episodes end may depend on them."""
+
+    achieved: str
+    """The term of the group `policy` that has what was achieved, (N, size)."""
+    desired: str
+    """The term that has the goal, (N, size)."""
+    reward: Callable[[Tensor, Tensor], Tensor]
+    """The task's reward (N,) of what was achieved after a step, and of the goal."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SimTask:
     """A task, written once for all simulations.
@@ -128,6 +141,8 @@ class SimTask:
     curriculum: Callable[[World, Tensor], None] | None = None
     """Called with the rows (N,) bool whose episode has ended, before they start anew; not with those that diverged. A
     level that outlives episodes is `World.memory(..., keep=True)`; evaluations start at its beginning, zero."""
+    goals: Goals | None = None
+    """What of it are goals, where the reward is a function of them alone."""
     mirror: Mirror | None = None
     """How observations and actions look in a mirror, for policies that are to be symmetric."""
 

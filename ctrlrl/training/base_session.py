@@ -148,7 +148,7 @@ class Session(ABC):
     def _start_from(self, run: str, dataset: Dataset | None) -> None:
         """Take over the weights of another run."""
         assert isinstance(self.agent, ReplayAgent)
-        self.history = warm_start(self.agent, self.observation_space, self.action_space, run, dataset)
+        self.history = warm_start(self.agent, self.observation_space, self.action_space, run, dataset, self.config)
 
     @abstractmethod
     def _begin(self) -> None:

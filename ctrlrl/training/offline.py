@@ -11,9 +11,10 @@ from torch import Tensor
 from ctrlrl.algorithms.agent import ReplayAgent
 from ctrlrl.config import OfflineConfig, OfflineSamplingConfig, SamplingConfig
 from ctrlrl.data.store import Dataset
+from ctrlrl.envs.sim_vector import SimVector
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
-from ctrlrl.replay.dataset import DatasetSampler
+from ctrlrl.replay.dataset import DatasetSampler, Hindsight
 from ctrlrl.training.loop import Loop, memory_of
 from ctrlrl.training.off_policy import KEPT_BATCHES, groups_at_once
 from ctrlrl.training.spaces import alike
@@ -67,7 +68,30 @@ class OfflineLoop(Loop):
         return {"batches": [{"update": update, "index": index} for update, index in self._recent]}
 
 
-def make_sampler(dataset: Dataset, agent: ReplayAgent, sampling: SamplingConfig, *, seed: int) -> DatasetSampler:
+def hindsight_of(env: VectorEnv, share: float) -> Hindsight:
+    """How goals of the task of `env` are replaced.
+
+    Raises:
+        UsageError: it has none, or its reward is not one of them alone.
+    """
+    goals = env.task.goals if isinstance(env, SimVector) else None
+    if goals is None or not isinstance(env, SimVector) or len(env.groups) > 1:
+        raise UsageError(
+            f"--sampling.hindsight needs a task of ours whose reward is a function of goals, and {env.name} is none: "
+            'PandaReach-v0 and PandaLift-v0 are, with --env-kwargs \'{"reward": "sparse"}\''
+        )
+    names = env.groups["policy"].names
+    return Hindsight(achieved=names[goals.achieved], desired=names[goals.desired], reward=goals.reward, share=share)
+
+
+def make_sampler(
+    dataset: Dataset,
+    agent: ReplayAgent,
+    sampling: SamplingConfig,
+    *,
+    seed: int,
+    hindsight: Hindsight | None = None,
+) -> DatasetSampler:
     """What `agent` draws its batches of `dataset` from.
 
     Raises:
@@ -101,6 +125,7 @@ def make_sampler(dataset: Dataset, agent: ReplayAgent, sampling: SamplingConfig,
         temperature=sampling.temperature,
         reward_scale=scale,
         reward_shift=shift,
+        hindsight=hindsight,
     )
 
 

@@ -13,7 +13,7 @@ from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.training.base_session import Session
-from ctrlrl.training.offline import OfflineLoop, make_sampler, require_same_spaces, take_statistics
+from ctrlrl.training.offline import OfflineLoop, hindsight_of, make_sampler, require_same_spaces, take_statistics
 from ctrlrl.training.setup import EnvLike, make
 
 
@@ -26,6 +26,11 @@ class OfflineSession(Session):
     collects = False
 
     def _open(self) -> None:
+        learns = getattr(self.config.agent, "learn", "both")  # type: ignore[attr-defined]
+        if learns == "policy" and self.config.init_from is None:
+            raise UsageError(
+                "--agent.learn policy extracts a policy from values that are there: --init-from RUN, which learned them"
+            )
         self.dataset = dataset = open_dataset(self.config.data)
         if self.eval_source is None:
             self.eval_source = self.config.env or dataset.env
@@ -63,7 +68,14 @@ class OfflineSession(Session):
         return ["continues exactly"]
 
     def _draw_from_the_start(self) -> None:
-        self.memory = make_sampler(self.dataset, self.agent, self.config.sampling, seed=self.config.seed)
+        config, hindsight = self.config, None
+        if config.sampling.hindsight:
+            if self.eval_env is None:
+                raise UsageError(
+                    "--sampling.hindsight asks the environment what its goals are: --env ID, and --eval-every"
+                )
+            hindsight = hindsight_of(self.eval_env, config.sampling.hindsight)
+        self.memory = make_sampler(self.dataset, self.agent, config.sampling, seed=config.seed, hindsight=hindsight)
 
     def _parts(self) -> dict[str, Any]:
         return {"memory": self.memory}

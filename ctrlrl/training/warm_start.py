@@ -3,8 +3,8 @@
 A policy is taken over whole where both are of one kind. Between policies that squash one network's output by tanh
 (those of SAC and its variants, TD3 and its, IQL, BC) the network is taken over: from one that gives means alone to one
 that gives standard deviations besides, these start as constants, the former policy's own where it has any.
-Critics are taken over where they are of the same shape and number, temperatures where both have one. Optimizers start
-afresh: it is another loss that they step down.
+Critics, and V where both have one, are taken over where they are of the same shape and number and of the same rewards,
+temperatures where both have one. Optimizers start afresh: it is another loss that they step down.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 
 import gymnasium as gym
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrlrl.algorithms.agent import ReplayAgent
-from ctrlrl.config import OfflineConfig
+from ctrlrl.config import OfflineConfig, TrainConfig
 from ctrlrl.data.store import Dataset
 from ctrlrl.envs.spaces import build_space
 from ctrlrl.errors import UsageError
@@ -41,8 +41,10 @@ def warm_start(
     action_space: gym.Space[Any],
     run: str,
     dataset: Dataset | None,
+    own_config: TrainConfig,
 ) -> dict[str, Any]:
-    """Put the weights of a run's best checkpoint into `agent`; returns what its new run remembers of it, as JSON.
+    """Put the weights of a run's best checkpoint (its last, where it learned values alone) into `agent`; returns what
+    the new run, of `own_config`, remembers of it, as JSON.
 
     Raises:
         UsageError: there is no such run, or its policy does not fit.
@@ -50,7 +52,8 @@ def warm_start(
     folder = RunFolder.open(Path(run))
     algo, config = read_config(folder)
     there = sorted(p.name for p in folder.checkpoints.glob("best-*"))
-    path = folder.find_checkpoint("best" if there else "last")
+    values_alone = getattr(config.agent, "learn", "both") == "value"  # type: ignore[attr-defined]
+    path = folder.find_checkpoint("best" if there and not values_alone else "last")
     state = load_checkpoint(path)["agent"]
     spaces = read_provenance(folder)["environment"]["spaces"]
     for what, own in (("observation", observation_space), ("action", action_space)):
@@ -60,7 +63,7 @@ def warm_start(
                 f"{run} was trained with the {what} space {theirs}, and this is {own}; they must be the same"
             )
     notes = _policy(agent.policy, state["policy"], run)
-    notes += _values(agent, state, scaled=isinstance(config, OfflineConfig) and config.sampling.changes_rewards)
+    notes += _values(agent, state, scaled=_rewards(config) != _rewards(own_config))
     record = load_run(folder.path)
     return {
         "run": str(folder.path),
@@ -74,6 +77,13 @@ def warm_start(
         if dataset is None
         else {"path": str(dataset.path), "mean_return": float(dataset.returns.mean()), "reference": dataset.reference},
     }
+
+
+def _rewards(config: TrainConfig) -> tuple[float, float, float | None]:
+    """How rewards are changed before they are learned from."""
+    if not isinstance(config, OfflineConfig):
+        return 0.0, 1.0, None
+    return config.sampling.reward_shift, config.sampling.reward_scale, config.sampling.return_range
 
 
 def _policy(policy: Policy, saved: dict[str, Tensor], run: str) -> list[str]:
@@ -123,7 +133,7 @@ def _values(agent: ReplayAgent, state: dict[str, Any], *, scaled: bool) -> list[
         if saved is None:
             notes.append("critics: new, since the run has none")
         elif scaled:
-            notes.append("critics: new, since those of the run are of rewards that were scaled")
+            notes.append("critics: new, since those of the run are of rewards that were scaled in another way")
         elif _same(critics.state_dict(), saved):
             critics.load_state_dict(saved)
             agent.target_critics.load_state_dict(state.get("target_critics", saved))  # type: ignore[attr-defined]
@@ -131,6 +141,10 @@ def _values(agent: ReplayAgent, state: dict[str, Any], *, scaled: bool) -> list[
         else:
             shapes = {name: tuple(value.shape) for name, value in saved.items() if name.endswith("weight")}
             notes.append(f"critics: new, since those of the run are of other shapes: {shapes}")
+    value = getattr(agent, "value", None)
+    if isinstance(value, nn.Module) and not scaled and _same(value.state_dict(), state.get("value", {})):
+        value.load_state_dict(state["value"])
+        notes.append("V: as it was")
     if (
         "target_policy" in state
         and hasattr(agent, "target_policy")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ctrlrl.envs import events
-from ctrlrl.envs.spec import Command, Event, Obs, Reward, SimTask
+from ctrlrl.envs.spec import Command, Event, Goals, Obs, Reward, SimTask
 from ctrlrl.envs.tasks.panda import (
     FLOOR_BIT,
     OBJECT_BIT,
@@ -79,6 +79,7 @@ def panda_lift(name: str, *, reward: str = "dense", randomize: bool = True, fold
         joints=arm.joints,
         pose=arm.pose | {CUBE: (0.5, 0, HALF, 1, 0, 0, 0)},
         action=arm.action,
+        goals=Goals("achieved goal", "desired goal", sparse_reward) if reward == "sparse" else None,
         observations={
             "policy": {
                 "achieved goal": Obs(terms.cube),

@@ -13,7 +13,7 @@ import mujoco
 import torch
 from torch import Tensor
 
-from ctrlrl.envs.spec import Command, Obs, Reward, SimTask
+from ctrlrl.envs.spec import Command, Goals, Obs, Reward, SimTask
 from ctrlrl.envs.tasks.panda import (
     SUBSTEPS,
     TIMESTEP,
@@ -92,6 +92,7 @@ def panda_reach(
         joints=arm.joints,
         pose=arm.pose,
         action=arm.action,
+        goals=Goals("achieved goal", "desired goal", sparse_reward) if reward == "sparse" else None,
         observations={"policy": observations},
         rewards=rewards,
         track=arm.track,
