@@ -182,6 +182,25 @@ def test_a_mixture_has_exact_shares(data: Dataset) -> None:
     assert torch.equal(mixed.next_obs, torch.cat([first.next_obs, second.next_obs], 1))  # type: ignore[arg-type, list-item]
 
 
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_floats_of_any_width_come_as_float32(resident: bool, dtype: str, tmp_path: Path) -> None:
+    box = gym.spaces.Box(-1, 1, (2,), np.dtype(dtype).type)
+    with DatasetWriter.create(
+        tmp_path / "set", observation_space=box, action_space=box, columns={"more": Column(dtype=dtype)}
+    ) as writer:
+        four, three = (np.full((n, 2), 0.5, dtype) for n in (4, 3))
+        more = {"more": np.full(3, 0.25, dtype)}
+        writer.add(
+            Episode(observation=four, action=three, reward=np.ones(3), terminated=True, truncated=False, columns=more)
+        )
+    sampler = DatasetSampler(Dataset.open(tmp_path / "set"), resident=resident, extras=["more"], next_action=True)
+    batch = sampler.sample(1, 5, gamma=0.9)
+    for value in (batch.obs, batch.next_obs, batch.action, batch.next_action, batch.reward, batch.extras["more"]):
+        assert value.dtype == torch.float32  # type: ignore[union-attr]
+    assert float(batch.extras["more"].mean()) == 0.25
+
+
 def test_what_cannot_be_sampled_is_refused(data: Dataset, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'said' differs in length from row to row"):
         DatasetSampler(data, extras=["said"])
@@ -193,3 +212,6 @@ def test_what_cannot_be_sampled_is_refused(data: Dataset, tmp_path: Path) -> Non
         pass
     with pytest.raises(UsageError, match="has no transition to learn from"):
         DatasetSampler(Dataset.open(tmp_path / "empty"))
+    goals = Hindsight(achieved=slice(0, 1), desired=slice(1, 2), reward=lambda a, b: a.sum(-1))
+    with pytest.raises(UsageError, match="return that followed in the data is of another goal"):
+        DatasetSampler(data, hindsight=goals, mc_return=True)

@@ -185,6 +185,23 @@ def test_values_and_policy_are_learned_apart(data: Dataset, tmp_path: Path) -> N
     moved = [name for name, value in before["policy"].items() if not torch.equal(value, after["policy"][name])]
     assert any(name.startswith("trunk") for name in moved)
     assert [one.step for one in load_run(tmp_path / "policy").evaluations] == [0, 30, 60]
+    other = pendulum_data(tmp_path / "data", 3)  # whose returns lie otherwise, so that 1000 is another scale
+    for change in ({"data": str(other.path)}, {"sampling": {}}, {"agent": policy["agent"] | {"num_critics": 3}}):
+        with pytest.raises(UsageError, match=r"needs the values of .*values, and they do not fit: .*critics: new"):
+            ctrlrl.train("iql", out=str(tmp_path / "misfit"), **policy | change)
+    assert not (tmp_path / "misfit").exists()
+
+
+def test_a_temperature_is_kept_where_rewards_are(data: Dataset, tmp_path: Path) -> None:
+    settings = OFFLINE | {"data": str(data.path), "updates": 20, "eval_every": 0}
+    scaled = {"sampling": {"reward_scale": 2.0}}
+    shape = settings["agent"]
+    for name, change in (("plain", {}), ("scaled", scaled)):
+        ctrlrl.train("cql", out=str(tmp_path / name), **settings | change | {"agent": shape | {"alpha_lr": 0.01}})
+        after = settings | {"agent": shape, "init_from": str(tmp_path / name)}
+        ctrlrl.train("cql", out=str(tmp_path / f"after-{name}"), **after)
+        notes = json.loads((tmp_path / f"after-{name}/history.json").read_text())["notes"]
+        assert ("temperature: as it was" in notes) == ("critics: as they were" in notes) == (name == "plain")
 
 
 def test_hindsight_is_for_tasks_with_goals(data: Dataset, tmp_path: Path) -> None:
@@ -203,6 +220,8 @@ def test_wsrl_warms_up_with_the_policy_it_starts_from(data: Dataset, tmp_path: P
     ctrlrl.train("cql", data=str(data.path), out=str(tmp_path / "before"), **OFFLINE | {"updates": 40, "agent": shape})
     settings = SMALL | {"steps": 120, "learning_starts": 100, "init_from": str(tmp_path / "before"), "agent": shape}
     run = ctrlrl.train("wsrl", "Pendulum-v1", out=str(tmp_path / "after"), **settings)
+    compared = json.loads((run.path / "history.json").read_text())["data"]  # of the former run: there is none here
+    assert compared["mean_return"] == float(data.returns.mean()) and compared["reference"] == data.reference
     state = load_checkpoint(RunFolder(run.path).find_checkpoint("last"))
     assert state["loop"]["updates"] == 4 * 20
     segment = RunFolder(run.path).replay / state["replay"]["segments"][0]["file"]
@@ -220,6 +239,12 @@ def test_a_run_that_does_not_fit_is_refused(data: Dataset, tmp_path: Path) -> No
         ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "after"), **online)
     with pytest.raises(UsageError, match="was trained with the observation space"):
         ctrlrl.train("sac", "MountainCarContinuous-v0", out=str(tmp_path / "after"), **online)
+    settings |= {"agent": settings["agent"] | {"policy": "gaussian", "normalize_obs": False}}
+    ctrlrl.train("bc", data=str(data.path), out=str(tmp_path / "gaussian"), **settings)
+    linear = SMALL | {"init_from": str(tmp_path / "gaussian"), "agent": settings["agent"] | {"hidden": [16, 16]}}
+    del linear["agent"]["policy"]
+    with pytest.raises(UsageError, match="the mean of its policy is not squashed by tanh"):  # its actions would shrink
+        ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "after"), **linear)
     with pytest.raises(UsageError, match="no such run folder"):
         ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "after"), **online | {"init_from": str(tmp_path / "x")})
     assert not (tmp_path / "after").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ctrlrl.data import store
 from ctrlrl.data.store import Column, Dataset, DatasetWriter, Episode
 from ctrlrl.errors import UsageError
 
@@ -217,6 +219,67 @@ def test_damage_is_named(tmp_path: Path) -> None:
         Dataset.open(path)
 
 
+def test_damage_of_what_is_known_of_episodes_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "set", [3, 4])
+    lines = (path / "episodes.jsonl").read_text()
+    for content, message in (
+        (lines.splitlines()[0] + "\n", "episodes.jsonl does not have a line for each episode"),
+        (lines.replace('{"seed": 1}', "[1]"), "episodes.jsonl does not have a line for each episode"),
+        (lines.replace("}", ""), "episodes.jsonl cannot be read"),
+    ):
+        (path / "episodes.jsonl").write_text(content)
+        with pytest.raises(UsageError, match=message):
+            Dataset.open(path).episode(0)
+    (path / "episodes.jsonl").unlink()
+    with pytest.raises(UsageError, match=r"episodes\.jsonl is missing"):
+        Dataset.open(path).episode(0)
+    with pytest.raises(UsageError, match=r"episodes\.jsonl is missing"):
+        Dataset.open(path).verify()
+
+
+def test_a_commit_that_failed_half_way_can_be_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        """A file on a disk that is full after a few bytes."""
+
+        def __init__(self, path: Path, mode: str) -> None:
+            self.file = open(path, mode)  # noqa: SIM115
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *rest: object) -> None:
+            self.file.close()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def write(self, content: bytes) -> None:
+            nonlocal left
+            self.file.write(content)
+            left -= len(content)
+            if left < 0:
+                raise OSError(errno.ENOSPC, "full")
+
+    left = 200
+    with DatasetWriter.create(tmp_path / "set", observation_space=BOX, action_space=ACTION) as writer:
+        for seed in range(6):
+            writer.add(episode(seed))
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "open", Full, raising=False)
+            with pytest.raises(UsageError, match="no space left"):
+                writer.commit()
+        writer.commit()
+    data = Dataset.open(tmp_path / "set")
+    data.verify()
+    assert data.num_episodes == 6 and equal(data.episode(5), episode(5))
+
+
+def test_equal_references_give_no_score(tmp_path: Path) -> None:
+    path = write(tmp_path / "set", [3], reference={"random": 2.0, "expert": 2.0})
+    with pytest.raises(UsageError, match="are the same, 2: they give no score"):
+        Dataset.open(path).normalized_score(1.0)
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     path = write(tmp_path / "set", [3])
     with DatasetWriter.append(path), pytest.raises(UsageError, match="another process appends"):
@@ -230,6 +293,12 @@ def test_names_stay_in_the_folder(tmp_path: Path) -> None:
             DatasetWriter.create(
                 tmp_path / "set", observation_space=BOX, action_space=ACTION, columns={name: Column(dtype="bool")}
             )
+    for columns in (
+        {"a": Column(dtype="text"), "a.ends": Column(dtype="int64")},
+        {"observation.ends": Column(dtype="int64"), "observation": Column(dtype="bool", ragged=True)},
+    ):
+        with pytest.raises(UsageError, match="cannot be called"):
+            DatasetWriter.create(tmp_path / "set", observation_space=BOX, action_space=ACTION, columns=columns)
     assert os.listdir(tmp_path) == []
 
 

@@ -50,9 +50,10 @@ def run(arguments: Sequence[str]) -> int:
         reference_episodes=options.reference_episodes,
     )
     mean = float(data.returns.mean())
+    low, high = data.reference["random"], data.reference["expert"]
+    score = "the same, so there is no score" if low == high else f"score {data.normalized_score(mean):.1f}"
     print(
         f"{data.path}: {data.num_transitions:,} transitions in {data.num_episodes:,} episodes, mean return {mean:,.2f} "
-        f"(random {data.reference['random']:,.2f}, expert {data.reference['expert']:,.2f}: score "
-        f"{data.normalized_score(mean):.1f})"
+        f"(random {low:,.2f}, expert {high:,.2f}: {score})"
     )
     return 0

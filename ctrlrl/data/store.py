@@ -231,15 +231,23 @@ class Dataset:
     def infos(self) -> list[dict[str, Any]]:
         """What is known of each episode besides, (E,)."""
         if not hasattr(self, "_infos"):
+            if not (self.path / "episodes.jsonl").is_file():
+                raise _damaged(self.path, "episodes.jsonl is missing")
             with open(self.path / "episodes.jsonl", encoding="utf-8") as file:
-                self._infos = [json.loads(line) for _, line in zip(range(self.num_episodes), file, strict=False)]
+                try:
+                    infos = [json.loads(line) for _, line in zip(range(self.num_episodes), file, strict=False)]
+                except ValueError as error:
+                    raise _damaged(self.path, f"episodes.jsonl cannot be read ({error})") from None
+            if len(infos) < self.num_episodes or not all(isinstance(info, dict) for info in infos):
+                raise _damaged(self.path, "episodes.jsonl does not have a line for each episode")
+            self._infos = infos
         return self._infos
 
     def normalized_score(self, ret: float) -> float:
         """100 (ret - random) / (expert - random), as D4RL has it.
 
         Raises:
-            UsageError: the dataset has no reference returns.
+            UsageError: the dataset has no reference returns, or they are the same.
         """
         if not {"random", "expert"} <= self.reference.keys():
             raise UsageError(
@@ -247,6 +255,8 @@ class Dataset:
                 "(ctrlrl data collect does), or import it with --env"
             )
         low, high = self.reference["random"], self.reference["expert"]
+        if low == high:
+            raise UsageError(f"the reference returns of {self.path} are the same, {low:g}: they give no score")
         return 100 * (ret - low) / (high - low)
 
     def verify(self) -> None:
@@ -258,7 +268,9 @@ class Dataset:
         content, at = "", dict.fromkeys(_files(self._every), 0)
         for block in self._manifest["commits"]:
             for name, (size, digest) in block.items():
-                if name not in at or _digest(self.path / name, at[name], size) != digest:
+                if name not in at or not (self.path / name).is_file():
+                    raise _damaged(self.path, f"{name} is missing")
+                if _digest(self.path / name, at[name], size) != digest:
                     raise _damaged(self.path, f"{name} was altered")
                 at[name] += size
             content = _chained(content, block)
@@ -327,6 +339,7 @@ class DatasetWriter:
         own = _own_columns(observation_space, action_space)
         for name, column in (columns or {}).items():
             _require_column(name, column, own)
+        _require_own_files(own | dict(columns or {}))
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "env": env,
@@ -509,7 +522,8 @@ class DatasetWriter:
                 f.seek(self._sizes[name])
                 for part in parts:
                     f.write(part)
-                    self._hashes[name].update(part)
+            for part in parts:  # only now: what failed half-way is written again by the next commit
+                self._hashes[name].update(part)
             self._sizes[name] += sum(map(len, parts))
             parts.clear()
         self._held = 0
@@ -567,6 +581,13 @@ def _files(columns: Mapping[str, Column]) -> list[str]:
     for name, column in columns.items():
         names += [f"columns/{name}.bin"] + ([f"columns/{name}.ends.bin"] if column.is_ragged else [])
     return names
+
+
+def _require_own_files(columns: Mapping[str, Column]) -> None:
+    """Raise UsageError if two columns would be kept in one file."""
+    for name, column in columns.items():
+        if column.is_ragged and f"{name}.ends" in columns:
+            raise UsageError(f"a column cannot be called {name}.ends beside {name}, whose ends are in that file")
 
 
 def _require_column(name: str, column: Column, own: Mapping[str, Column]) -> None:

@@ -71,7 +71,8 @@ class DatasetSampler:
         hindsight: give a share of the rows other goals.
 
     Raises:
-        UsageError: the dataset has no transition, no such column, or columns that are no tensors.
+        UsageError: the dataset has no transition, no such column, or columns that are no tensors; or returns of the
+            former goals are asked for where goals are replaced.
     """
 
     def __init__(
@@ -92,6 +93,11 @@ class DatasetSampler:
     ) -> None:
         if not dataset.num_transitions:
             raise UsageError(f"{dataset.path} has no transition to learn from")
+        if hindsight is not None and mc_return:
+            raise UsageError(
+                "where goals are replaced (--sampling.hindsight) the return that followed in the data is of another "
+                "goal, so nothing can be calibrated by it: leave out one of --sampling.hindsight and --agent.calibrate"
+            )
         self.dataset, self.device = dataset, torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self._bare = not isinstance(dataset.observation, dict)
@@ -198,11 +204,11 @@ class DatasetSampler:
         return (self._ends.to(self.device).index_select(0, episode) - length + step).to(self._where)
 
     def _take(self, name: str, at: Tensor) -> Tensor:
-        return self._columns[name].index_select(0, at)
+        return _as_float32(self._columns[name].index_select(0, at))
 
     def _rewards(self, at: Tensor) -> Tensor:
         reward = self._take("reward", at)
-        return reward if self.resident else self._scaled(reward.to(torch.float32))
+        return reward if self.resident else self._scaled(reward)
 
     def _scaled(self, reward: Tensor) -> Tensor:
         plain = (self._scale, self._shift) == (1.0, 0.0)
@@ -212,7 +218,7 @@ class DatasetSampler:
         return [(n.removeprefix("obs/"), v) for n, v in self._columns.items() if n.startswith("obs/")]
 
     def _wrap(self, parts: dict[str, Tensor]) -> Obs:
-        obs = {n: v.to(torch.float32) if v.dtype == torch.float64 else v for n, v in parts.items()}
+        obs = {n: _as_float32(v) for n, v in parts.items()}
         return obs[""] if self._bare else obs
 
     def _returns_to_go(self, gamma: float) -> Tensor:
@@ -345,5 +351,9 @@ def _tensor(value: Array, device: torch.device, *, copy: bool) -> Tensor:
         tensor = torch.from_numpy(value)
     if not copy:
         return tensor
-    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    return tensor.to(device, dtype, copy=True)
+    return tensor.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
+
+
+def _as_float32(value: Tensor) -> Tensor:
+    """Floats of any width as float32, other numbers as they are: what is mapped is as on the disk."""
+    return value.to(torch.float32) if value.is_floating_point() else value

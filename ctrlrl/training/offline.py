@@ -16,11 +16,11 @@ from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.replay.dataset import DatasetSampler, Hindsight
 from ctrlrl.training.loop import Loop, memory_of
-from ctrlrl.training.off_policy import KEPT_BATCHES, groups_at_once
+from ctrlrl.training.off_policy import KEPT_BATCHES, bytes_of, groups_at_once
 from ctrlrl.training.spaces import alike
 
-_BLOCK = 2**16
-"""Observations whose statistics are taken at once."""
+_BLOCK, _BLOCK_BYTES = 2**16, 2**26
+"""Observations whose statistics are taken at once, and how many bytes of them."""
 
 
 class OfflineLoop(Loop):
@@ -134,8 +134,9 @@ def take_statistics(agent: ReplayAgent, sampler: DatasetSampler) -> None:
     if agent.normalizer is None:
         return
     total = len(sampler) + sampler.dataset.num_episodes
-    for start in range(0, total, _BLOCK):
-        stop = min(start + _BLOCK, total)
+    block = max(1, min(_BLOCK, _BLOCK_BYTES // bytes_of(sampler.dataset.observation_space)))
+    for start in range(0, total, block):
+        stop = min(start + block, total)
         everything = torch.ones(stop - start, dtype=torch.bool, device=agent.device)
         agent.observe(sampler.observations(start, stop), everything)
 

@@ -15,6 +15,7 @@ from ctrlrl.runs.folder import RunFolder
 from ctrlrl.training.base_session import Session
 from ctrlrl.training.offline import OfflineLoop, hindsight_of, make_sampler, require_same_spaces, take_statistics
 from ctrlrl.training.setup import EnvLike, make
+from ctrlrl.training.warm_start import CRITICS_KEPT, VALUE_KEPT
 
 
 class OfflineSession(Session):
@@ -60,6 +61,13 @@ class OfflineSession(Session):
         self._draw_from_the_start()
         if self.config.init_from is not None:
             self._start_from(self.config.init_from, self.dataset)
+            learns = getattr(self.config.agent, "learn", "both")  # type: ignore[attr-defined]
+            notes = (self.history or {}).get("notes", [])
+            if learns == "policy" and not {CRITICS_KEPT, VALUE_KEPT} <= set(notes):
+                raise UsageError(
+                    f"--agent.learn policy needs the values of {self.config.init_from}, and they do not fit: "
+                    f"{'; '.join(notes)}. Take its --data, --sampling and --agent settings"
+                )
         else:
             take_statistics(self.agent, self.memory)
 

@@ -1,10 +1,10 @@
 """Starting with the weights of another run: which of them fit, and what is to be remembered of where they come from.
 
 A policy is taken over whole where both are of one kind. Between policies that squash one network's output by tanh
-(those of SAC and its variants, TD3 and its, IQL, BC) the network is taken over: from one that gives means alone to one
+(those of SAC and its variants, TD3 and its, IQL, BC but for its `gaussian`) the network is taken over: from one that gives means alone to one
 that gives standard deviations besides, these start as constants, the former policy's own where it has any.
 Critics, and V where both have one, are taken over where they are of the same shape and number and of the same rewards,
-temperatures where both have one. Optimizers start afresh: it is another loss that they step down.
+temperatures where both have one and rewards are the same. Optimizers start afresh: it is another loss that they step down.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ from ctrlrl.config import OfflineConfig, TrainConfig
 from ctrlrl.data.store import Dataset
 from ctrlrl.envs.spaces import build_space
 from ctrlrl.errors import UsageError
-from ctrlrl.nn.actor import StochasticPolicy
-from ctrlrl.nn.discrete import CategoricalPolicy
 from ctrlrl.nn.policy import DeterministicPolicy, Policy, SquashedGaussianPolicy
 from ctrlrl.runs.checkpoint import load_checkpoint
 from ctrlrl.runs.folder import RunFolder
@@ -31,6 +29,7 @@ from ctrlrl.runs.record import load_run
 from ctrlrl.training.setup import read_config, read_provenance, step_of
 from ctrlrl.training.spaces import alike
 
+CRITICS_KEPT, VALUE_KEPT = "critics: as they were", "V: as it was"
 STANDARD_DEVIATION = 0.1
 """Of the actions in [-1, 1] of a policy that had none, before tanh."""
 
@@ -63,7 +62,10 @@ def warm_start(
                 f"{run} was trained with the {what} space {theirs}, and this is {own}; they must be the same"
             )
     notes = _policy(agent.policy, state["policy"], run)
-    notes += _values(agent, state, scaled=_rewards(config) != _rewards(own_config))
+    former_data: dict[str, Any] = read_provenance(folder).get("data") or {}
+    own_hash = None if dataset is None else dataset.content_hash
+    scaled = _rewards(config, former_data.get("content_hash")) != _rewards(own_config, own_hash)
+    notes += _values(agent, state, scaled=scaled)
     record = load_run(folder.path)
     return {
         "run": str(folder.path),
@@ -73,17 +75,24 @@ def warm_start(
         "unit": "updates" if isinstance(config, OfflineConfig) else "steps",
         "evaluations": [[one.step, one.mean] for one in record.evaluations],
         "notes": notes,
-        "data": None
-        if dataset is None
-        else {"path": str(dataset.path), "mean_return": float(dataset.returns.mean()), "reference": dataset.reference},
+        "data": _compared_with(dataset, former_data),
     }
 
 
-def _rewards(config: TrainConfig) -> tuple[float, float, float | None]:
-    """How rewards are changed before they are learned from."""
+def _compared_with(dataset: Dataset | None, former: dict[str, Any]) -> dict[str, Any] | None:
+    """The data that returns are compared with: the new run's, else the `former` one's."""
+    if dataset is None:
+        return {name: former[name] for name in ("path", "mean_return", "reference")} if former else None
+    return {"path": str(dataset.path), "mean_return": float(dataset.returns.mean()), "reference": dataset.reference}
+
+
+def _rewards(config: TrainConfig, data: str | None) -> tuple[float, float, tuple[float, str | None] | None]:
+    """How rewards are changed before they are learned from; a range of returns is one of the returns in `data`."""
     if not isinstance(config, OfflineConfig):
         return 0.0, 1.0, None
-    return config.sampling.reward_shift, config.sampling.reward_scale, config.sampling.return_range
+    sampling = config.sampling
+    by_range = None if sampling.return_range is None else (sampling.return_range, data)
+    return sampling.reward_shift, sampling.reward_scale, by_range
 
 
 def _policy(policy: Policy, saved: dict[str, Tensor], run: str) -> list[str]:
@@ -92,10 +101,12 @@ def _policy(policy: Policy, saved: dict[str, Tensor], run: str) -> list[str]:
     if own.keys() == saved.keys() and all(own[name].shape == saved[name].shape for name in own):
         policy.load_state_dict(saved)
         return ["policy: as it was"]
-    if isinstance(policy, CategoricalPolicy) or not isinstance(
-        policy, SquashedGaussianPolicy | DeterministicPolicy | StochasticPolicy
+    if not isinstance(policy, SquashedGaussianPolicy | DeterministicPolicy) or not any(
+        n.startswith("trunk.") for n in own
     ):
         raise _misfit(run, "its policy is of another kind")
+    if "head.log_std" in saved:  # the mean of bc --agent.policy gaussian and of PPO: other actions after a tanh
+        raise _misfit(run, "the mean of its policy is not squashed by tanh (--agent.policy tanh-gaussian of bc is)")
     log_std = next((value for name, value in saved.items() if name.endswith("log_std")), None)
     deviation = math.log(STANDARD_DEVIATION) if log_std is None else log_std
     layers = [name for name in own if name.startswith("trunk.")]
@@ -137,14 +148,14 @@ def _values(agent: ReplayAgent, state: dict[str, Any], *, scaled: bool) -> list[
         elif _same(critics.state_dict(), saved):
             critics.load_state_dict(saved)
             agent.target_critics.load_state_dict(state.get("target_critics", saved))  # type: ignore[attr-defined]
-            notes.append("critics: as they were")
+            notes.append(CRITICS_KEPT)
         else:
             shapes = {name: tuple(value.shape) for name, value in saved.items() if name.endswith("weight")}
             notes.append(f"critics: new, since those of the run are of other shapes: {shapes}")
     value = getattr(agent, "value", None)
     if isinstance(value, nn.Module) and not scaled and _same(value.state_dict(), state.get("value", {})):
         value.load_state_dict(state["value"])
-        notes.append("V: as it was")
+        notes.append(VALUE_KEPT)
     if (
         "target_policy" in state
         and hasattr(agent, "target_policy")
@@ -154,7 +165,7 @@ def _values(agent: ReplayAgent, state: dict[str, Any], *, scaled: bool) -> list[
     elif hasattr(agent, "target_policy"):
         own = agent.policy.state_dict()
         agent.target_policy.load_state_dict({name: own[name] for name in agent.target_policy.state_dict()})
-    if "log_alpha" in state and hasattr(agent, "log_alpha"):
+    if "log_alpha" in state and hasattr(agent, "log_alpha") and not scaled:
         with torch.no_grad():
             agent.log_alpha.copy_(state["log_alpha"])
         notes.append("temperature: as it was")
