@@ -25,7 +25,9 @@ Deviations from the papers besides those of `sac.py`:
 - the samples of pi(s') serve for `max_target_backup` too;
 - the multiplier is stepped after the critics, whose loss has its value from before;
 - networks are initialized as SAC's are, not orthogonally as in CORL, and the policy's standard deviation is not scaled;
-- no cloning of behaviour at the start, which the authors have in mazes.
+- no cloning of behaviour at the start, which the authors have in mazes;
+- R is what was seen of an episode, also where it was cut; Cal-QL's code has r / (1 - gamma) for those of mazes that
+  never came to the goal, whose R is too high here where rewards are negative.
 """
 
 from __future__ import annotations

@@ -267,6 +267,11 @@ class OfflineConfig(TrainConfig):
         super().check()
         self.require("data", bool(self.data), "a dataset's folder")
         self.require("updates", self.updates >= 1, "at least 1")
+        agent = getattr(self, "agent", None)
+        if agent is not None and getattr(agent, "utd", None) != getattr(type(agent), "utd", None):
+            raise UsageError(
+                "agent.utd is of training in an environment; of a dataset --updates says how many there are"
+            )
 
     @property
     def budget(self) -> int:
@@ -306,6 +311,11 @@ class OffPolicyConfig(OnlineConfig):
     def check(self) -> None:
         super().check()
         self.require("data_share", 0 < self.data_share <= 1, "in (0, 1]")
+        if self.data is None:
+            self.require("data_share", self.data_share == 0.5, "left alone where there is no data")
+            self.sampling.require("temperature", self.sampling.temperature is None, "left alone where there is no data")
+            own = self.init_from is not None or self.keep_statistics
+            self.require("keep_statistics", own, "left alone where there is neither data nor init_from")
         self.require("learning_starts", self.learning_starts >= 0, "0 or more")
         self.require("update_every", self.update_every >= 1, "1 or more")
         capacity = self.buffer.capacity

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
@@ -57,6 +58,25 @@ def test_import_refuses_with_one_message(
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err and len(err.strip().splitlines()) == 1, err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["text.txt", "x.hdf5"]
+
+
+@pytest.mark.parametrize(
+    ("env", "largest", "message"),
+    [("Pendulum-v1", 1.9, ""), ("Pendulum-v1", 0.5, ""), ("Pendulum-v1", 2.5, "and Pendulum-v1 takes Box(-2.0, 2.0"),
+     ("CartPole-v1", 0.5, "and CartPole-v1 takes Discrete(2)")],
+)  # fmt: skip
+def test_actions_are_those_of_the_environment(
+    env: str, largest: float, message: str, tmp_path: Path, capsys: Any
+) -> None:
+    source = d4rl_file(tmp_path / "x.hdf5")
+    with h5py.File(source, "r+") as file:
+        del file["actions"]
+        file["actions"] = np.linspace(-largest, largest, 60, dtype=np.float32)[:, None]
+    code = command(["data", "import", str(source), "--out", str(tmp_path / "set"), "--env", env])
+    assert code == (2 if message else 0) and message in capsys.readouterr().err
+    if not message:
+        space = Dataset.open(tmp_path / "set").action_space
+        assert isinstance(space, gym.spaces.Box) and (space.low, space.high) == (-2, 2)
 
 
 def test_an_import_does_not_write_over_anything(tmp_path: Path, capsys: Any) -> None:

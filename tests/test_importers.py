@@ -423,7 +423,7 @@ def test_robomimic_every_transition(tmp_path):
     data = brought(path, tmp_path / "out")
     assert transitions(data, "state") == [t for e in episodes for t in e.transitions()]
     assert data.terminated.tolist() == [e.terminated for e in episodes]
-    assert data.env == "Lift" and data.control_dt == 0.05
+    assert data.env is None and data.control_dt == 0.05
     assert data.columns.keys() == {"dones", "states"} and data.provenance["mask"] == {"train": ["demo_0", "demo_11"]}
     assert [info["demonstration"] for info in data.infos] == [f"demo_{i}" for i in range(12)]
 

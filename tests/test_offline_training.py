@@ -111,6 +111,24 @@ def test_without_an_environment_nothing_is_evaluated(tmp_path: Path, capsys: Any
     assert not (tmp_path / "s").exists()
 
 
+def test_it_is_evaluated_on_the_environment_of_the_data(tmp_path: Path) -> None:
+    lost = pendulum_data(tmp_path / "lost", 2, 20, env="Lift")
+    with pytest.raises(UsageError, match=r"no environment 'Lift'.* names it, to evaluate on: .*--eval-every 0"):
+        ctrlrl.train("bc", data=str(lost.path), out=str(tmp_path / "r"), **OFFLINE | {"updates": 20})
+    data = pendulum_data(tmp_path / "data", 2, 20)
+    with DatasetWriter.append(data.path) as writer:
+        writer.provenance["env_kwargs"] = {"g": 0.0}
+    settings = OFFLINE | {"updates": 20, "eval_every": 20, "data": str(data.path)}
+    means = []
+    for name, change in (("light", {}), ("heavy", {"env_kwargs": {"g": 10.0}})):
+        run = ctrlrl.train("bc", out=str(tmp_path / name), **settings | change)
+        means.append(load_run(run.path).evaluations[-1].mean)
+        assert json.loads((run.path / "config.json").read_text())["env_kwargs"] == change.get("env_kwargs", {"g": 0.0})
+    assert means[0] != means[1]
+    ctrlrl.resume(tmp_path / "light", updates=40, quiet=True)
+    assert "is made as for the data" in " ".join(text for _, text in load_run(tmp_path / "light").notes)
+
+
 def test_both_sources_are_learned_from_and_resumed_exactly(data: Dataset, tmp_path: Path) -> None:
     settings = SMALL | {"steps": 200, "data": str(data.path), "data_share": 0.25, "sampling": {"temperature": 0.2}}
     settings |= {"agent": SMALL["agent"] | {"normalize_obs": True}}
@@ -196,7 +214,8 @@ def test_a_temperature_is_kept_where_rewards_are(data: Dataset, tmp_path: Path) 
     settings = OFFLINE | {"data": str(data.path), "updates": 20, "eval_every": 0}
     scaled = {"sampling": {"reward_scale": 2.0}}
     shape = settings["agent"]
-    for name, change in (("plain", {}), ("scaled", scaled)):
+    changes: list[tuple[str, dict[str, Any]]] = [("plain", {}), ("scaled", scaled)]
+    for name, change in changes:
         ctrlrl.train("cql", out=str(tmp_path / name), **settings | change | {"agent": shape | {"alpha_lr": 0.01}})
         after = settings | {"agent": shape, "init_from": str(tmp_path / name)}
         ctrlrl.train("cql", out=str(tmp_path / f"after-{name}"), **after)
@@ -224,9 +243,19 @@ def test_wsrl_warms_up_with_the_policy_it_starts_from(data: Dataset, tmp_path: P
     assert compared["mean_return"] == float(data.returns.mean()) and compared["reference"] == data.reference
     state = load_checkpoint(RunFolder(run.path).find_checkpoint("last"))
     assert state["loop"]["updates"] == 4 * 20
-    segment = RunFolder(run.path).replay / state["replay"]["segments"][0]["file"]
-    actions = load_file(segment)["action"][:70].flatten()
-    assert abs(float(actions.std()) - 2 / 3**0.5) > 0.02  # which uniformly random ones would have
+
+
+def test_no_random_actions_come_before_those_of_a_policy_that_is_there(data: Dataset, tmp_path: Path) -> None:
+    shape = {"hidden": [16, 16], "batch_size": 16}
+    cloned = OFFLINE | {"updates": 40, "agent": shape | {"normalize_obs": False}}
+    before = ctrlrl.train("bc", data=str(data.path), out=str(tmp_path / "before"), **cloned)
+    settings = SMALL | {"steps": 120, "learning_starts": 100, "init_from": str(before.path), "agent": shape}
+    run = ctrlrl.train("wsrl", "Pendulum-v1", out=str(tmp_path / "after"), **settings)
+    state = load_checkpoint(RunFolder(run.path).find_checkpoint("last"))
+    stored = load_file(RunFolder(run.path).replay / state["replay"]["segments"][0]["file"])
+    meant = ctrlrl.load(before.path).policy.act(stored["obs/"][:70].flatten(0, 1))[0]
+    off = (stored["action"].flatten(0, 1) - meant).abs()
+    assert len(off) == 70 and 0 < float(off.mean()) < 0.3 and float(off.max()) < 1  # its noise is 0.1 of 2, before tanh
 
 
 def test_a_run_that_does_not_fit_is_refused(data: Dataset, tmp_path: Path) -> None:
@@ -248,6 +277,20 @@ def test_a_run_that_does_not_fit_is_refused(data: Dataset, tmp_path: Path) -> No
     with pytest.raises(UsageError, match="no such run folder"):
         ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / "after"), **online | {"init_from": str(tmp_path / "x")})
     assert not (tmp_path / "after").exists()
+
+
+@pytest.mark.parametrize(
+    ("algo", "fields", "message"),
+    [
+        ("sac", {"data_share": 0.3}, "data_share must be left alone where there is no data, got 0.3"),
+        ("sac", {"sampling": {"temperature": 0.1}}, "temperature must be left alone where there is no data"),
+        ("sac", {"keep_statistics": False}, "keep_statistics must be left alone where there is neither data nor"),
+        ("iql", {"data": "x", "agent": {"utd": 2.0}}, "agent.utd is of training in an environment"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(algo: str, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ctrlrl.train(algo, "Pendulum-v1", **fields)
 
 
 def test_dip_and_regret() -> None:

@@ -210,7 +210,18 @@ def test_damage_is_named(tmp_path: Path) -> None:
     column.write_bytes(content)
     Dataset.open(path).verify()
     manifest = json.loads((path / "dataset.json").read_text())
-    for key, value in (("format", 99), ("transitions", -1), ("columns", {"../x": {"dtype": "bool"}}), ("sizes", [])):
+    for key, value in (
+        ("format", 99),
+        ("transitions", -1),
+        ("columns", {"../x": {"dtype": "bool", "shape": []}}),
+        ("columns", {"x": {"dtype": "bool"}}),
+        ("columns", {"x": {"dtype": "bool", "shape": 3}}),
+        ("columns", {"x": {"dtype": "bool", "shape": [-1]}}),
+        ("columns", {"x": []}),
+        ("observation_space", {"type": "Dict", "entries": []}),
+        ("reference", {"random": "low"}),
+        ("sizes", []),
+    ):
         (path / "dataset.json").write_text(json.dumps(manifest | {key: value}))
         with pytest.raises(UsageError):
             Dataset.open(path)

@@ -429,6 +429,7 @@ class DatasetWriter:
         for name in self._pending:
             with write_errors_explained(self.path), open(self._home / name, "ab") as file:
                 os.fsync(file.fileno())
+        fsync_folder(self._home / "columns")
         manifest = self._manifest
         if self._episodes or not manifest["commits"]:
             block = {
@@ -663,7 +664,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is no dataset: {what}. ctrlrl data import makes one of files in other formats")
     try:
         manifest = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from None
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise _damaged(path, "dataset.json is not as it was written")
@@ -675,9 +676,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         own = _own_columns(_build(manifest["observation_space"]), _build(manifest["action_space"]))
         for name, spec in manifest["columns"].items():
-            _require_column(name, Column(**spec), own)
-    except (KeyError, TypeError, ValueError, AssertionError) as error:
+            column = Column(**spec | {"shape": tuple(spec["shape"])})
+            if not all(type(n) is int and n >= 0 for n in column.shape) or column.per not in ("step", "observation"):
+                raise ValueError(f"{name} is declared as {spec}")
+            _require_column(name, column, own)
+    except (KeyError, TypeError, ValueError, AttributeError, AssertionError) as error:
         raise _damaged(path, f"its spaces or columns cannot be read ({error})") from None
+    if not all(isinstance(value, int | float) for value in manifest["reference"].values()):
+        raise _damaged(path, "its reference returns are no numbers")
     if manifest["transitions"] < 0 or manifest["episodes"] < 0:
         raise _damaged(path, "it counts fewer than no rows")
     return manifest

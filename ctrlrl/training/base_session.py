@@ -125,7 +125,7 @@ class Session(ABC):
                         "pass a function that makes one (env=lambda: MyEnv()), or eval_env=..., or eval_every=0"
                     )
                 rows = eval_rows(self.eval_source, config.eval_episodes)
-                self.eval_env = self._make(self.eval_source, on_cpu(config), rows, "cpu")
+                self.eval_env = self._make(self.eval_source, on_cpu(self.config), rows, "cpu")
                 self.eval_env.reset(evaluation_seeds(self.eval_env.num_envs))  # what cannot be seeded fails now
         except BaseException:
             self.close()

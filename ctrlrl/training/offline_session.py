@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,11 @@ class OfflineSession(Session):
         if self.eval_source is None and self.config.eval_every:
             self.remark = f"nothing is evaluated: {dataset.path} names no environment; --env ID does"
             self.config = replace(self.config, eval_every=0)
+        arguments = dataset.provenance.get("env_kwargs")
+        same = isinstance(self.eval_source, str) and self.eval_source == dataset.env
+        if same and isinstance(arguments, dict) and arguments and not self.config.env_kwargs:
+            self.remark = f"{dataset.env} is made as for the data: --env-kwargs '{json.dumps(arguments)}'"
+            self.config = replace(self.config, env_kwargs=arguments)
         if isinstance(self.eval_source, str):
             self.config = replace(self.config, env=self.eval_source)
         self.name = self.config.env or str(dataset.path)
@@ -45,7 +51,15 @@ class OfflineSession(Session):
         self.observation_space, self.action_space = dataset.observation_space, dataset.action_space
 
     def _make(self, env: EnvLike, config: TrainConfig, rows: int, device: str) -> VectorEnv:
-        made = make(env, config, rows, device)
+        try:
+            made = make(env, config, rows, device)
+        except UsageError as error:
+            if self.source is not None or env != self.dataset.env:
+                raise
+            raise UsageError(
+                f"{error} The dataset {self.dataset.path} names it, to evaluate on: --env ID names another, and "
+                "--eval-every 0 evaluates nothing"
+            ) from None
         try:
             require_same_spaces(self.dataset, made)
         except UsageError:

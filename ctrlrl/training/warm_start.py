@@ -1,10 +1,11 @@
 """Starting with the weights of another run: which of them fit, and what is to be remembered of where they come from.
 
 A policy is taken over whole where both are of one kind. Between policies that squash one network's output by tanh
-(those of SAC and its variants, TD3 and its, IQL, BC but for its `gaussian`) the network is taken over: from one that gives means alone to one
-that gives standard deviations besides, these start as constants, the former policy's own where it has any.
-Critics, and V where both have one, are taken over where they are of the same shape and number and of the same rewards,
-temperatures where both have one and rewards are the same. Optimizers start afresh: it is another loss that they step down.
+(those of SAC and its variants, TD3 and its, IQL, and BC but for its `gaussian`) the network is taken over: from one
+that gives means alone to one that gives standard deviations besides, these start as constants, the former policy's own
+where it has any.
+Of the same rewards, critics, and V where both have one, are taken over where they are of the same shape and number, and
+temperatures where both have one. Optimizers start afresh: it is another loss that they step down.
 """
 
 from __future__ import annotations

@@ -5,6 +5,10 @@ from __future__ import annotations
 import importlib
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
 
 from ctrlrl.data.importers.base import Format, ImportOptions
 from ctrlrl.data.store import Dataset, DatasetWriter
@@ -53,6 +57,35 @@ def detect(path: Path) -> Format:
     raise UsageError(f"{path} looks like none of the formats {', '.join(MODULES)}; say which it is with --format")
 
 
+def actions_of(env_id: str | None, found: gym.Space[Any], src: Path) -> gym.Space[Any]:
+    """The action space of the environment that the user names, where Gymnasium knows it: data alone does not tell the
+    bounds. Else what was found in the data.
+
+    Raises:
+        UsageError: the data's actions are not the environment's.
+    """
+    if env_id is None or env_id not in gym.registry:
+        return found
+    try:
+        env = gym.make(env_id)
+    except Exception as error:  # whatever the environment lacks
+        raise UsageError(f"--env {env_id} cannot be made here, to ask for its actions: {error}") from None
+    own = env.action_space
+    env.close()
+    if isinstance(own, gym.spaces.Box) and isinstance(found, gym.spaces.Box) and own.shape == found.shape:
+        # What lies in [-1, 1] is given these bounds, which may be wider than the environment's.
+        data_low = np.where(found.low == -1, np.maximum(found.low, own.low), found.low)
+        data_high = np.where(found.high == 1, np.minimum(found.high, own.high), found.high)
+        if (data_low >= own.low - 1e-4).all() and (data_high <= own.high + 1e-4).all():
+            return own
+    elif isinstance(own, gym.spaces.Discrete) and isinstance(found, gym.spaces.Discrete):
+        if found.n <= own.n:
+            return own
+    elif own == found:
+        return own
+    raise UsageError(f"{src} has actions in {found}, and {env_id} takes {own}: is it another environment's?")
+
+
 def import_dataset(
     src: Path, out: Path, name: str | None = None, options: ImportOptions | None = None
 ) -> tuple[Dataset, list[str]]:
@@ -86,7 +119,7 @@ def import_dataset(
         with DatasetWriter.create(
             out,
             observation_space=source.observation_space,
-            action_space=source.action_space,
+            action_space=actions_of(options.env, source.action_space, src),
             env=options.env or source.env,
             control_dt=source.control_dt,
             columns=source.columns,

@@ -106,12 +106,11 @@ def _read(file: Hdf5, path: Path, options: ImportOptions) -> Source:
         if name.startswith("obs.")
     }
     frequency = environment.get("env_kwargs", {}).get("control_freq")
-    named = environment.get("env_name")
     return Source(
         observation_space=gym.spaces.Dict(entries),
         action_space=action_space,
         episodes=read_all(),
-        env=options.env or (named if isinstance(named, str) else None),
+        env=options.env,  # the name in the file is robosuite's, which Gymnasium does not know
         control_dt=1 / frequency if isinstance(frequency, (int, float)) and frequency > 0 else None,
         columns={column: column_of(first.every[name][:0]) for column, name in kept.items()},
         provenance={"format": "robomimic", "file": path.name, "env_args": environment, "mask": _masks(file)},
