@@ -120,7 +120,7 @@ def test_rewards_are_scaled_as_ours(peer: ModuleType, data: Path) -> None:
 
     for fields in ({"reward_shift": -1.0, "reward_scale": 3.0}, {"return_range": 1000.0, "reward_scale": 0.5}):
         sampling = OfflineSamplingConfig(**fields)
-        agent: Any = SimpleNamespace(device=torch.device("cpu"), reads=())
+        agent: Any = SimpleNamespace(device=torch.device("cpu"), reads=frozenset())
         batch = make_sampler(Dataset.open(data), agent, sampling, seed=0).sample(1, 100, gamma=0.9)[0]
         theirs = transitions(peer.read(data, sampling.to_dict()).rows)
         expected = [theirs[index][2] for index in batch.index.tolist()]
