@@ -19,7 +19,8 @@ from ctrlrl.errors import UsageError
 from ctrlrl.replay.rollout import Rollout
 from ctrlrl.runs.checkpoint import load_checkpoint
 from ctrlrl.runs.folder import RunFolder
-from ctrlrl.training import on_policy, session
+from ctrlrl.training import on_policy
+from ctrlrl.training import online_session as session
 from ctrlrl.training.on_policy import OnPolicyLoop
 from tests import runs
 from tests.runs import assert_same
