@@ -34,7 +34,9 @@ def run(arguments: Sequence[str]) -> int:
     """Train; returns the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         names = "\n".join(f"  {a.name:<12} {a.title}" for a in ALGORITHMS.values())
-        print(f"usage: ctrlrl train ALGO --env ID [--data DIR] [options]\n\nalgorithms:\n{names}\n\nctrlrl train ALGO --help")
+        print(
+            f"usage: ctrlrl train ALGO --env ID [--data DIR] [options]\n\nalgorithms:\n{names}\n\nctrlrl train ALGO --help"
+        )
         return 0 if arguments else 2
     algorithm = find_algorithm(arguments[0])
     options, config, preset = resolve(algorithm, arguments[1:])
