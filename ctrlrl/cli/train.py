@@ -34,9 +34,8 @@ def run(arguments: Sequence[str]) -> int:
     """Train; returns the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         names = "\n".join(f"  {a.name:<12} {a.title}" for a in ALGORITHMS.values())
-        print(
-            f"usage: ctrlrl train ALGO --env ID [--data DIR] [options]\n\nalgorithms:\n{names}\n\nctrlrl train ALGO --help"
-        )
+        usage = "usage: ctrlrl train ALGO --env ID [--data DIR] [options]"
+        print(f"{usage}\n\nalgorithms:\n{names}\n\nctrlrl train ALGO --help")
         return 0 if arguments else 2
     algorithm = find_algorithm(arguments[0])
     options, config, preset = resolve(algorithm, arguments[1:])
