@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 pytest.importorskip("h5py")
 pytest.importorskip("pyarrow")
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "fuzz_importers.py"
+ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
+SCRIPT = ROOT / "scripts" / "fuzz_importers.py"
 
 
 def test_a_few_files():

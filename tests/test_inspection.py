@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from ctrlrl.data.store import Column, Dataset, DatasetWriter, Episode
 from ctrlrl.errors import UsageError
 from tests.pages import Page
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
 SEEN = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
 ACTION = gym.spaces.Box(-1, 1, (2,), np.float32)
 REFERENCE = {"random": -10.0, "expert": 90.0}
