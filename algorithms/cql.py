@@ -26,8 +26,8 @@ Deviations from the papers besides those of `sac.py`:
 - the multiplier is stepped after the critics, whose loss has its value from before;
 - networks are initialized as SAC's are, not orthogonally as in CORL, and the policy's standard deviation is not scaled;
 - no cloning of behaviour at the start, which the authors have in mazes;
-- R is what was seen of an episode, also where it was cut; Cal-QL's code has r / (1 - gamma) for those of mazes that
-  never came to the goal, whose R is too high here where rewards are negative.
+- where an episode was cut, R is a lower bound: nothing follows if no reward is negative, and else the lowest reward for
+  ever, which in mazes that never came to the goal is what Cal-QL's code has (elsewhere it sums what was seen).
 """
 
 from __future__ import annotations

@@ -461,7 +461,10 @@ ALGORITHMS = {
                 Preset(
                     "antmaze",
                     r"AntMaze",
-                    {"agent": {"hidden": [256, 256, 256], "subset": 1, "backup_entropy": False}},
+                    {
+                        "sampling": {"reward_shift": -1.0},
+                        "agent": {"hidden": [256, 256, 256], "subset": 1, "backup_entropy": False},
+                    },
                     "the authors' for sparse rewards and long ways",
                 ),
                 Preset(

@@ -106,15 +106,20 @@ class ReplayConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(Config):
-    """How transitions of a dataset are drawn."""
+    """How transitions are drawn."""
 
     section: ClassVar[str] = "sampling"
+    reward_shift: float = 0.0
+    """Added to each reward that is learned from, before it is scaled; what is reported stays as it is."""
+    reward_scale: float = 1.0
+    """Factor of each reward that is learned from."""
     temperature: float | None = None
-    """Draw episodes in proportion to exp(return / temperature), with returns scaled to [0, 1], and then one of their
-    transitions (arXiv:2306.13085; there 0.1). By default all transitions are drawn alike."""
+    """Of a dataset, draw episodes in proportion to exp(return / temperature), with returns scaled to [0, 1], and then
+    one of their transitions (arXiv:2306.13085; there 0.1). By default all transitions are drawn alike."""
 
     def check(self) -> None:
         self.require("temperature", self.temperature is None or self.temperature > 0, "above 0")
+        self.require("reward_scale", self.reward_scale > 0, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +128,6 @@ class OfflineSamplingConfig(SamplingConfig):
 
     n_step: int = 1
     """Rewards summed before the bootstrap."""
-    reward_shift: float = 0.0
-    """Added to each reward, before it is scaled."""
-    reward_scale: float = 1.0
-    """Factor of each reward."""
     hindsight: float = 0.0
     """Share of the transitions that get another goal, which their episode came to later on (arXiv:1707.01495, where it
     is 0.8); for tasks of ours whose reward is one of goals, PandaReach-v0 with '{"reward": "sparse"}' say."""
@@ -139,13 +140,7 @@ class OfflineSamplingConfig(SamplingConfig):
         self.require("n_step", 1 <= self.n_step <= 1000, "between 1 and 1000")
         self.require("hindsight", 0 <= self.hindsight <= 1, "between 0 and 1")
         self.require("n_step", self.n_step == 1 or not self.hindsight, "1 where goals are replaced (hindsight)")
-        self.require("reward_scale", self.reward_scale > 0, "above 0")
         self.require("return_range", self.return_range is None or self.return_range > 0, "above 0")
-
-    @property
-    def changes_rewards(self) -> bool:
-        """Whether rewards are not what the data has."""
-        return (self.reward_shift, self.reward_scale, self.return_range) != (0.0, 1.0, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,7 +292,7 @@ class OffPolicyConfig(OnlineConfig):
     keep_statistics: bool = True
     """Where observations are standardized: keep the statistics that came with data or init_from as they are."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How transitions of the dataset are drawn."""
+    """How transitions of the replay memory and the dataset are drawn."""
     update_every: int = 8
     """Environment steps between two turns of updates, each of which makes all that are owed (agent.utd). Several in a
     row find code and data in the processor's caches; the policy acts with weights that are so many steps old at most.

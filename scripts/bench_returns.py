@@ -38,8 +38,8 @@ from peers.venv import python_of
 
 from ctrlrl.cli.train import describe_preset
 from ctrlrl.errors import CtrlrlError
+from ctrlrl.files import write_json
 from ctrlrl.runs.comparison import compare, console_summary, write_comparison, write_picture, write_table
-from ctrlrl.runs.files import write_json
 from ctrlrl.runs.peers import load_peers
 from ctrlrl.runs.record import load_run
 

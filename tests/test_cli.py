@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 import tests.standins  # noqa: F401  (registers ctrlrl-test/...)
+from ctrlrl import files
 from ctrlrl.cli.main import run as ctrlrl_command
-from ctrlrl.runs import files
 from ctrlrl.runs.folder import RunFolder
 
 MESSAGES = Path(__file__).parent / "messages"

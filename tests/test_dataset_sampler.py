@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +108,14 @@ def test_the_same_seed_draws_the_same_and_a_saved_state_goes_on(data: Dataset) -
 
 
 def test_rewards_are_shifted_and_scaled(data: Dataset) -> None:
-    for resident in (True, False):
-        sampler = DatasetSampler(data, reward_shift=-1, reward_scale=10, mc_return=True, resident=resident)
+    for resident, shift in product((True, False), (-1, -3)):
+        sampler = DatasetSampler(data, reward_shift=shift, reward_scale=10, mc_return=True, resident=resident)
         batch = sampler.sample(1, 50, gamma=0.5, n_step=2)
         for obs, reward, mc in zip(batch.obs[0], batch.reward[0], batch.mc_return[0], strict=True):  # type: ignore[index]
             e, t = int(obs[0]), int(obs[1])
-            rewards = [10.0 * (t + k) for k in range(LENGTHS[e] - t)]
+            rewards = [10.0 * (1 + shift + t + k) for k in range(LENGTHS[e] - t)]
             assert float(reward) == pytest.approx(sum(0.5**k * r for k, r in enumerate(rewards[:2])))
+            rewards += [] if ENDED[e] else [10.0 * (1 + shift)] * 100  # behind a cut the lowest of all, if negative
             assert float(mc) == pytest.approx(sum(0.5**k * r for k, r in enumerate(rewards)))
 
 
@@ -123,9 +125,9 @@ def test_returns_to_go(lengths: list[int], gamma: float, seed: int) -> None:
     rewards = np.random.default_rng(seed).normal(size=sum(lengths))
     ends = np.cumsum(lengths)
     starts = ends - lengths
-    found = returns_to_go(rewards, starts, np.array(lengths), gamma)
-    for start, end in zip(starts, ends, strict=True):
-        total = 0.0
+    behind = np.arange(len(lengths)) - 2.0
+    found = returns_to_go(rewards, starts, np.array(lengths), gamma, behind)
+    for start, end, total in zip(starts, ends, behind, strict=True):
         for i in reversed(range(start, end)):
             total = rewards[i] + gamma * total
             assert found[i] == pytest.approx(total, abs=1e-9)

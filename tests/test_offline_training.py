@@ -145,6 +145,18 @@ def test_both_sources_are_learned_from_and_resumed_exactly(data: Dataset, tmp_pa
     assert float(statistics.count) == data.num_transitions + data.num_episodes  # kept as they came with the data
 
 
+def test_data_of_another_variant_of_the_environment_is_told_of(tmp_path: Path) -> None:
+    data = pendulum_data(tmp_path / "data", 2, 20)
+    with DatasetWriter.append(data.path) as writer:
+        writer.provenance["env_kwargs"] = {"g": 5.0}
+    for name, kwargs in (("same", {"g": 5.0}), ("other", {"g": 9.0}), ("default", {})):
+        settings = SMALL | {"steps": 40, "data": str(data.path), "env_kwargs": kwargs}
+        ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / name), **settings)
+        notes = " ".join(text for _, text in load_run(tmp_path / name).notes)
+        told = "was collected with --env-kwargs '{\"g\": 5.0}', and these environments are made otherwise" in notes
+        assert told == (name != "same")
+
+
 def test_rlpd_and_wsrl_say_what_they_need(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="rlpd learns from a dataset besides: --data DIR"):
         ctrlrl.train("rlpd", "Pendulum-v1", out=str(tmp_path / "r"), **SMALL)
@@ -221,6 +233,30 @@ def test_a_temperature_is_kept_where_rewards_are(data: Dataset, tmp_path: Path) 
         ctrlrl.train("cql", out=str(tmp_path / f"after-{name}"), **after)
         notes = json.loads((tmp_path / f"after-{name}/history.json").read_text())["notes"]
         assert ("temperature: as it was" in notes) == ("critics: as they were" in notes) == (name == "plain")
+
+
+def test_critics_of_other_rewards_start_afresh_unless_rewards_are_changed_alike(data: Dataset, tmp_path: Path) -> None:
+    """IQL by its range of returns, and then SAC in the environment, which has no range but a factor."""
+    settings = OFFLINE | {"data": str(data.path), "updates": 20, "eval_every": 0, "sampling": {"return_range": 1000.0}}
+    ctrlrl.train("iql", out=str(tmp_path / "before"), **settings)
+    scale = 1000.0 / float(data.returns.max() - data.returns.min())
+    online = SMALL | {"steps": 80, "init_from": str(tmp_path / "before")}
+    agent = SMALL["agent"]
+    cases: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "alike": {"sampling": {"reward_scale": scale}},
+        "gamma": {"sampling": {"reward_scale": scale}, "agent": agent | {"gamma": 0.9}},
+    }
+    notes = {}
+    for name, change in cases.items():
+        ctrlrl.train("sac", "Pendulum-v1", out=str(tmp_path / name), **online | change)
+        notes[name] = json.loads((tmp_path / name / "history.json").read_text())["notes"]
+    assert f"--sampling.reward-scale {scale} keeps them" in notes["plain"][1]
+    assert notes["alike"][1] == "critics: as they were"
+    assert notes["gamma"][1:3] == [
+        "critics: as they were",
+        "their gamma was 0.99 and is 0.9 here, so they have to change first",
+    ]
 
 
 def test_hindsight_is_for_tasks_with_goals(data: Dataset, tmp_path: Path) -> None:

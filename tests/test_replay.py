@@ -176,6 +176,28 @@ def test_uniform_over_valid_transitions():
     assert chi2 < 30  # 99.9 % quantile of chi-square with at most 7 degrees of freedom is 24.3; the seed is fixed
 
 
+def test_rewards_are_shifted_and_scaled_in_batches_alone():
+    plain = ReplayBuffer(BOX, ACTION, capacity=40, num_envs=2, seed=1)
+    other = ReplayBuffer(BOX, ACTION, capacity=40, num_envs=2, seed=1, reward_scale=10.0, reward_shift=-2.0)
+    torch.manual_seed(0)
+    one, two = Model(plain, 2), Model(other, 2)
+    for model in (one, two):
+        for outcomes in (["on", "on"], ["on", "terminated"], ["truncated", "on"], ["on", "on"]):
+            model.add(outcomes)
+    for n_step in (1, 3):
+        a, b = (buffer.sample(1, 64, gamma=0.5, n_step=n_step) for buffer in (plain, other))
+        assert torch.equal(a.index, b.index)
+        for row in range(64):
+            start, steps = int(a.index[0, row]), 1
+            want = one.expected(start, n_step)
+            if n_step == 3:
+                steps = next(k for k in (1, 2, 3) if k == 3 or one.expected(start, k)["end"])
+            powers = sum(0.5**k for k in range(steps))
+            assert float(b.reward[0, row]) == pytest.approx(10 * (float(a.reward[0, row]) - 2 * powers))
+            assert bool(b.end[0, row]) == want["end"]
+    assert torch.equal(plain.export_rows(0, 4)["reward"], other.export_rows(0, 4)["reward"])
+
+
 def test_dict_observations_images_and_extras():
     space = gym.spaces.Dict(
         {"image": gym.spaces.Box(0, 255, (3, 8, 8), np.uint8), "state": gym.spaces.Box(-1, 1, (4,), np.float64)}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ctrlrl.errors import UsageError
-from ctrlrl.runs.files import remove_leftovers
+from ctrlrl.files import remove_leftovers
 from ctrlrl.runs.video import Frame, rendering_error, write_video
 
 

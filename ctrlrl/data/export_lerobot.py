@@ -36,7 +36,7 @@ from ctrlrl.data.importers.lerobot_meta import INFO, OURS
 from ctrlrl.data.store import Column, Dataset, Episode
 from ctrlrl.envs.worker import describe_action_space, describe_observation_space
 from ctrlrl.errors import UsageError
-from ctrlrl.runs.files import fsync_folder, write_durably, write_errors_explained
+from ctrlrl.files import building_site, fsync_folder, write_durably, write_errors_explained
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -126,7 +126,7 @@ def export(dataset: Dataset, out: Path, *, fps: float | None = None, robot_type:
         raise UsageError(f"{dataset.path} holds no episode: there is nothing to export")
     rate = _rate(dataset, fps)
     observed, columns = _observations(dataset), _columns(dataset)
-    building = out.with_name(f".tmp-{os.getpid()}-{out.name}")
+    building = building_site(out)
     try:
         with write_errors_explained(out):
             (building / "meta" / "episodes" / "chunk-000").mkdir(parents=True)

@@ -20,7 +20,7 @@ import numpy as np
 from ctrlrl.data.importers.base import need
 from ctrlrl.data.store import Dataset, Episode
 from ctrlrl.errors import UsageError
-from ctrlrl.runs.files import fsync_folder, write_durably, write_errors_explained
+from ctrlrl.files import building_site, fsync_folder, write_durably, write_errors_explained
 
 MINARI = "0.5.4"
 """The version whose layout this is; that one and later read it."""
@@ -45,7 +45,7 @@ def export(dataset: Dataset, out: Path, dataset_id: str) -> None:
         raise UsageError(f"{home} exists already: choose another version or folder; nothing was overwritten")
     _check(dataset)
     # Minari takes every folder without a leading dot for a namespace or a dataset.
-    building = home.with_name(f".tmp-{os.getpid()}-{home.name}")
+    building = building_site(home)
     with write_errors_explained(home):
         (building / "data").mkdir(parents=True)
     try:
@@ -55,18 +55,18 @@ def export(dataset: Dataset, out: Path, dataset_id: str) -> None:
                 _write(file.create_group(f"episode_{number}"), dataset.episode(number), number, h5py)
         written = (data / "main_data.hdf5").stat().st_size
         write_durably(data / "metadata.json", json.dumps(_metadata(dataset, dataset_id, written)).encode())
+        namespace = match["namespace"]
+        while namespace:
+            described = out / namespace / "namespace_metadata.json"
+            if not described.exists():
+                write_durably(described, b"{}")
+            namespace = namespace.rpartition("/")[0]
         with write_errors_explained(home):
             os.rename(building, home)
             fsync_folder(home.parent)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    namespace = match["namespace"]
-    while namespace:
-        described = out / namespace / "namespace_metadata.json"
-        if not described.exists():
-            write_durably(described, b"{}")
-        namespace = namespace.rpartition("/")[0]
 
 
 def _check(dataset: Dataset) -> None:

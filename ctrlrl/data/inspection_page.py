@@ -15,7 +15,7 @@ from ctrlrl.data.inspection import Inspection
 from ctrlrl.data.inspection_columns import ColumnSummary, RaggedSummary
 from ctrlrl.data.inspection_findings import Finding
 from ctrlrl.data.store import Dataset
-from ctrlrl.runs.files import write_atomically
+from ctrlrl.files import write_atomically
 from ctrlrl.runs.page import shown, template, writable_page
 
 _ROWS = 128

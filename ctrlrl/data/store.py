@@ -37,7 +37,7 @@ import numpy as np
 from ctrlrl.envs.spaces import build_space
 from ctrlrl.envs.worker import Refused, describe_action_space, describe_observation_space, flatten_dict_space
 from ctrlrl.errors import UsageError, nearest
-from ctrlrl.runs.files import fsync_folder, write_errors_explained, write_json
+from ctrlrl.files import building_site, fsync_folder, write_errors_explained, write_json
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 Entries: TypeAlias = "Array | Sequence[Any]"
@@ -356,7 +356,7 @@ class DatasetWriter:
             "commits": [],
             "content_hash": "",
         }
-        home = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        home = building_site(path)
         with write_errors_explained(path):
             (home / "columns").mkdir(parents=True)
         return cls(path, home, manifest, None)

@@ -45,6 +45,8 @@ class ReplayBuffer:
         next_extras: whether their values at the next observation are stored too.
         frame_stack: K: images of the observation space are (K, ...), as `FrameStack` makes them, and each frame is
             stored once. 1: they are stored as they come.
+        reward_scale: batches have rewards (r + reward_shift) * reward_scale; stored they stay as they are.
+        reward_shift: see there.
     """
 
     def __init__(
@@ -59,6 +61,8 @@ class ReplayBuffer:
         extras: Mapping[str, Tensor] | None = None,
         next_extras: bool = False,
         frame_stack: int = 1,
+        reward_scale: float = 1.0,
+        reward_shift: float = 0.0,
     ) -> None:
         if capacity < num_envs:
             raise ValueError(f"buffer.capacity must be at least num_envs = {num_envs}, got {capacity}")
@@ -68,6 +72,7 @@ class ReplayBuffer:
         # One more than rows, since the newest holds the observation not yet acted on, and the frames before the oldest.
         self.slots = r = self.rows + frame_stack
         self.frame_stack = frame_stack
+        self._scale, self._shift = reward_scale, reward_shift
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.total_rows = 0
         """Rows ever added; slot of row i is i % slots."""
@@ -188,14 +193,14 @@ class ReplayBuffer:
             ended = terminated | flat["truncated"].index_select(0, at)
             return following, terminated, ended, ended | ~flat["valid"].index_select(0, following)
 
-        last, reward = first, flat["reward"].index_select(0, first)
+        last, reward = first, self._rewards(first)
         following, terminated, ended, end = look(first)
         discount = torch.where(terminated, 0.0, gamma)
         if n_step > 1:
             length = torch.ones_like(reward)
             for k in range(1, n_step):
                 last = torch.where(end, last, following)
-                reward = reward + torch.where(end, 0.0, gamma**k * flat["reward"].index_select(0, last))
+                reward = reward + torch.where(end, 0.0, gamma**k * self._rewards(last))
                 length += ~end
                 following, terminated, ended, stop = look(last)
                 end = end | stop
@@ -293,6 +298,11 @@ class ReplayBuffer:
     @property
     def _finals_capacity(self) -> int:
         return len(next(iter(self._finals.values())))
+
+    def _rewards(self, at: Tensor) -> Tensor:
+        reward = self._flat["reward"].index_select(0, at)
+        plain = (self._scale, self._shift) == (1.0, 0.0)
+        return reward if plain else (reward + self._shift) * self._scale
 
     def _wrap(self, parts: dict[str, Tensor]) -> Obs:
         return parts[""] if self._bare else parts

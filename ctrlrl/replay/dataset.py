@@ -62,7 +62,8 @@ class DatasetSampler:
         memory: bytes of the device's memory.
         extras: columns of the dataset that come with each row (`Batch.extras`).
         next_action: give `Batch.next_action`.
-        mc_return: give `Batch.mc_return`.
+        mc_return: give `Batch.mc_return`, a lower bound of the return that followed: where an episode was cut, nothing
+            is taken to follow if no reward is negative, and else the lowest for ever.
         temperature: with a number, episodes are drawn in proportion to exp(R / temperature), R their return scaled to
             [0, 1], and then one of their transitions (return weighting, arXiv:2306.13085; there 0.1). None: uniform
             over transitions.
@@ -222,11 +223,13 @@ class DatasetSampler:
         return obs[""] if self._bare else obs
 
     def _returns_to_go(self, gamma: float) -> Tensor:
-        """(N,) float32, computed once for each gamma."""
+        """(N,) float32, computed once for each gamma: at least so much followed, whatever came behind a cut."""
         if gamma not in self._returns:
             data = self.dataset
             rewards = (np.asarray(data.reward, np.float64) + self._shift) * self._scale
-            returns = returns_to_go(rewards, data.starts, data.lengths, gamma)
+            lowest = min(float(rewards.min()), 0.0)
+            behind = np.where(data.terminated | (lowest == 0), 0.0, lowest / (1 - gamma) if gamma < 1 else -np.inf)
+            returns = returns_to_go(rewards, data.starts, data.lengths, gamma, behind)
             self._returns[gamma] = torch.from_numpy(returns.astype(np.float32)).to(self._where)
         return self._returns[gamma]
 
@@ -328,9 +331,11 @@ def return_weights(returns: Array, temperature: float) -> Array:
     return chances
 
 
-def returns_to_go(rewards: Array, starts: Array, lengths: Array, gamma: float) -> Array:
-    """(N,) discounted sums of the rewards from each transition to the end of its episode."""
+def returns_to_go(rewards: Array, starts: Array, lengths: Array, gamma: float, behind: Array) -> Array:
+    """(N,) discounted sums of the rewards from each transition to the end of its episode, and of the return (E,) that
+    is `behind` that."""
     out: Array = rewards.astype(np.float64).copy()
+    out[(starts + lengths - 1)[lengths > 0]] += gamma * behind[lengths > 0]
     order = np.argsort(-lengths, kind="stable")
     ends, lengths = (starts + lengths)[order], lengths[order]
     longest = int(lengths[0]) if len(lengths) else 0

@@ -21,7 +21,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from ctrlrl.errors import UsageError
-from ctrlrl.runs.files import fsync_folder, sha256, write_durably, write_errors_explained
+from ctrlrl.files import fsync_folder, sha256, write_durably, write_errors_explained
 
 FORMAT = 1
 _FILES = ("tensors.safetensors", "state.json")

@@ -15,8 +15,8 @@ import numpy.typing as npt
 from markupsafe import Markup
 
 from ctrlrl.errors import UsageError
+from ctrlrl.files import write_atomically
 from ctrlrl.runs import plots
-from ctrlrl.runs.files import write_atomically
 from ctrlrl.runs.page import duration, embed, setting_text, shown, template, writable_page
 from ctrlrl.runs.peers import PeerFile, load_peers
 from ctrlrl.runs.plots import GroupCurve, plain_number

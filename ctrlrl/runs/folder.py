@@ -17,9 +17,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 
 from ctrlrl.errors import UsageError
-from ctrlrl.replay.buffer import ReplayBuffer
-from ctrlrl.runs.checkpoint import save_checkpoint
-from ctrlrl.runs.files import (
+from ctrlrl.files import (
     remove_folder,
     remove_leftovers,
     sha256,
@@ -27,6 +25,8 @@ from ctrlrl.runs.files import (
     write_errors_explained,
     write_json,
 )
+from ctrlrl.replay.buffer import ReplayBuffer
+from ctrlrl.runs.checkpoint import save_checkpoint
 
 
 class RunFolder:

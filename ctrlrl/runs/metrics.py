@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from ctrlrl.runs.files import write_errors_explained
+from ctrlrl.files import write_errors_explained
 
 Record = dict[str, Any]
 """One line of `metrics.jsonl`: `kind` (train, episode, eval, note), `step`, `time` and what belongs to the kind."""

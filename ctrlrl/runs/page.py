@@ -13,7 +13,7 @@ from typing import Any
 import jinja2
 
 from ctrlrl.errors import UsageError
-from ctrlrl.runs.files import write_errors_explained
+from ctrlrl.files import write_errors_explained
 from ctrlrl.runs.plots import plain_number
 from ctrlrl.runs.record import Video
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from ctrlrl.files import write_atomically
 from ctrlrl.runs import plots
-from ctrlrl.runs.files import write_atomically
 from ctrlrl.runs.page import embed, setting_text, shown, template, writable_page
 from ctrlrl.runs.plots import EvaluationCurve, Series
 from ctrlrl.runs.record import RATES, RunRecord, load_run

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ctrlrl.errors import UsageError
-from ctrlrl.runs.files import write_errors_explained
+from ctrlrl.files import write_errors_explained
 
 Frame = npt.NDArray[np.uint8]
 

@@ -16,12 +16,12 @@ from ctrlrl.envs.spaces import build_space
 from ctrlrl.envs.vector import RenderFailure, VectorEnv
 from ctrlrl.envs.viewing import MAX_GRID, Grid
 from ctrlrl.errors import UsageError
+from ctrlrl.files import write_errors_explained, write_json
 from ctrlrl.nn.cpu import prepare_cpu, products_of
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.nn.policy import Policy
 from ctrlrl.runs.checkpoint import load_checkpoint
-from ctrlrl.runs.files import write_errors_explained, write_json
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.provenance import now
 from ctrlrl.runs.report import write_report

@@ -76,6 +76,8 @@ class OffPolicyLoop(CollectingLoop):
             extras=policy.act(obs_to(obs, agent.device), policy.initial_state(config.num_envs), explore=False)[2],
             next_extras=policy.extras_at_next,
             frame_stack=config.frame_stack,
+            reward_scale=config.sampling.reward_scale,
+            reward_shift=config.sampling.reward_shift,
         )
 
     @staticmethod

@@ -103,17 +103,6 @@ def make_sampler(
             f"the agent learns from what its policy said of each action ({', '.join(missing)}), which {dataset.path} "
             "does not have. Of sac-discrete --agent.entropy-penalty 0 does without"
         )
-    scale, shift = 1.0, 0.0
-    if isinstance(sampling, OfflineSamplingConfig):
-        scale, shift = sampling.reward_scale, sampling.reward_shift
-        if sampling.return_range is not None:
-            spread = float(dataset.returns.max() - dataset.returns.min())
-            if not spread:
-                raise UsageError(
-                    f"all episodes of {dataset.path} have the same return, so that no --sampling.return-range can be "
-                    "given to them; take --sampling.reward-scale"
-                )
-            scale *= sampling.return_range / spread
     return DatasetSampler(
         dataset,
         device=agent.device,
@@ -123,10 +112,28 @@ def make_sampler(
         next_action="next_action" in agent.reads,
         mc_return="mc_return" in agent.reads,
         temperature=sampling.temperature,
-        reward_scale=scale,
-        reward_shift=shift,
+        reward_scale=reward_scale(dataset, sampling),
+        reward_shift=sampling.reward_shift,
         hindsight=hindsight,
     )
+
+
+def reward_scale(dataset: Dataset, sampling: SamplingConfig) -> float:
+    """The factor of each reward of `dataset`.
+
+    Raises:
+        UsageError: a range of returns is asked for where there is none.
+    """
+    wanted = sampling.return_range if isinstance(sampling, OfflineSamplingConfig) else None
+    if wanted is None:
+        return sampling.reward_scale
+    spread = float(dataset.returns.max() - dataset.returns.min())
+    if not spread:
+        raise UsageError(
+            f"all episodes of {dataset.path} have the same return, so that no --sampling.return-range can be "
+            "given to them; take --sampling.reward-scale"
+        )
+    return sampling.reward_scale * wanted / spread
 
 
 def take_statistics(agent: ReplayAgent, sampler: DatasetSampler) -> None:

@@ -8,13 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from ctrlrl.algorithms.agent import ReplayAgent
-from ctrlrl.config import OfflineConfig, TrainConfig
+from ctrlrl.config import OfflineConfig, SamplingConfig, TrainConfig
 from ctrlrl.data.store import Dataset
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.training.base_session import Session
-from ctrlrl.training.offline import OfflineLoop, hindsight_of, make_sampler, require_same_spaces, take_statistics
+from ctrlrl.training.offline import (
+    OfflineLoop,
+    hindsight_of,
+    make_sampler,
+    require_same_spaces,
+    reward_scale,
+    take_statistics,
+)
 from ctrlrl.training.setup import EnvLike, make
 from ctrlrl.training.warm_start import CRITICS_KEPT, VALUE_KEPT
 
@@ -69,7 +76,7 @@ class OfflineSession(Session):
         return made
 
     def described(self) -> dict[str, Any]:
-        return {"data": provenance_of(self.dataset)}
+        return {"data": provenance_of(self.dataset, self.config.sampling)}
 
     def _begin(self) -> None:
         self._draw_from_the_start()
@@ -115,8 +122,8 @@ def open_dataset(path: str) -> Dataset:
     return dataset
 
 
-def provenance_of(dataset: Dataset) -> dict[str, Any]:
-    """What a run says of the data that it learns from."""
+def provenance_of(dataset: Dataset, sampling: SamplingConfig) -> dict[str, Any]:
+    """What a run says of the data that it learns from; `rewards` are how they are changed before."""
     return {
         "path": str(dataset.path),
         "content_hash": dataset.content_hash,
@@ -124,4 +131,5 @@ def provenance_of(dataset: Dataset) -> dict[str, Any]:
         "episodes": dataset.num_episodes,
         "mean_return": float(dataset.returns.mean()),
         "reference": dataset.reference,
+        "rewards": {"shift": sampling.reward_shift, "scale": reward_scale(dataset, sampling)},
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -58,6 +59,16 @@ class OnlineSession(Session):
             except UsageError:
                 self.close()
                 raise
+            there = dataset.provenance.get("env_kwargs")
+            if (
+                dataset.env == self.source
+                and isinstance(there, dict)
+                and there != config.env_kwargs
+                and not self.resumed
+            ):
+                made = f"--env-kwargs '{json.dumps(there)}'" if there else "no --env-kwargs"
+                differs = f"{dataset.path} was collected with {made}, and these environments are made otherwise"
+                self.remark = "; ".join(filter(None, (self.remark, differs)))
         self._dataset = dataset
         self.name, self.control_dt = self.env.name, self.env.control_dt
         self.observation_space, self.action_space = self.env.observation_space, self.env.action_space
@@ -89,7 +100,9 @@ class OnlineSession(Session):
         return super().disk_needed() + self.loop_class.stored_bytes(self.config, self.env)  # what is collected, once
 
     def described(self) -> dict[str, Any]:
-        return {} if self._dataset is None else {"data": provenance_of(self._dataset)}
+        if self._dataset is None or not isinstance(self.config, OffPolicyConfig):
+            return {}
+        return {"data": provenance_of(self._dataset, self.config.sampling)}
 
     def _begin(self) -> None:
         if isinstance(self.config, OffPolicyConfig) and isinstance(self.agent, OffPolicyAgent):

@@ -4,22 +4,23 @@ A policy is taken over whole where both are of one kind. Between policies that s
 (those of SAC and its variants, TD3 and its, IQL, and BC but for its `gaussian`) the network is taken over: from one
 that gives means alone to one that gives standard deviations besides, these start as constants, the former policy's own
 where it has any.
-Of the same rewards, critics, and V where both have one, are taken over where they are of the same shape and number, and
-temperatures where both have one. Optimizers start afresh: it is another loss that they step down.
+Of rewards that are shifted and scaled alike, critics, and V where both have one, are taken over where they are of the
+same shape and number, and temperatures where both have one. Optimizers start afresh: it is another loss that they step
+down.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
 from ctrlrl.algorithms.agent import ReplayAgent
-from ctrlrl.config import OfflineConfig, TrainConfig
+from ctrlrl.config import OfflineConfig, SamplingConfig, TrainConfig
 from ctrlrl.data.store import Dataset
 from ctrlrl.envs.spaces import build_space
 from ctrlrl.errors import UsageError
@@ -27,6 +28,7 @@ from ctrlrl.nn.policy import DeterministicPolicy, Policy, SquashedGaussianPolicy
 from ctrlrl.runs.checkpoint import load_checkpoint
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.record import load_run
+from ctrlrl.training.offline import reward_scale
 from ctrlrl.training.setup import read_config, read_provenance, step_of
 from ctrlrl.training.spaces import alike
 
@@ -64,9 +66,7 @@ def warm_start(
             )
     notes = _policy(agent.policy, state["policy"], run)
     former_data: dict[str, Any] = read_provenance(folder).get("data") or {}
-    own_hash = None if dataset is None else dataset.content_hash
-    scaled = _rewards(config, former_data.get("content_hash")) != _rewards(own_config, own_hash)
-    notes += _values(agent, state, scaled=scaled)
+    notes += _values(agent, state, _meaning(config, former_data), _meaning(own_config, dataset))
     record = load_run(folder.path)
     return {
         "run": str(folder.path),
@@ -87,13 +87,23 @@ def _compared_with(dataset: Dataset | None, former: dict[str, Any]) -> dict[str,
     return {"path": str(dataset.path), "mean_return": float(dataset.returns.mean()), "reference": dataset.reference}
 
 
-def _rewards(config: TrainConfig, data: str | None) -> tuple[float, float, tuple[float, str | None] | None]:
-    """How rewards are changed before they are learned from; a range of returns is one of the returns in `data`."""
-    if not isinstance(config, OfflineConfig):
-        return 0.0, 1.0, None
-    sampling = config.sampling
-    by_range = None if sampling.return_range is None else (sampling.return_range, data)
-    return sampling.reward_shift, sampling.reward_scale, by_range
+class _Meaning(NamedTuple):
+    """What values are of: discounted sums of (r + shift) * scale."""
+
+    gamma: float | None
+    shift: float
+    scale: float
+
+
+def _meaning(config: TrainConfig, data: Dataset | dict[str, Any] | None) -> _Meaning:
+    """Of the values that a run of `config` learns from `data`, or from what its provenance says of that."""
+    sampling: SamplingConfig = getattr(config, "sampling", SamplingConfig())
+    if isinstance(data, Dataset):
+        scale = reward_scale(data, sampling)
+    else:
+        scale = (data or {}).get("rewards", {}).get("scale", sampling.reward_scale)
+    gamma = getattr(config.agent, "gamma", None)  # type: ignore[attr-defined]
+    return _Meaning(gamma, sampling.reward_shift, scale)
 
 
 def _policy(policy: Policy, saved: dict[str, Tensor], run: str) -> list[str]:
@@ -136,20 +146,27 @@ def _policy(policy: Policy, saved: dict[str, Tensor], run: str) -> list[str]:
     return ["policy: its network, with standard deviations of its own" if log_std is None else "policy: its network"]
 
 
-def _values(agent: ReplayAgent, state: dict[str, Any], *, scaled: bool) -> list[str]:
+def _values(agent: ReplayAgent, state: dict[str, Any], former: _Meaning, own: _Meaning) -> list[str]:
     """Take over critics and temperature where they fit; returns what is to be said of them."""
     critics = getattr(agent, "critics", None)
     notes = []
+    scaled = former[1:] != own[1:]
     if critics is not None:
         saved = state.get("critics")
         if saved is None:
             notes.append("critics: new, since the run has none")
         elif scaled:
-            notes.append("critics: new, since those of the run are of rewards that were scaled in another way")
+            notes.append(
+                f"critics: new, since those of the run are of rewards (r + {former.shift}) * {former.scale}, and here "
+                f"they are of (r + {own.shift}) * {own.scale}; --sampling.reward-shift {former.shift} "
+                f"--sampling.reward-scale {former.scale} keeps them"
+            )
         elif _same(critics.state_dict(), saved):
             critics.load_state_dict(saved)
             agent.target_critics.load_state_dict(state.get("target_critics", saved))  # type: ignore[attr-defined]
             notes.append(CRITICS_KEPT)
+            if former.gamma != own.gamma:
+                notes.append(f"their gamma was {former.gamma} and is {own.gamma} here, so they have to change first")
         else:
             shapes = {name: tuple(value.shape) for name, value in saved.items() if name.endswith("weight")}
             notes.append(f"critics: new, since those of the run are of other shapes: {shapes}")
@@ -164,8 +181,8 @@ def _values(agent: ReplayAgent, state: dict[str, Any], *, scaled: bool) -> list[
     ):
         agent.target_policy.load_state_dict(state["target_policy"])
     elif hasattr(agent, "target_policy"):
-        own = agent.policy.state_dict()
-        agent.target_policy.load_state_dict({name: own[name] for name in agent.target_policy.state_dict()})
+        new = agent.policy.state_dict()
+        agent.target_policy.load_state_dict({name: new[name] for name in agent.target_policy.state_dict()})
     if "log_alpha" in state and hasattr(agent, "log_alpha") and not scaled:
         with torch.no_grad():
             agent.log_alpha.copy_(state["log_alpha"])

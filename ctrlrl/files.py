@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,12 +24,18 @@ def write_errors_explained(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise UsageError(
-                f"no space left to write {path}. Free some space, then go on with `ctrlrl resume`: "
-                "checkpoints that were complete are intact"
+                f"no space left to write {path}. Free some space and run the command again (a training goes on with "
+                "`ctrlrl resume`): what was complete is intact"
             ) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UsageError(f"not permitted to write {path}: {error.strerror}") from error
         raise UsageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def building_site(path: Path) -> Path:
+    """Where what is to be at `path` can be made before it is renamed: a new name beside it, which no process has had,
+    on another machine or before a crash, and which `remove_leftovers` knows."""
+    return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
 def fsync_folder(path: Path) -> None:
