@@ -1,8 +1,10 @@
-"""Kills trainings with SIGKILL, resumes them until they finish, and compares each with one that was left alone.
+"""Kills trainings, resumes them until they finish, and compares each with one that was left alone.
 
 Usage: python -m tests.kill_driver FOLDER TRIALS ENV. Children are forked, so that torch is imported once. Every other
-trial dies at a random time; the rest die inside a file operation (fsync, rename, delete), that is while a checkpoint, a
-replay segment or a report is being written. Prints one line per trial, and exits with 1 if any run differs.
+trial dies after a random time of its processor's (of a timer's signal that nothing handles, and so without a word, as
+of SIGKILL), wherever that finds it and however busy the machine is; the rest die inside a file operation (fsync,
+rename, delete), that is while a checkpoint, a replay segment or a report is being written. Prints one line per trial,
+and exits with 1 if any run differs.
 """
 
 from __future__ import annotations
@@ -33,8 +35,11 @@ VARIANTS: list[dict[str, Any]] = [
 FILE_OPERATIONS = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")
 
 
-def child(work: Callable[[], object], *, die_at: int | None = None) -> int:
-    """Run `work` in a forked process that dies at its `die_at`-th file operation; returns its pid."""
+def child(
+    work: Callable[[], object], *, die_at: int | None = None, die_after: float = 0.0, told: int | None = None
+) -> int:
+    """Run `work` in a forked process that dies at its `die_at`-th file operation, or `die_after` seconds of processor
+    time (0: never). It writes the time it took to the file `told`; returns its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -56,7 +61,11 @@ def child(work: Callable[[], object], *, die_at: int | None = None) -> int:
 
             for name in FILE_OPERATIONS:
                 setattr(os, name, deadly(getattr(os, name)))
+        started = time.process_time()
+        signal.setitimer(signal.ITIMER_PROF, die_after)
         work()
+        if told is not None:
+            os.write(told, str(time.process_time() - started).encode())
         os._exit(0)
     except BaseException:
         traceback.print_exc()
@@ -64,7 +73,7 @@ def child(work: Callable[[], object], *, die_at: int | None = None) -> int:
 
 
 def wait(pid: int) -> int:
-    """0 if the process finished, -9 if it was killed, 1 if it failed."""
+    """0 if the process finished, a signal, negated, if it was killed, 1 if it failed."""
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -79,10 +88,10 @@ def main(folder: Path, trials: int, env: str) -> int:
     for number, variant in enumerate(VARIANTS):
         times = []
         for name in ("warm", "whole"):  # the shorter time counts: a run is to be killed before its end
-            started = time.monotonic()
             settings = SMALL | variant | {"out": str(folder / f"{name}-{number}")}
-            assert wait(child(functools.partial(train, "sac", env, **settings))) == 0
-            times.append(time.monotonic() - started)
+            readable, told = os.pipe()
+            assert wait(child(functools.partial(train, "sac", env, **settings), told=told)) == 0
+            times.append(float(os.read(readable, 100)))
         durations.append(min(times))
     draw = random.Random(0)
     bad = 0
@@ -105,13 +114,11 @@ def main(folder: Path, trials: int, env: str) -> int:
                 pid, how = child(work, die_at=at), f"file operation {at}"
             else:
                 delay = draw.uniform(0.3, 0.9) * durations[variant]
-                pid, how = child(work), f"{delay:.2f} s"
-                time.sleep(delay)
-                os.kill(pid, signal.SIGKILL)
+                pid, how = child(work, die_after=delay), f"{delay:.2f} s"
             code = wait(pid)
             if code == 0:
                 break
-            if code != -signal.SIGKILL:
+            if code not in (-signal.SIGKILL, -signal.SIGPROF):
                 print(f"trial {trial}: failed with {code} after {deaths}")
                 return 1
             deaths.append(how)

@@ -598,7 +598,7 @@ def test_old_checkpoints_and_segments_are_deleted(tmp_path):
 
 
 def test_killed_at_any_moment_and_resumed_equals_uninterrupted(tmp_path):
-    """20 runs die by SIGKILL two or three times each, at random moments or inside file operations."""
+    """20 runs die two or three times each, at random moments or inside file operations."""
     command = [sys.executable, "-m", "tests.kill_driver", str(tmp_path), "20", "Pendulum-v1"]
     root = Path(__file__).parents[1]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=550)
