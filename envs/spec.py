@@ -18,9 +18,43 @@ from ctrlrl.mirror import Mirror
 
 if TYPE_CHECKING:
     from ctrlrl.envs.world import World
+    from ctrlrl.robots.robot import Robot
 
 Term: TypeAlias = "Callable[[World], Tensor]"
 """(N,) or (N, size)."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a term is on the robot itself, so that a controller can compute it; in the words of a bundle's manifest
+    (`ctrlrl.deploy.manifest.MEASURES`)."""
+
+    what: str
+    unit: str = ""
+    frame: str = ""
+    """`base`, `world` or `joint`."""
+    joints: Sequence[str] = ()
+    offset: Sequence[float] = ()
+    """What is subtracted, a number for each."""
+    frequency: float = 0.0
+    """Hz, of a clock."""
+    select: Sequence[int] = ()
+    """Which numbers of the command."""
+    resolution: float = 0.0
+    """In what steps it is measured."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an action does on the robot itself, in the words of a bundle's manifest (`ctrlrl.deploy.manifest.ACTIONS`);
+    a number for each of the action's names."""
+
+    kind: str
+    unit: str
+    scale: Sequence[float]
+    offset: Sequence[float] = ()
+    lead: Sequence[float] = ()
+    """How far a target may be from its joint; 0: as far as it likes."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +68,8 @@ class Obs:
     """Control steps, from and to, by which it comes late; drawn for each episode."""
     history: int = 1
     """Successive values observed together, the oldest first. At an episode's start all are its first one."""
+    measure: Measure | None = None
+    """What it is on the robot; None: a robot cannot compute it by itself."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +106,8 @@ class Command:
     """New commands (N, size) for all rows; taken where it is time."""
     every: tuple[float, float] | None = None
     """Seconds after which a new one is drawn, from and to; by default only at an episode's start."""
+    names: Sequence[str] = ()
+    """What its numbers are, with units."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +121,8 @@ class Action:
     there, so what it remembers from step to step is kept by `SimTask.track`."""
     delay: tuple[int, int] = (0, 0)
     """Control steps, from and to, by which it takes effect late; drawn for each episode."""
+    effect: Effect | None = None
+    """What it does on the robot."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +160,8 @@ class SimTask:
     """The joints that `World.joint_pos` and `joint_vel` are of, in that order."""
     pose: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Where episodes start, before events: `qpos` of joints by name, where it is not the model's own."""
+    robot: Robot | None = None
+    """The robot whose joints these are; what a controller is told of it (limits, gains) is its description's."""
     action: Action
     observations: Mapping[str, Mapping[str, Obs]]
     """Groups of terms: `policy`, and `privileged` for critics that may know what a robot cannot measure."""

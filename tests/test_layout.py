@@ -75,8 +75,9 @@ ALLOWED = {
     "replay": {"replay", "envs", "data"},
     "runs": {"runs", "envs", "replay"},
     "algorithms": {"algorithms", "nn", "replay"},
-    "training": {"training", "algorithms", "nn", "replay", "runs", "envs", "data"},
-    "cli": {"cli", "training", "algorithms", "runs", "envs", "robots", "data"},
+    "deploy": {"deploy", "nn"},
+    "training": {"training", "algorithms", "nn", "replay", "runs", "envs", "data", "deploy"},
+    "cli": {"cli", "training", "algorithms", "runs", "envs", "robots", "data", "deploy"},
 }
 
 

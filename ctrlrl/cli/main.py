@@ -16,6 +16,8 @@ COMMANDS = {
     "play": "watch a run's policy in a window",
     "report": "one page of curves, tables and videos, for one run or to compare several",
     "data": "datasets: import, inspect, collect, export",
+    "export": "write a run's policy as a bundle for a controller",
+    "check": "compare a bundle's checksums and replay its goldens",
     "envs": "list environments",
     "algos": "list algorithms",
     "robots": "list robots, and where their models are",

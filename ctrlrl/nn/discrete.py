@@ -81,8 +81,9 @@ class Choices(nn.Module, ABC):
         return (given != 0).view(len(given), *self.shape) & self.exists
 
     def require_any(self, obs: Obs) -> None:
-        """Raise `UsageError` where an observation leaves nothing to choose from; waits for the device."""
-        if self._mask is None or (mask := self.mask(obs)) is None:
+        """Raise `UsageError` where an observation leaves nothing to choose from; waits for the device. An exported
+        policy does not ask."""
+        if self._mask is None or torch.compiler.is_exporting() or (mask := self.mask(obs)) is None:
             return
         empty = ~mask.any(-1).all(-1)  # (B,)
         if bool(empty.any()):

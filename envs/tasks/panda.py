@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ctrlrl.envs import events
-from ctrlrl.envs.spec import Action, Event
+from ctrlrl.envs.spec import Action, Effect, Event, Measure, Obs
 from ctrlrl.envs.tasks.scenery import FLOOR, add_scenery
 from ctrlrl.envs.world import World
 from ctrlrl.errors import UsageError, nearest
@@ -62,7 +62,9 @@ class Arm:
     @property
     def action(self) -> Action:
         """Each entry moves one joint's target on, from where it is: by STEP, the gripper's by GRIP_STEP."""
-        return Action(self.joints[: self._size], self._control)
+        steps, leads = self._steps[: self._size], (*[LEAD] * 7, 0.0)[: self._size]
+        moves = Effect("joint position step", "rad, m", steps, lead=leads)
+        return Action(self.joints[: self._size], self._control, effect=moves)
 
     def _control(self, w: World, action: Tensor) -> None:
         # Targets are kept as offsets from the pose in which episodes start, and taken over by `track`, so that asking
@@ -80,6 +82,23 @@ class Arm:
         w.live("mocap_pos")[:, 0] = w.command[:, :3].to(w.live("mocap_pos").dtype)
 
     # What is measured.
+
+    def observed(self, noise: float, lead: int) -> dict[str, Obs]:
+        """What is observed of the arm itself, its joints with `noise`; and the leads of the first `lead` of them."""
+        arm = self.joints[:7]
+        home = [self.pose[name][0] for name in arm]
+        measures = (
+            Measure("joint position", "rad", "joint", arm, home),
+            Measure("joint velocity", "rad/s", "joint", arm),
+        )
+        return {
+            "joint positions": Obs(lambda w: self.joint_offsets(w)[:, :7], noise=noise, measure=measures[0]),
+            "joint velocities": Obs(lambda w: w.joint_vel[:, :7], noise=noise, measure=measures[1]),
+            "leads": Obs(
+                lambda w: self.leads(w)[:, :lead], measure=Measure("joint lead", "rad", "joint", self.joints[:lead])
+            ),
+            "last action": Obs(lambda w: w.action, measure=Measure("last action")),
+        }
 
     def joint_offsets(self, w: World) -> Tensor:
         """(N, 8) rad, of the gripper m, from the pose in which episodes start."""

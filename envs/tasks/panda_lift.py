@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ctrlrl.envs import events
-from ctrlrl.envs.spec import Command, Event, Goals, Obs, Reward, SimTask
+from ctrlrl.envs.spec import Command, Event, Goals, Measure, Obs, Reward, SimTask
 from ctrlrl.envs.tasks.panda import (
     FLOOR_BIT,
     OBJECT_BIT,
@@ -55,7 +55,7 @@ def panda_lift(name: str, *, reward: str = "dense", randomize: bool = True, fold
     require_reward(name, reward)
     arm = Arm(gripper=True)
     terms = Terms(arm)
-    noise = 0.01 if randomize else 0.0
+    own = arm.observed(0.01 if randomize else 0.0, 8)
     rewards = {
         "reach": Reward(terms.reaches, 1.0),
         "grasp": Reward(terms.grasps, 1.0),
@@ -78,19 +78,22 @@ def panda_lift(name: str, *, reward: str = "dense", randomize: bool = True, fold
         episode_seconds=4.0,
         joints=arm.joints,
         pose=arm.pose | {CUBE: (0.5, 0, HALF, 1, 0, 0, 0)},
+        robot=arm.robot,
         action=arm.action,
         goals=Goals("achieved goal", "desired goal", sparse_reward) if reward == "sparse" else None,
         observations={
             "policy": {
-                "achieved goal": Obs(terms.cube),
-                "desired goal": Obs(lambda w: w.command),
-                "tool": Obs(arm.tool),
-                "cube axes": Obs(terms.axes),
-                "joint positions": Obs(lambda w: arm.joint_offsets(w)[:, :7], noise=noise),
-                "gripper": Obs(lambda w: w.joint_pos[:, 7:]),
-                "joint velocities": Obs(lambda w: w.joint_vel[:, :7], noise=noise),
-                "leads": Obs(arm.leads),
-                "last action": Obs(lambda w: w.action),
+                "achieved goal": Obs(terms.cube, measure=Measure("given", "m", "base")),
+                "desired goal": Obs(lambda w: w.command, measure=Measure("command")),
+                "tool": Obs(arm.tool, measure=Measure("tool position", "m", "base")),
+                "cube axes": Obs(terms.axes, measure=Measure("given", "", "base")),
+                "joint positions": own["joint positions"],
+                "gripper": Obs(
+                    lambda w: w.joint_pos[:, 7:], measure=Measure("joint position", "m", "joint", arm.joints[7:])
+                ),
+                "joint velocities": own["joint velocities"],
+                "leads": own["leads"],
+                "last action": own["last action"],
             }
         },
         rewards=rewards,
@@ -102,7 +105,7 @@ def panda_lift(name: str, *, reward: str = "dense", randomize: bool = True, fold
             "final distance": terms.distance,
             "height": lambda w: terms.cube(w)[:, 2],
         },
-        command=Command(3, lambda w: draw_in(w, GOAL_LOW, GOAL_HIGH)),
+        command=Command(3, lambda w: draw_in(w, GOAL_LOW, GOAL_HIGH), names=("x, m", "y, m", "z, m")),
         events=arm.events(randomize) | {"cube": Event("reset", terms.place)} | (differences if randomize else {}),
     )
 

@@ -13,7 +13,7 @@ import mujoco
 import torch
 from torch import Tensor
 
-from ctrlrl.envs.spec import Command, Goals, Obs, Reward, SimTask
+from ctrlrl.envs.spec import Command, Goals, Measure, Obs, Reward, SimTask
 from ctrlrl.envs.tasks.panda import (
     SUBSTEPS,
     TIMESTEP,
@@ -28,6 +28,7 @@ from ctrlrl.envs.tasks.panda import (
 from ctrlrl.envs.world import World
 from ctrlrl.errors import UsageError
 
+GOAL = ("x, m", "y, m", "z, m")
 LOW, HIGH = (0.35, -0.2, 0.15), (0.65, 0.2, 0.5)  # m, corners of the box in which goals lie
 TURN = math.pi / 2  # rad, largest; a gripper with two equal fingers needs no more
 ANGLE = 0.2  # rad, within which an orientation is reached
@@ -74,15 +75,12 @@ def panda_reach(
     if reward == "sparse":
         rewards = {"reached": Reward(lambda w: sparse_reward(arm.tool(w), w.command), 1.0)}
     observations = {
-        "achieved goal": Obs(arm.tool),
-        "desired goal": Obs(lambda w: w.command[:, :3]),
-        "joint positions": Obs(lambda w: arm.joint_offsets(w)[:, :7], noise=noise),
-        "joint velocities": Obs(lambda w: w.joint_vel[:, :7], noise=noise),
-        "leads": Obs(lambda w: arm.leads(w)[:, :7]),
-        "last action": Obs(lambda w: w.action),
-    }
+        "achieved goal": Obs(arm.tool, measure=Measure("tool position", "m", "base")),
+        "desired goal": Obs(lambda w: w.command[:, :3], measure=Measure("command", select=(0, 1, 2))),
+    } | arm.observed(noise, 7)
     if orientation:
-        observations |= {"turn": Obs(lambda w: w.command[:, 3:]), "tool axes": Obs(terms.axes)}
+        turn = Obs(lambda w: w.command[:, 3:], measure=Measure("command", select=(3, 4)))
+        observations |= {"turn": turn, "tool axes": Obs(terms.axes, measure=Measure("given"))}
     return SimTask(
         name=name,
         model=model_of(arm, folder, orientation),
@@ -91,6 +89,7 @@ def panda_reach(
         episode_seconds=4.0,
         joints=arm.joints,
         pose=arm.pose,
+        robot=arm.robot,
         action=arm.action,
         goals=Goals("achieved goal", "desired goal", sparse_reward) if reward == "sparse" else None,
         observations={"policy": observations},
@@ -101,7 +100,9 @@ def panda_reach(
             "success": terms.turned if orientation else terms.reached,
             "final distance": terms.distance,
         },
-        command=Command(5, terms.draw_pose) if orientation else Command(3, lambda w: draw_in(w, LOW, HIGH)),
+        command=Command(5, terms.draw_pose, names=(*GOAL, "sine of the turn", "cosine of the turn"))
+        if orientation
+        else Command(3, lambda w: draw_in(w, LOW, HIGH), names=GOAL),
         events=arm.events(randomize),
     )
 

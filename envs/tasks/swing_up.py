@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ctrlrl.envs import events
-from ctrlrl.envs.spec import Action, Event, Obs, Reward, SimTask
+from ctrlrl.envs.spec import Action, Effect, Event, Measure, Obs, Reward, SimTask
 from ctrlrl.envs.tasks.scenery import add_scenery
 from ctrlrl.envs.world import World
 from ctrlrl.mirror import Mirror, Reflection
@@ -95,16 +95,44 @@ def _swing_up(
     terms = Terms(driven.max_effort, has_rail, driven.upper - SWITCH)
     late: dict[str, Any] = {"delay": (observation_delay, observation_delay), "history": history}
     policy = {
-        "angle": (Obs(terms.measured_angle, **late), (-1, 1)),
-        "speed": (Obs(terms.speed, noise=COUNT / (TIMESTEP * SUBSTEPS), **late), (-1,)),
-        "last action": (Obs(lambda w: w.action, history=history), (-1,)),
+        "angle": (
+            Obs(
+                terms.measured_angle, measure=Measure("joint direction", "", "joint", [hinge], resolution=COUNT), **late
+            ),
+            (-1, 1),
+        ),
+        "speed": (
+            Obs(
+                terms.speed,
+                noise=COUNT / (TIMESTEP * SUBSTEPS),
+                measure=Measure("joint velocity", "rad/s", "joint", [hinge]),
+                **late,
+            ),
+            (-1,),
+        ),
+        "last action": (Obs(lambda w: w.action, history=history, measure=Measure("last action")), (-1,)),
     }
     privileged = {"angle": (Obs(terms.angle), (-1, 1)), "speed": (Obs(terms.speed), (-1,))}
     factors = {"upright": terms.upright, "slow": terms.slow, "gentle": terms.gentle}
     if has_rail:
         rail = {
-            "place": (Obs(terms.measured_place, **late), (-1,)),
-            "cart speed": (Obs(terms.cart_speed, noise=RAIL_COUNT / (TIMESTEP * SUBSTEPS), **late), (-1,)),
+            "place": (
+                Obs(
+                    terms.measured_place,
+                    measure=Measure("joint position", "m", "joint", [driven.name], resolution=RAIL_COUNT),
+                    **late,
+                ),
+                (-1,),
+            ),
+            "cart speed": (
+                Obs(
+                    terms.cart_speed,
+                    noise=RAIL_COUNT / (TIMESTEP * SUBSTEPS),
+                    measure=Measure("joint velocity", "m/s", "joint", [driven.name]),
+                    **late,
+                ),
+                (-1,),
+            ),
         }
         policy = rail | policy
         privileged = {"place": (Obs(terms.place), (-1,)), "cart speed": (Obs(terms.cart_speed), (-1,))} | privileged
@@ -117,7 +145,13 @@ def _swing_up(
         episode_seconds=10.0,
         joints=list(pose),
         pose={joint: (at,) for joint, at in pose.items()},
-        action=Action([driven.name], terms.push, delay=(0, 2) if randomize else (0, 0)),
+        robot=robot,
+        action=Action(
+            [driven.name],
+            terms.push,
+            delay=(0, 2) if randomize else (0, 0),
+            effect=Effect("joint effort", "N m" if driven.unit == "rad" else "N", [driven.max_effort]),
+        ),
         observations={
             "policy": {label: obs for label, (obs, _) in policy.items()},
             "privileged": {label: obs for label, (obs, _) in privileged.items()},

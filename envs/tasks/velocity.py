@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ctrlrl.envs import events
-from ctrlrl.envs.spec import Action, Command, Event, Obs, Reward, SimTask
+from ctrlrl.envs.spec import Action, Command, Effect, Event, Measure, Obs, Reward, SimTask
 from ctrlrl.envs.tasks.scenery import FLOOR, add_scenery
 from ctrlrl.envs.world import World
 from ctrlrl.mirror import Mirror, Reflection
@@ -23,6 +23,7 @@ from ctrlrl.robots.robot import Robot, get_robot
 
 BASE = "base"  # the floating joint
 FEET = ("FR", "FL", "RR", "RL")
+COMMAND = ("forward, m/s", "to the left, m/s", "turning left, rad/s")
 SPEED = (1.5, 0.8, 1.2)  # m/s forward, m/s sideways, rad/s: largest commands
 SHARE = (0.9, 0.25, 0.5)  # of commands in which each is not zero
 GAIT = 2.0  # steps per second of each foot
@@ -49,6 +50,7 @@ def velocity(
 
 def _velocity(name: str, robot: Robot, folder: str | None, randomize: bool, symmetric: bool) -> SimTask:
     joints = [joint.name for joint in robot.joints]
+    standing = [joint.default for joint in robot.joints]
     model = model_of(robot, folder)
     terms = Terms(robot, model.geom(_part(robot, FEET[0])).size[0])
     disturbances = {
@@ -67,17 +69,22 @@ def _velocity(name: str, robot: Robot, folder: str | None, randomize: bool, symm
         episode_seconds=10.0,
         joints=joints,
         pose={BASE: (0, 0, robot.base_height or 0, 1, 0, 0, 0)} | {j.name: (j.default,) for j in robot.joints},
-        action=Action(joints, terms.targets),
+        robot=robot,
+        action=Action(joints, terms.targets, effect=Effect("joint position offset", "rad", [SCALE] * 12, standing)),
         observations={
             "policy": {
-                "velocity": Obs(terms.velocity, noise=0.1),
-                "rotation": Obs(terms.rotation, noise=0.2),
-                "up": Obs(terms.up, noise=0.05),
-                "joint positions": Obs(terms.joint_offsets, noise=0.03),
-                "joint velocities": Obs(lambda w: w.joint_vel, noise=1.5),
-                "last action": Obs(lambda w: w.action),
-                "command": Obs(lambda w: w.command),
-                "clock": Obs(terms.clock),
+                "velocity": Obs(terms.velocity, noise=0.1, measure=Measure("base linear velocity", "m/s", "base")),
+                "rotation": Obs(terms.rotation, noise=0.2, measure=Measure("base angular velocity", "rad/s", "base")),
+                "up": Obs(terms.up, noise=0.05, measure=Measure("base up", "", "base")),
+                "joint positions": Obs(
+                    terms.joint_offsets, noise=0.03, measure=Measure("joint position", "rad", "joint", joints, standing)
+                ),
+                "joint velocities": Obs(
+                    lambda w: w.joint_vel, noise=1.5, measure=Measure("joint velocity", "rad/s", "joint", joints)
+                ),
+                "last action": Obs(lambda w: w.action, measure=Measure("last action")),
+                "command": Obs(lambda w: w.command, measure=Measure("command")),
+                "clock": Obs(terms.clock, measure=Measure("gait clock", frequency=GAIT)),
             },
             "privileged": {
                 "velocity": Obs(terms.velocity),
@@ -107,7 +114,7 @@ def _velocity(name: str, robot: Robot, folder: str | None, randomize: bool, symm
         track=terms.track,
         metrics={"speed error": terms.speed_error},
         outcomes={"success": terms.success, "fell": lambda w: w.terminated.float(), "speed share": terms.speed_share},
-        command=Command(3, terms.draw_command, every=(3.0, 7.0)),
+        command=Command(3, terms.draw_command, every=(3.0, 7.0), names=COMMAND),
         events={"posture": Event("reset", events.joint_offsets((-0.1, 0.1)))} | (disturbances if randomize else {}),
         mirror=mirror_of(joints) if symmetric else None,
     )

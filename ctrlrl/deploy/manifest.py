@@ -1,0 +1,313 @@
+"""What a bundle says of itself: everything that a controller must know beside the network.
+
+Names and never indices: joints and observation terms are found by what they are called. Numbers are JSON numbers in
+full precision, positions rad or m, efforts N m or N, times s. Needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from ctrlrl.errors import UsageError, nearest
+
+FORMAT = "ctrlrl.bundle/1"
+
+T = TypeVar("T")
+
+MEASURES = {
+    "joint position": "position of each of `joints`, less `offset`",
+    "joint velocity": "velocity of each of `joints`",
+    "joint direction": "sine and cosine of the position of each of `joints`",
+    "joint lead": "from the position of each of `joints` to its target",
+    "base linear velocity": "of the base, in its own frame",
+    "base angular velocity": "of the base, in its own frame",
+    "base up": "where up is, in the base's frame",
+    "tool position": "of the tool, in the base's frame",
+    "last action": "the policy's last action, zeros at first",
+    "command": "what the policy is told to do",
+    "gait clock": "sine and cosine of a phase that turns `frequency` times a second; zeros without a command",
+    "given": "whatever the user's program measures",
+}
+"""What an observation term is computed from, and how."""
+
+ACTIONS = {
+    "joint position offset": "target = offset + scale * action",
+    "joint position step": "target = target + scale * action, at most `lead` from the joint",
+    "joint effort": "effort = scale * action",
+    "box": "the action itself, in the environment's units",
+    "choice": "a whole number, or one for each decision",
+}
+"""What a policy's numbers do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One term of an observation vector."""
+
+    name: str
+    size: int
+    """Numbers of one value."""
+    measure: str
+    """What it is computed from; one of `MEASURES`."""
+    unit: str
+    frame: Literal["", "base", "world", "joint"] = ""
+    joints: tuple[str, ...] = ()
+    offset: tuple[float, ...] = ()
+    frequency: float = 0.0
+    """Hz, of a clock."""
+    resolution: float = 0.0
+    """In what steps it was measured in training."""
+    select: tuple[int, ...] = ()
+    """Which numbers of a command it has; all, where none are named."""
+    history: int = 1
+    """Successive values, the oldest first. At first all are the first one."""
+    delay: tuple[int, int] = (0, 0)
+    """Control steps by which it came late in training, from and to."""
+    noise: float = 0.0
+    """Half width of the uniform noise in training, in the unit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One input of the network that is observed."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "int64", "uint8", "bool"] = "float32"
+    terms: tuple[Term, ...] = ()
+    """One after the other; none where nothing is known of what is in it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Joint:
+    """A joint that the policy drives or reads."""
+
+    name: str
+    unit: Literal["rad", "m"]
+    lower: float | None
+    """None where it turns without end."""
+    upper: float | None
+    default: float
+    kp: float = 0.0
+    """Of the position controller that it was trained with, N m/rad or N/m; 0: none."""
+    kd: float = 0.0
+    max_effort: float | None = None
+    max_speed: float | None = None
+    driven: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Action:
+    """What the network's action does."""
+
+    kind: str
+    """One of `ACTIONS`."""
+    shape: tuple[int, ...]
+    joints: tuple[str, ...] = ()
+    """Of each number."""
+    unit: str = ""
+    low: tuple[float | None, ...] = ()
+    """Bounds of the action; None: none."""
+    high: tuple[float | None, ...] = ()
+    scale: tuple[float, ...] = ()
+    offset: tuple[float, ...] = ()
+    lead: tuple[float, ...] = ()
+    """How far a target may be from its joint; 0: as far as it likes."""
+    delay: tuple[int, int] = (0, 0)
+    """Control steps by which it took effect late in training, from and to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """How the network is stored, and which programs run it."""
+
+    dtype: Literal["float32"] = "float32"
+    opset: int
+    tolerance: float = 1e-5
+    """By which a runtime's numbers may differ from the goldens, relative to 1 or to the number."""
+    runtimes: tuple[str, ...]
+    why_not: str = ""
+    """Why only onnxruntime runs it, where that is so."""
+    state: dict[str, str] = field(default_factory=dict)
+    """Inputs that are the policy's memory, zeros at first, and the outputs that they become."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A bundle's description.
+
+    Raises:
+        UsageError: on construction, where it contradicts itself.
+    """
+
+    format: str = FORMAT
+    name: str
+    robot: str | None = None
+    """What `ctrlrl robots` calls it."""
+    task: str
+    """The environment it was trained on."""
+    control_dt: float | None
+    """Seconds between two actions."""
+    timestep: float | None = None
+    """Seconds of a step of the physics in training."""
+    observation: tuple[Entry, ...]
+    command: tuple[str, ...] = ()
+    """What the numbers of the command are."""
+    action: Action
+    joints: tuple[Joint, ...] = ()
+    network: Network
+    provenance: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """Of training: mean return and what else there was."""
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Bytes and sha256 of every other file."""
+
+    def __post_init__(self) -> None:
+        self._require(self.format == FORMAT, "format", f"{FORMAT}", self.format)
+        known = {joint.name: joint for joint in self.joints}
+        self._require(len(known) == len(self.joints), "joints", "of different names", [j.name for j in self.joints])
+        for joint in self.joints:
+            what = f"joints[{joint.name}]"
+            low, high = (-math.inf if joint.lower is None else joint.lower), joint.upper
+            self._require(low < (math.inf if high is None else high), what, "lower < upper", (joint.lower, joint.upper))
+            self._require(joint.kp >= 0 and joint.kd >= 0, what, "kp and kd at least 0", (joint.kp, joint.kd))
+        self._require(self.control_dt is None or 0 < self.control_dt <= 60, "control_dt", "s above 0", self.control_dt)
+        for entry in self.observation:
+            self._check_entry(entry, known)
+        self._check_action(known)
+
+    @property
+    def is_robot(self) -> bool:
+        """Whether it says how to make observations of a robot's measurements, and commands of actions."""
+        return self.action.kind.startswith("joint") and all(entry.terms for entry in self.observation)
+
+    def _check_entry(self, entry: Entry, known: Mapping[str, Joint]) -> None:
+        size = 0
+        for term in entry.terms:
+            what = f"observation {entry.name}/{term.name}"
+            if term.measure not in MEASURES:
+                raise UsageError(f"{what}: no measure {term.measure!r}.{nearest(term.measure, MEASURES)}")
+            self._joints(what, term.joints, known)
+            width = {"joint direction": 2 * len(term.joints), "gait clock": 2}.get(term.measure, len(term.joints))
+            fixed = term.measure.startswith("joint") or term.measure == "gait clock"
+            self._require(not fixed or term.size == width, what, f"of {width} numbers", term.size)
+            self._require(len(term.offset) in (0, term.size), what, "an offset for each number", len(term.offset))
+            self._require(1 <= term.history <= 10_000, what, "a history from 1 to 10,000", term.history)
+            size += term.size * term.history
+        whole = not entry.terms or (entry.dtype == "float32" and entry.shape == (size,))
+        self._require(whole, f"observation {entry.name}", f"float32 ({size},), as its terms are", entry.shape)
+
+    def _check_action(self, known: Mapping[str, Joint]) -> None:
+        action = self.action
+        if action.kind not in ACTIONS:
+            raise UsageError(f"action: no kind {action.kind!r}.{nearest(action.kind, ACTIONS)}")
+        self._joints("action", action.joints, known)
+        if not action.kind.startswith("joint"):
+            return
+        for name in ("joints", "low", "high", "scale", "offset"):
+            values = getattr(action, name)
+            self._require(action.shape == (len(values),), f"action.{name}", f"{action.shape} of them", len(values))
+        for joint in (known[name] for name in action.joints):
+            if "position" in action.kind:
+                ok = joint.kp > 0 and joint.lower is not None and joint.upper is not None
+                self._require(ok, f"joints[{joint.name}]", "kp above 0 and limits, for positions", joint)
+            self._require(joint.max_effort is not None, f"joints[{joint.name}]", "a largest effort", None)
+
+    def _joints(self, what: str, names: tuple[str, ...], known: Mapping[str, Joint]) -> None:
+        for name in names:
+            if name not in known:
+                raise UsageError(f"{what} names the joint {name!r}; the manifest has {', '.join(known) or 'none'}")
+
+    def _require(self, ok: bool, what: str, rule: str, value: object) -> None:
+        if not ok:
+            raise UsageError(f"{what} must be {rule}, got {value}")
+
+    def to_json(self) -> bytes:
+        """What `from_json` reads."""
+        return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, content: bytes, where: str) -> Manifest:
+        """Read it strictly; `where` names the file in errors.
+
+        Raises:
+            UsageError: it is no manifest: names the field, what is expected and what came.
+        """
+        try:
+            tree = json.loads(content, parse_constant=_refused)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{where} is no valid JSON: {error}") from None
+        if isinstance(tree, dict) and tree.get("format") != FORMAT:
+            raise UsageError(f"{where}: its format is {tree.get('format')!r}, and this version reads {FORMAT!r}")
+        try:
+            return _read(tree, cls, "manifest")  # type: ignore[no-any-return]
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+
+
+def _refused(word: str) -> Any:
+    raise ValueError(f"{word} is no number")
+
+
+def _read(value: Any, kind: Any, where: str) -> Any:
+    """`value` as `kind`: a dataclass, a tuple, a dict, a literal, or a plain type."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        if value in arguments and type(value) is str:
+            return value
+        raise UsageError(f"{where} must be one of {', '.join(map(repr, arguments))}, got {_short(value)}")
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _read(value, next(a for a in arguments if a is not type(None)), where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise UsageError(f"{where} must be a list, got {_short(value)}")
+        if arguments[-1] is not Ellipsis:
+            if len(value) != len(arguments):
+                raise UsageError(f"{where} must have {len(arguments)} entries, got {len(value)}")
+            return tuple(_read(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, arguments, strict=True)))
+        return tuple(_read(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UsageError(f"{where} must be an object, got {_short(value)}")
+        return {
+            name: v if arguments[1] is Any else _read(v, arguments[1], f"{where}.{name}") for name, v in value.items()
+        }
+    if dataclasses.is_dataclass(kind):
+        return _read_record(value, kind, where)
+    if kind is float and type(value) is int:
+        value = float(value)
+    if type(value) is not kind or (kind is float and not math.isfinite(value)):
+        raise UsageError(f"{where} must be a {kind.__name__}, got {_short(value)}")
+    return value
+
+
+def _read_record(value: Any, kind: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} must be an object, got {_short(value)}")
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    for name in value:
+        if name not in fields:
+            raise UsageError(f"{where} has no field {name!r}.{nearest(name, fields)}")
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UsageError(f"{where} lacks {', '.join(missing)}")
+    return kind(**{name: _read(v, hints[name], f"{where}.{name}") for name, v in value.items()})
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

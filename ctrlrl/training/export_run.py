@@ -1,0 +1,374 @@
+"""A policy bundle of a run: what it was trained to do, in a form that needs nothing of training any more."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+import torch
+
+from ctrlrl.deploy import bundle as files
+from ctrlrl.deploy.bundle import Bundle, file_entry
+from ctrlrl.deploy.c_source import c_header
+from ctrlrl.deploy.features import READINGS
+from ctrlrl.deploy.lowering import Unsupported, lower
+from ctrlrl.deploy.manifest import Action, Entry, Joint, Manifest, Network, Term
+from ctrlrl.deploy.runtimes import RUNTIMES
+from ctrlrl.deploy.tensors import Array, write_tensors
+from ctrlrl.deploy.to_onnx import ACTION, BARE, OPSET, Exported, as_inputs, to_onnx
+from ctrlrl.envs.sim import BatchSim
+from ctrlrl.envs.sim_vector import SimVector, physics
+from ctrlrl.envs.spaces import build_space
+from ctrlrl.envs.spec import Obs as ObsTerm
+from ctrlrl.envs.spec import SimTask
+from ctrlrl.envs.vector import VectorEnv
+from ctrlrl.envs.world import index_of
+from ctrlrl.errors import UsageError
+from ctrlrl.files import building_site, fsync_folder, write_durably, write_errors_explained
+from ctrlrl.nn.cpu import prepare_cpu
+from ctrlrl.nn.policy import Policy
+from ctrlrl.runs.folder import RunFolder
+from ctrlrl.runs.provenance import describe_source, now
+from ctrlrl.runs.record import Evaluation, load_run
+from ctrlrl.training.loading import load, own_environment
+from ctrlrl.training.setup import EnvLike, make, on_cpu, read_config, read_provenance, step_of
+from ctrlrl.tree import Obs
+
+ROWS, EVERY = 32, 5
+"""Goldens of the network, and how many steps lie between two of them."""
+HEADER_GOLDENS = 4
+FEATURE_STEPS = 40
+SEED = 20_000
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    *,
+    checkpoint: str = "best",
+    name: str | None = None,
+    env: EnvLike | None = None,
+    network: Any = None,
+    encoder: Any = None,
+) -> Bundle:
+    """Write a bundle of a run's policy to the new folder `out`, and open it: every runtime has reproduced the goldens.
+
+    Args:
+        run: the run.
+        out: the bundle's folder; must not hold anything yet.
+        checkpoint: `best`, `last`, or a checkpoint's name.
+        name: what the bundle calls itself; by default the run's folder's name.
+        env: what the run was trained on, where that was an object.
+        network: as given to `train`.
+        encoder: as given to `train`.
+
+    Raises:
+        UsageError: there is no such run or checkpoint; the policy cannot be exported; `out` is taken.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not empty: choose another --out; nothing was overwritten")
+    loaded = load(run, checkpoint=checkpoint, network=network, encoder=encoder)
+    folder = RunFolder(loaded.path)
+    algo, config = read_config(folder)
+    path = folder.find_checkpoint(checkpoint)
+    source = own_environment(loaded, env)
+    prepare_cpu()
+    vector = make(source, on_cpu(config), 1, "cpu")
+    try:
+        spaces = read_provenance(folder)["environment"]["spaces"]
+        observation, action = build_space(spaces["observation"]), build_space(spaces["action"])
+        first = as_inputs(vector.reset(SEED))
+        exported = to_onnx(loaded.policy, first)
+        given, wanted = _goldens(vector, loaded.policy, exported, first)
+        task = vector.task if isinstance(vector, SimVector) else None
+        dt = vector.control_dt
+    finally:
+        if vector is not source:
+            vector.close()
+    record = load_run(folder.path)
+    told = [one for one in (*record.evaluations, *record.checks) if one.step == step_of(path)]
+    manifest = Manifest(
+        name=name or folder.path.resolve().name,
+        robot=task.robot.name if task is not None and task.robot is not None else None,
+        task=config.env,
+        control_dt=dt,
+        timestep=None if task is None else task.timestep,
+        observation=_entries(observation, exported, task),
+        command=() if task is None or task.command is None else tuple(task.command.names),
+        action=_action(action, task),
+        joints=() if task is None else _joints(task),
+        network=Network(opset=OPSET, runtimes=("onnx",), state=exported.state),
+        provenance={
+            "algo": algo,
+            "checkpoint": path.name,
+            "step": step_of(path),
+            "env_kwargs": config.env_kwargs,
+            "seed": config.seed,
+            "exported": now(),
+            "git": describe_source(),
+        },
+        evaluation=_evaluation(told[-1]) if told else {},
+    )
+    goldens = {f"network/input/{n}": v for n, v in given.items()}
+    goldens |= {f"network/output/{n}": v for n, v in wanted.items()}
+    if task is not None and manifest.is_robot:
+        goldens |= feature_goldens(task, manifest, loaded.policy)
+    write_bundle(out, manifest, exported.model, goldens)
+    return Bundle.open(out)
+
+
+def write_bundle(out: Path, manifest: Manifest, model: Any, goldens: Mapping[str, Array]) -> None:
+    """Write all files of a bundle, of an ONNX model whose inputs and outputs the manifest names; it appears whole.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    contents = {files.MODEL: model.SerializeToString(), files.GOLDENS: write_tensors(goldens)}
+    network = manifest.network
+    try:
+        operations = lower(model)
+        inputs = {n.removeprefix("network/input/"): v for n, v in goldens.items() if n.startswith("network/input/")}
+        outputs = {n.removeprefix("network/output/"): v for n, v in goldens.items() if n.startswith("network/output/")}
+        rows = range(min(HEADER_GOLDENS, len(next(iter(inputs.values())))))
+        pairs = [
+            ({n: v[i : i + 1] for n, v in inputs.items()}, {n: v[i : i + 1] for n, v in outputs.items()}) for i in rows
+        ]
+        title = f"The policy {manifest.name}, trained on {manifest.task}"
+        contents[files.NETWORK] = json.dumps(operations.to_json(), indent=1).encode()
+        contents[files.WEIGHTS] = write_tensors(operations.constants)
+        network = replace(network, runtimes=("onnx", "numpy"))
+        contents[files.HEADER] = c_header(operations, "policy", title=title, goldens=pairs).encode()
+        network = replace(network, runtimes=("onnx", "numpy", "c"))
+    except (Unsupported, NotImplementedError) as error:
+        network = replace(network, why_not=f"{error} is not among the operations of the other runtimes")
+    listed = {name: file_entry(content) for name, content in contents.items()}
+    contents[files.MANIFEST] = replace(manifest, network=network, files=listed).to_json()
+    building = building_site(out)
+    try:
+        with write_errors_explained(out):
+            building.mkdir(parents=True)
+        for name, content in contents.items():
+            write_durably(building / name, content)
+        opened = Bundle.open(building)
+        for runtime in opened.manifest.network.runtimes:
+            if RUNTIMES[runtime].available():
+                opened.runtime(runtime)  # which replays the goldens
+        if opened.manifest.is_robot:
+            opened.replay_features()
+        with write_errors_explained(out):
+            if out.exists():
+                out.rmdir()
+            os.rename(building, out)
+            fsync_folder(out.resolve().parent)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _evaluation(one: Evaluation) -> dict[str, Any]:
+    low, high = one.interval
+    told: dict[str, Any] = {"mean_return": one.mean, "episodes": len(one.returns), "seconds_of_training": one.time}
+    if math.isfinite(low):
+        told["interval"] = [low, high]
+    if one.success is not None:
+        told["success"] = one.success
+    return told | ({"figures": one.figures} if one.figures else {})
+
+
+def _entries(space: gym.Space[Any], exported: Exported, task: SimTask | None) -> tuple[Entry, ...]:
+    spaces = dict(space.spaces) if isinstance(space, gym.spaces.Dict) else {BARE: space}
+    entries = []
+    for name in exported.observed:
+        shape, dtype = tuple(spaces[name].shape or ()), np.dtype(spaces[name].dtype or np.float32)
+        kind = {"f": "float32", "b": "bool"}.get(dtype.kind, "uint8" if dtype == np.uint8 else "int64")
+        group = None if task is None else task.observations.get("policy" if name == BARE else name)
+        if task is not None and name == BARE and len(task.observations) == 1:
+            group = next(iter(task.observations.values()))
+        terms: tuple[Term, ...] = ()
+        if group is not None and task is not None and all(term.measure is not None for term in group.values()):
+            terms = _terms(task, group)
+        entries.append(Entry(name=name, shape=shape, dtype=kind, terms=terms))  # type: ignore[arg-type]
+    return tuple(entries)
+
+
+def _terms(task: SimTask, group: Mapping[str, ObsTerm]) -> tuple[Term, ...]:
+    env = SimVector(task, BatchSim(physics(task), 1, 1))  # which finds out how long each term is
+    places = next(own.names for own in env.groups.values() if own.names.keys() == group.keys())
+    terms = []
+    for name, term in group.items():
+        m, size = term.measure, (places[name].stop - places[name].start) // term.history
+        assert m is not None
+        terms.append(
+            Term(
+                name=name,
+                size=size,
+                measure=m.what,
+                unit=m.unit,
+                frame=m.frame,  # type: ignore[arg-type]
+                joints=tuple(m.joints),
+                offset=tuple(map(float, m.offset)),
+                frequency=m.frequency,
+                resolution=m.resolution,
+                select=tuple(m.select),
+                history=term.history,
+                delay=term.delay,
+                noise=term.noise,
+            )
+        )
+    return tuple(terms)
+
+
+def _action(space: gym.Space[Any], task: SimTask | None) -> Action:
+    if not isinstance(space, gym.spaces.Box):
+        shape = tuple(space.shape or ())
+        if isinstance(space, gym.spaces.Discrete):
+            first, last = float(space.start), float(space.start + space.n - 1)
+            return Action(kind="choice", shape=shape, low=(first,), high=(last,))
+        assert isinstance(space, gym.spaces.MultiDiscrete)
+        lows = [float(n) for n in space.start.ravel()]
+        highs = [float(n) for n in (space.start + space.nvec - 1).ravel()]
+        return Action(kind="choice", shape=shape, low=tuple(lows), high=tuple(highs))
+    low, high = (tuple(_finite(bound) for bound in part.ravel()) for part in (space.low, space.high))
+    effect = None if task is None else task.action.effect
+    if task is None or effect is None:
+        return Action(kind="box", shape=tuple(space.shape), low=low, high=high)
+    count = len(task.action.names)
+    return Action(
+        kind=effect.kind,
+        shape=tuple(space.shape),
+        joints=tuple(task.action.names),
+        unit=effect.unit,
+        low=low,
+        high=high,
+        scale=tuple(map(float, effect.scale)),
+        offset=tuple(map(float, effect.offset or [0.0] * count)),
+        lead=tuple(map(float, effect.lead)),
+        delay=task.action.delay,
+    )
+
+
+def _joints(task: SimTask) -> tuple[Joint, ...]:
+    """The task's joints as they were in training: the robot's own description, in the pose in which episodes start."""
+    if task.robot is None:
+        return ()
+    own = {joint.name: joint for joint in task.robot.joints}
+    joints = []
+    for name in task.joints:
+        default = float(task.pose[name][0]) if name in task.pose else 0.0
+        if name not in own:
+            joints.append(Joint(name=name, unit="rad", lower=None, upper=None, default=default, driven=False))
+            continue
+        joint = own[name]
+        joints.append(
+            Joint(
+                name=name,
+                unit=joint.unit,
+                lower=_finite(joint.lower),
+                upper=_finite(joint.upper),
+                default=default,
+                kp=joint.kp,
+                kd=joint.kd,
+                max_effort=joint.max_effort,
+                max_speed=joint.max_speed,
+            )
+        )
+    return tuple(joints)
+
+
+def _finite(number: float) -> float | None:
+    return float(number) if math.isfinite(number) else None
+
+
+# --- goldens ----------------------------------------------------------------------------------------------------------
+
+
+def _goldens(
+    vector: VectorEnv, policy: Policy, exported: Exported, first: Obs
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    """Inputs and outputs (ROWS, ...) of the policy as torch runs it, along episodes of its own."""
+    names = {f"state.{name}": name for name in policy.initial_state(1)}
+    given: dict[str, list[Array]] = {name: [] for name in (*exported.observed, *names)}
+    wanted: dict[str, list[Array]] = {name: [] for name in (ACTION, *(f"next.{name}" for name in names.values()))}
+    obs, state = first, policy.initial_state(1)
+    for t in range(ROWS * EVERY):
+        with torch.no_grad():
+            action, following, _ = policy.act(obs, state, explore=False)
+        if t % EVERY == 0:
+            entries = {BARE: obs} if not isinstance(obs, dict) else obs
+            for name in exported.observed:
+                given[name].append(entries[name].numpy().copy())
+            for name, own in names.items():
+                given[name].append(state[own].numpy().copy())
+                wanted[f"next.{own}"].append(following[own].numpy().copy())
+            wanted[ACTION].append(action.numpy().copy())
+        step = vector.step(action)
+        ended = step.terminated | step.truncated | ~step.valid
+        obs, state = as_inputs(step.obs), policy.reset(following, ended)
+    return tuple({n: np.concatenate(parts) for n, parts in side.items()} for side in (given, wanted))  # type: ignore[return-value]
+
+
+def quiet(task: SimTask) -> SimTask:
+    """The task without noise, delays, pushes and differences between robots."""
+    groups = {
+        group: {name: replace(term, noise=0.0, delay=(0, 0)) for name, term in terms.items()}
+        for group, terms in task.observations.items()
+    }
+    events = {name: event for name, event in task.events.items() if event.when == "reset"}
+    return replace(task, observations=groups, events=events, action=replace(task.action, delay=(0, 0)))
+
+
+def feature_goldens(task: SimTask, manifest: Manifest, policy: Policy) -> dict[str, Array]:
+    """What a simulated robot measures along an episode, and what the task makes of it: observations, and controls.
+
+    Raises:
+        UsageError: the controller's own arithmetic gives something else, so that the task's `Measure`s are wrong.
+    """
+    plain = quiet(task)
+    env = SimVector(plain, BatchSim(physics(plain), 1, 1))
+    group = "policy" if "policy" in plain.observations else next(iter(plain.observations))
+    terms = plain.observations[group]
+    out: dict[str, list[Array]] = {}
+
+    def keep(name: str, value: Any) -> None:
+        out.setdefault(f"features/{name}", []).append(np.array(value, np.float64).ravel())
+
+    w = env.world
+    w.field("xquat")  # from the first step on
+    obs, state = env.reset(SEED), policy.initial_state(1)
+    base = 0 if task.robot is None else index_of(env.sim.model, mujoco.mjtObj.mjOBJ_BODY, task.robot.base)
+    names = [joint.name for joint in manifest.joints]
+    order = [list(task.joints).index(name) for name in names]
+    for _ in range(FEATURE_STEPS):
+        own = obs[group] if isinstance(obs, dict) else obs
+        keep("position", w.field("qpos")[0, w.joint_qpos].double().numpy()[order])
+        keep("velocity", w.joint_vel[0].double().numpy()[order])
+        keep("command", w.command[0])
+        for label, term in terms.items():
+            assert term.measure is not None
+            if term.measure.what == "base up":
+                keep("others/orientation", w.field("xquat")[0, base])
+            elif term.measure.what in READINGS:
+                keep(f"others/{READINGS[term.measure.what][0]}", term.of(w)[0])
+            elif term.measure.what == "given":
+                keep(f"others/{label}", term.of(w)[0])
+        keep(f"observation/{manifest.observation[0].name}", own[0])
+        with torch.no_grad():
+            action, state, _ = policy.act(obs, state, explore=False)
+        keep("action", action[0])
+        step = env.step(action)
+        obs = step.obs
+        if bool(step.truncated[0] | step.terminated[0]):  # controls are those of the next episode already
+            for kept in out.values():
+                del kept[len(out["features/control"]) :]
+            break
+        keep("control", w.live("ctrl")[0, : len(manifest.action.joints)])
+    return {name: np.stack(values) for name, values in out.items()}
