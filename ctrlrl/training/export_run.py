@@ -75,8 +75,7 @@ def export_run(
         UsageError: there is no such run or checkpoint; the policy cannot be exported; `out` is taken.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} is not empty: choose another --out; nothing was overwritten")
+    require_empty(out)
     loaded = load(run, checkpoint=checkpoint, network=network, encoder=encoder)
     folder = RunFolder(loaded.path)
     algo, config = read_config(folder)
@@ -105,7 +104,7 @@ def export_run(
         timestep=None if task is None else task.timestep,
         observation=_entries(observation, exported, task),
         command=() if task is None or task.command is None else tuple(task.command.names),
-        action=_action(action, task),
+        action=action_of(action, task),
         joints=() if task is None else _joints(task),
         network=Network(opset=OPSET, runtimes=("onnx",), state=exported.state),
         provenance={
@@ -125,6 +124,12 @@ def export_run(
         goldens |= feature_goldens(task, manifest, loaded.policy)
     write_bundle(out, manifest, exported.model, goldens)
     return Bundle.open(out)
+
+
+def require_empty(out: Path) -> None:
+    """Raise UsageError where something is at `out`."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not empty: choose another --out; nothing was overwritten")
 
 
 def write_bundle(out: Path, manifest: Manifest, model: Any, goldens: Mapping[str, Array]) -> None:
@@ -227,7 +232,8 @@ def _terms(task: SimTask, group: Mapping[str, ObsTerm]) -> tuple[Term, ...]:
     return tuple(terms)
 
 
-def _action(space: gym.Space[Any], task: SimTask | None) -> Action:
+def action_of(space: gym.Space[Any], task: SimTask | None) -> Action:
+    """What an action of `space` is, and does in `task`."""
     if not isinstance(space, gym.spaces.Box):
         shape = tuple(space.shape or ())
         if isinstance(space, gym.spaces.Discrete):

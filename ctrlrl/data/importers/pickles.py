@@ -74,6 +74,15 @@ def read_pickle(path: Path, allowed: frozenset[tuple[str, str]]) -> Any:
             content = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
+    return read_pickled(content, path, allowed)
+
+
+def read_pickled(content: memoryview, path: Path, allowed: frozenset[tuple[str, str]]) -> Any:
+    """As `read_pickle`, of content that is in memory; `path` names where it comes from.
+
+    Raises:
+        UsageError: as there.
+    """
     try:
         return _Machine(content, path, allowed).run()
     except Damaged as error:
