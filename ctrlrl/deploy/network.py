@@ -8,6 +8,7 @@ what is known beforehand as attributes: `ctrlrl.deploy.lowering` makes such a ne
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -78,7 +79,7 @@ def _softplus(x: Array) -> Array:
 
 
 UNARY: dict[str, Callable[..., Array]] = {
-    "Relu": lambda x: np.maximum(x, np.zeros((), x.dtype)),
+    "Relu": lambda x: np.maximum(x, 0),
     "LeakyRelu": lambda x, alpha: np.where(x > 0, x, np.float32(alpha) * x),
     "Elu": _elu,
     "Selu": _selu,
@@ -276,13 +277,12 @@ class Network:
     ) -> None:
         self.inputs, self.outputs, self.nodes = dict(inputs), dict(outputs), list(nodes)
         self.constants = {name: np.asarray(value) for name, value in constants.items()}
-        self._calls = [(OPERATIONS.get(node.op), node) for node in self.nodes]
         for name, value in (self.inputs | {name: _value(array) for name, array in self.constants.items()}).items():
             if value.dtype not in DTYPES or math.prod(value.shape) > LARGEST:
                 raise ValueError(f"{name} is {value}; expected one of {', '.join(DTYPES)}, of {LARGEST:,} at most")
         known = {*self.inputs, *self.constants}
-        for call, node in self._calls:
-            if call is None:
+        for node in self.nodes:
+            if node.op not in OPERATIONS:
                 raise ValueError(f"no operation {node.op!r} is known")
             if missing := [name for name in node.inputs if name not in known]:
                 raise ValueError(f"{node.op} that makes {node.output!r} needs {missing[0]!r}, which is not there yet")
@@ -295,29 +295,34 @@ class Network:
         if not self.outputs or not self.inputs:
             raise ValueError("it has no input or no output")
         blank = {name: np.zeros(value.shape, value.dtype) for name, value in self.inputs.items()}
-        self.values = {name: _value(array) for name, array in self._run(blank).items()}
+        self.values = {name: _value(array) for name, array in self._try(blank).items()}
+        self._program = [
+            (functools.partial(OPERATIONS[node.op], **node.attributes), node.inputs, node.output) for node in self.nodes
+        ]
+        self._expected = [(name, value.shape, np.dtype(value.dtype)) for name, value in self.inputs.items()]
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The outputs for `inputs`, which must be of the shapes and types that `self.inputs` says."""
-        for name, value in self.inputs.items():
+        for name, shape, dtype in self._expected:
             given = inputs[name]
-            if given.shape != value.shape or given.dtype != value.dtype:
-                raise UsageError(
-                    f"the input {name} is {given.dtype} {given.shape}; expected {value.dtype} {value.shape}"
-                )
-        values = self._run(inputs)
-        return {name: values[result] for name, result in self.outputs.items()}
+            if given.shape != shape or given.dtype != dtype:
+                raise UsageError(f"the input {name} is {given.dtype} {given.shape}; expected {dtype} {shape}")
+        values: dict[str, Array] = {**inputs, **self.constants}
+        with np.errstate(all="ignore"):  # what is not finite is seen by whoever reads the outputs
+            for call, names, output in self._program:  # shapes are fixed, so that what was tried once can be done
+                values[output] = call(*[values[name] for name in names])
+        return {name: np.asarray(values[result]) for name, result in self.outputs.items()}
 
-    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def _try(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """All results for `inputs`; raises ValueError where there is none, or too much of it."""
         values: dict[str, Array] = {**inputs, **self.constants}
         total = 0
-        with np.errstate(all="ignore"):  # what is not finite is seen by whoever reads the outputs
-            for call, node in self._calls:
+        with np.errstate(all="ignore"):
+            for node in self.nodes:
                 try:
-                    result = call(*[values[name] for name in node.inputs], **node.attributes)  # type: ignore[misc]
+                    result = run_node(node.op, [values[name] for name in node.inputs], node.attributes)
                 except (ValueError, TypeError, IndexError, KeyError, ArithmeticError, MemoryError) as error:
                     raise ValueError(f"{node.op} that makes {node.output!r} cannot be done: {error}") from None
-                result = np.asarray(result)
                 if result.dtype.name not in DTYPES:
                     raise ValueError(f"{node.op} that makes {node.output!r} gives {result.dtype}")
                 total += result.size
