@@ -268,6 +268,23 @@ def test_convolutions_of_pictures(strides: int, pads: int, dilations: int, group
     agree(model(nodes, {"x": (UINT8, (1, 4, 9, 8))}, constants, {"z": FLOAT}), tolerance=1e-5)
 
 
+def test_of_a_matrix_only_what_is_read_is_kept():
+    """A policy's standard deviations are no part of what it does. Where both halves are read, nothing is changed."""
+    weights = {"w": RANDOM.normal(size=(5, 8)).astype(np.float32), "b": RANDOM.normal(size=8).astype(np.float32)}
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "b"], ["h"]),
+        helper.make_node("Split", ["h"], ["mean", "log_std"], axis=1, num_outputs=2),
+        helper.make_node("Tanh", ["mean"], ["y"]),
+    ]
+    network = agree(model(nodes, {"x": (1, 5)}, weights, {"y": FLOAT}))
+    assert [node.op for node in network.nodes] == ["Gemm", "Tanh"]
+    assert sorted(value.shape for value in network.constants.values()) == [(4,), (4, 5)]
+    network = agree(model(nodes, {"x": (1, 5)}, weights, {"y": FLOAT, "log_std": FLOAT}))
+    assert [node.op for node in network.nodes] == ["Gemm", "Slice", "Slice", "Tanh"]
+    network = agree(model(nodes, {"x": (1, 5)}, weights, {"y": FLOAT, "h": FLOAT}))
+    assert [node.op for node in network.nodes] == ["Gemm", "Slice", "Tanh"]
+
+
 def test_what_is_not_finite_stays_so():
     """A NaN that a clip or a rectifier made a number of would be sent to motors."""
     nodes = [

@@ -6,6 +6,7 @@ What is left are operations of `ctrlrl.deploy.network`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -74,17 +75,41 @@ class _Lowering:
                 raise Unsupported(f"the operation {node.domain}.{node.op_type}")
             self._lower(node)
         outputs = {entry.name: self._name(entry.name) for entry in self._graph.output}
-        needed = set(outputs.values())
-        kept = []
-        for done in reversed(self.nodes):  # from the outputs back
-            if done.output in needed:
-                kept.append(done)
-                needed |= set(done.inputs)
+        self._keep(set(outputs.values()))
+        self._narrow(set(outputs.values()))
+        needed = self._keep(set(outputs.values()))
         constants = {name: self.samples[name] for name in self.fixed if name in needed}
         try:
-            return Network(inputs, outputs, kept[::-1], dict(sorted(constants.items())))
+            return Network(inputs, outputs, self.nodes, dict(sorted(constants.items())))
         except ValueError as error:
             raise Unsupported(str(error)) from None
+
+    def _keep(self, needed: set[str]) -> set[str]:
+        """Leave out what is not `needed`, nor by what is; returns all that is."""
+        needed, kept = set(needed), []
+        for node in reversed(self.nodes):  # from the outputs back
+            if node.output in needed:
+                kept.append(node)
+                needed |= set(node.inputs)
+        self.nodes = kept[::-1]
+        return needed
+
+    def _narrow(self, outputs: set[str]) -> None:
+        """Leave out of a matrix what nobody reads: the standard deviations of a Gaussian policy, say."""
+        made = {node.output: node for node in self.nodes}
+        readers = Counter(name for node in self.nodes for name in node.inputs)
+        for index, node in enumerate(self.nodes):
+            source = made.get(node.inputs[0]) if node.op == "Slice" else None
+            if source is None or source.op != "Gemm" or readers[source.output] != 1 or source.output in outputs:
+                continue
+            a, whole = node.attributes, self.samples[source.output]
+            if a["axis"] != whole.ndim - 1 or a["step"] != 1:
+                continue
+            names = [source.inputs[0]]
+            for name in source.inputs[1:]:
+                names.append(f"{node.output}/{name}")
+                self._constant(names[-1], np.ascontiguousarray(self.samples[name][a["start"] : a["stop"]]))
+            self.nodes[index] = Node("Gemm", tuple(names), node.output, {})
 
     def _input(self, entry: Any) -> Value:
         tensor = entry.type.tensor_type
