@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from ctrlrl.cli.main import run as command
 from ctrlrl.deploy import Actor, Bundle
 from ctrlrl.deploy.features import FeatureBuilder, Reading, require_readable, up_in_base
 from ctrlrl.deploy.manifest import Action, Entry, Manifest, Network
+from ctrlrl.envs.make import make_env
+from ctrlrl.envs.sim import BatchSim
+from ctrlrl.envs.sim_vector import SimVector, physics
 from ctrlrl.errors import UsageError
 from tests.runs import SMALL
 
@@ -30,7 +34,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 from ctrlrl.deploy.to_onnx import ACTION, BARE, OPSET, as_inputs, to_onnx
-from ctrlrl.training.export_run import export_run, write_bundle
+from ctrlrl.training.export_run import export_run, quiet, require_gains, require_measures, write_bundle
 
 FLAT = gym.spaces.Box(-np.inf, np.inf, (5,), np.float32)
 ACT = gym.spaces.Box(np.array([-2, -1, 0], np.float32), np.array([1, 3, 5], np.float32))
@@ -201,7 +205,21 @@ def altered(whole: Path, out: Path, change: Any, *, sealed: bool) -> Path:
                 content = (out / name).read_bytes()
                 tree["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         (out / "manifest.json").write_text(json.dumps(tree))
+    if (out / "manifest.json").is_file():
+        seal = hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest()
+        (out / "manifest.sha256").write_text(seal)
     return out
+
+
+def test_one_byte_of_the_manifest_is_enough(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "b")
+    content = (tmp_path / "b/manifest.json").read_text()
+    (tmp_path / "b/manifest.json").write_text(content.replace("-2.0", "-9.0", 1))
+    with pytest.raises(UsageError, match=r"manifest\.json was altered"):
+        Bundle.open(tmp_path / "b")
+    (tmp_path / "b/manifest.sha256").unlink()
+    with pytest.raises(UsageError, match=r"manifest\.sha256 is missing"):
+        Bundle.open(tmp_path / "b")
 
 
 @pytest.mark.parametrize(
@@ -333,10 +351,32 @@ def test_swapped_names_and_wrong_scales_are_noticed(rig: Bundle, tmp_path: Path)
     swapped = [term | {"joints": ["pole"]} if term["joints"] == ["slider"] else term for term in terms]
     bad = altered(rig.path, tmp_path / "a", edit(observation__0__terms=swapped), sealed=True)
     with pytest.raises(UsageError, match=r"policy/place in step 0 is .* by the manifest, and in training it was"):
-        Bundle.open(bad).replay_features()
+        Bundle.open(bad)
     bad = altered(rig.path, tmp_path / "b", edit(action__scale=[9.9]), sealed=True)
     with pytest.raises(UsageError, match="control of slider in step 0"):
-        Bundle.open(bad).replay_features()
+        Bundle.open(bad)
+
+
+def test_declarations_are_compared_with_the_simulation(rig: Bundle) -> None:
+    """Gains, limits, joints: by MuJoCo's own functions in states drawn at random, and not by the task's terms."""
+    env = make_env("CartPoleSwingUp-v0", env_kwargs={"history": 3, "observation_delay": 1})
+    assert isinstance(env, SimVector)
+    task = quiet(env.task)
+    plain, manifest = SimVector(task, BatchSim(physics(task), 1, 1)), rig.manifest
+    require_gains(plain.sim.model, manifest)
+    require_measures(plain, task, manifest)
+    weak = tuple(replace(joint, max_effort=9.0) if joint.driven else joint for joint in manifest.joints)
+    with pytest.raises(UsageError, match=r"max_effort of slider is 9\.0 by the robot's description, and was 10"):
+        require_gains(plain.sim.model, replace(manifest, joints=weak))
+    entry = manifest.observation[0]
+    other = {"slider": "pole", "pole": "slider"}
+    for name in ("place", "cart speed", "angle", "speed"):
+        terms = tuple(
+            replace(term, joints=tuple(other[j] for j in term.joints)) if term.name == name else term
+            for term in entry.terms
+        )
+        with pytest.raises(UsageError, match=f"the term {name} is said to be joint"):
+            require_measures(plain, task, replace(manifest, observation=(replace(entry, terms=terms),)))
 
 
 def test_joints_are_found_by_name_and_never_by_place(rig: Bundle) -> None:
@@ -358,10 +398,39 @@ def test_joints_are_found_by_name_and_never_by_place(rig: Bundle) -> None:
     assert np.array_equal(*made)
 
 
+def test_what_is_not_as_it_began_is_refused_before_anything_changes(rig: Bundle) -> None:
+    joints = ["slider", "pole"]
+    builder = FeatureBuilder(rig.manifest, joints)
+    reading = Reading(joints, np.array([0.1, 0.5]), np.zeros(2))
+    for call in (lambda: builder.observe(reading), lambda: builder.act(np.zeros(1), reading)):
+        with pytest.raises(UsageError, match="no episode was started"):
+            call()
+    builder.reset(reading)
+    builder.act(np.array([0.3]), reading)
+    for action in (np.array([np.nan]), np.zeros(2), np.zeros(())):
+        with pytest.raises(UsageError, match=r"an action must be \(1,\) finite numbers"):
+            builder.act(action, reading)
+    assert builder.last_action == np.float32(0.3)
+    for bad, message in (
+        (Reading(["pole", "slider"], reading.position, reading.velocity), "is of the joints pole, slider; it began"),
+        (Reading(joints, np.array([0.1, np.inf]), reading.velocity), "positions must be 2 finite numbers"),
+        (Reading(joints, reading.position, np.zeros(1)), "velocities must be 2 finite numbers"),
+    ):
+        for call in (lambda bad=bad: builder.observe(bad), lambda bad=bad: builder.act(np.zeros(1), bad)):
+            with pytest.raises(UsageError, match=message):
+                call()
+    with pytest.raises(UsageError, match="names a joint twice"):
+        FeatureBuilder(rig.manifest, ["slider", "pole", "pole"])
+    for zero in (np.zeros(4), np.array([np.nan, 0, 0, 1]), np.ones(3)):
+        with pytest.raises(UsageError, match="a quaternion of length 1"):
+            up_in_base(zero)
+
+
 def test_up_is_the_same_for_a_quaternion_and_its_negative() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):
         q = rng.normal(size=4)
+        q *= rng.uniform(0.6, 1.8) / np.linalg.norm(q)
         w, x, y, z = q / np.linalg.norm(q)
         rotation = np.array(
             [

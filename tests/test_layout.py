@@ -76,7 +76,7 @@ ALLOWED = {
     "runs": {"runs", "envs", "replay"},
     "algorithms": {"algorithms", "nn", "replay"},
     "deploy": {"deploy", "nn"},
-    "training": {"training", "algorithms", "nn", "replay", "runs", "envs", "data", "deploy"},
+    "training": {"training", "algorithms", "nn", "replay", "runs", "envs", "data", "deploy", "robots"},
     "cli": {"cli", "training", "algorithms", "runs", "envs", "robots", "data", "deploy"},
 }
 

@@ -325,7 +325,7 @@ def test_the_header_compiles_without_a_warning_and_checks_itself(compiler: list[
     subprocess.run([*compiler, *flags, tmp_path / "main.c", "-o", tmp_path / "main", "-lm"], check=True)
     off = float(subprocess.run([tmp_path / "main"], capture_output=True, text=True, check=True).stdout)
     assert 0 <= off < 1e-5
-    assert identifier("1st") == "_1st" and identifier("my input") == "my_input"
+    assert identifier("1st") == "v1st" and identifier("my input") == "my_input"
 
 
 def test_memory_is_shared_by_results_that_live_at_different_times():
@@ -345,7 +345,7 @@ BAD = {
     "attribute": (lambda t: t["nodes"][1].update(attributes={"alpha": 1}), r"has the attributes \['alpha'\]"),
     "kind": (lambda t: t["nodes"][2]["attributes"].update(shape="all"), "expected ints"),
     "huge": (lambda t: t["nodes"][2]["attributes"].update(shape=[LARGEST * 2]), "expected ints"),
-    "misfit": (lambda t: t["nodes"][2]["attributes"].update(shape=[5]), "Reshape that makes 'y' cannot be done"),
+    "misfit": (lambda t: t["nodes"][2]["attributes"].update(shape=[5]), r"3 numbers make no \[5\]"),
     "output": (lambda t: t["outputs"].update(y="nobody"), "an output is 'nobody'"),
     "input": (lambda t: t["inputs"]["x"].update(shape=[1, LARGEST, 4]), "is Value"),
     "negative": (lambda t: t["inputs"]["x"].update(shape=[1, -4]), "has the shape"),
@@ -373,13 +373,95 @@ def test_a_network_that_cannot_be_run_is_refused(name: str):
         network({"x": np.zeros((1, 3), np.float32)})
 
 
+ONES = {
+    "w": np.ones((3, 4), np.float32),
+    "one": np.ones(1, np.float32),
+    "i": np.array([-1]),
+    "k": np.ones((1, 1, 2, 2), np.float32),
+}
+OUTSIDE: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "axis": ("Softmax", ("x",), {"axis": 2}),
+    "negative axis": ("Concat", ("x", "x"), {"axis": -1}),
+    "negative start": ("Slice", ("x",), {"axis": 1, "start": -1, "stop": 4, "step": 1}),
+    "past the end": ("Slice", ("x",), {"axis": 1, "start": 0, "stop": 9, "step": 1}),
+    "no step": ("Slice", ("x",), {"axis": 1, "start": 0, "stop": 4, "step": 0}),
+    "perm": ("Transpose", ("x",), {"perm": [0, 0]}),
+    "index": ("Gather", ("x", "i"), {"axis": 1}),
+    "computed index": ("Gather", ("x", "n"), {"axis": 1}),
+    "short bias": ("Gemm", ("x", "w", "one"), {}),
+    "computed weight": ("Gemm", ("x", "y"), {}),
+    "short scale": ("LayerNormalization", ("x", "one"), {"axis": 1, "epsilon": 1e-5}),
+    "shape": ("Reshape", ("x",), {"shape": [5]}),
+    "axes": ("ReduceSum", ("x",), {"axes": [1, 0], "keepdims": 1}),
+    "picture": ("Conv", ("x", "k"), {"strides": [1, 1], "pads": [0] * 4, "dilations": [1, 1], "group": 1}),
+    "integers": ("Div", ("n", "n"), {}),
+    "two types": ("Add", ("x", "n"), {}),
+    "no condition": ("Where", ("x", "x", "x"), {}),
+    "two inputs": ("Tanh", ("x", "y"), {}),
+    "three inputs": ("Add", ("x", "x", "y"), {}),
+    "widening": ("Expand", ("x",), {"shape": [1]}),
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_nothing_is_taken_that_numpy_would_do_and_c_would_do_beside_its_arrays(name: str):
+    op, inputs, attributes = OUTSIDE[name]
+    given = {"x": Value((1, 4), "float32"), "y": Value((1, 4), "float32"), "n": Value((1, 2), "int64")}
+    with pytest.raises(ValueError, match=op):
+        Network(given, {"out": "out"}, [Node(op, inputs, "out", attributes)], ONES)
+
+
+def test_names_that_are_alike_in_c_are_kept_apart(tmp_path: Path):
+    nodes = [helper.make_node("Sub", ["x y", "x_y"], ["default"]), helper.make_node("Neg", ["default"], ["NAN"])]
+    network = agree(model(nodes, {"x y": (1, 2), "x_y": (1, 2)}, {}, {"default": FLOAT, "NAN": FLOAT}))
+    text = c_header(network)
+    assert "float x_y[2]" in text and "float x_y_2[2]" in text and "float default_[2]" in text and "NAN_[2]" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted", "fine"), [(0.5, np.nan, False), (1e4, 1e4 + 0.05, True), (0.5, 0.6, False)]
+)
+def test_the_check_on_the_target_is_relative_and_forgets_no_nan(
+    value: float, wanted: float, fine: bool, tmp_path: Path
+):
+    network = lower(model([helper.make_node("Neg", ["x"], ["y"])], {"x": (1, 2)}, {}, {"y": FLOAT}))
+    given = {"x": np.array([[-value, 2]], np.float32)}
+    goldens = [(given, {"y": np.array([[wanted, -2]], np.float32)})]
+    (tmp_path / "policy.h").write_text(c_header(network, goldens=goldens))
+    (tmp_path / "main.c").write_text(
+        '#define POLICY_GOLDENS\n#include "policy.h"\nstatic policy_memory memory;\n'
+        "int main(void) { return policy_check(&memory) < 1e-5f ? 0 : 1; }\n"
+    )
+    subprocess.run(["cc", "-std=c99", "-O2", tmp_path / "main.c", "-o", tmp_path / "main", "-lm"], check=True)
+    assert (subprocess.run([tmp_path / "main"], check=False).returncode == 0) == fine
+
+
+def test_biases_and_axes_as_onnx_has_them():
+    constants = {
+        "w": RANDOM.normal(size=(4, 4)).astype(np.float32),
+        "column": np.array([[0.7]], np.float32),
+        "whole": RANDOM.normal(size=(1, 4)).astype(np.float32),
+        "none": np.zeros(0, np.int64),
+    }
+    nodes = [
+        helper.make_node("Gemm", ["x", "w", "column"], ["a"]),
+        helper.make_node("Gemm", ["x", "w", "whole"], ["b"]),
+        helper.make_node("ReduceSum", ["x", "none"], ["c"]),
+        helper.make_node("ReduceSum", ["x", "none"], ["d"], noop_with_empty_axes=1),
+    ]
+    agree(model(nodes, {"x": (1, 4)}, constants, dict.fromkeys("abcd", FLOAT)))
+    made = model(nodes[:1], {"x": (1, 4)}, constants | {"column": np.ones((3, 4), np.float32)}, {"a": FLOAT})
+    with pytest.raises(Unsupported, match="Gemm of"):
+        lower(made)
+
+
 def test_results_that_would_fill_the_memory_are_refused():
     nodes = [Node("Concat", ("x", "x"), "0", {"axis": 1})]
     nodes += [Node("Concat", (str(i), str(i)), str(i + 1), {"axis": 1}) for i in range(40)]
     with pytest.raises(ValueError, match=r"there are .* numbers"):
         Network({"x": Value((1, 4), "float32")}, {"y": "40"}, nodes, {})
     nodes = [Node("Conv", ("x", "w"), "y", {"strides": [1, 1], "pads": [9999] * 4, "dilations": [1, 1], "group": 1})]
-    with pytest.raises(ValueError, match="above 4096"):
+    with pytest.raises(ValueError, match="pads go up to 4096"):
         Network({"x": Value((1, 1, 2, 2), "float32")}, {"y": "y"}, nodes, {"w": np.ones((1, 1, 1, 1), np.float32)})
 
 

@@ -32,6 +32,8 @@ def run(arguments: Sequence[str]) -> int:
             print(f"{name:<12}not checked: it is not installed here")
             continue
         print(f"{name:<12}goldens reproduced, largest difference {bundle.replay(make_runtime(name, bundle)):.2g}")
-    if bundle.manifest.is_robot:
-        print(f"{'measurements':<12} goldens reproduced, largest difference {bundle.replay_features():.2g}")
+    if bundle.measured:
+        print(f"measured    goldens reproduced, largest difference {bundle.replay_features():.2g}")
+    elif bundle.manifest.is_robot:
+        print("measured    no goldens: whether names, frames and scales are right is not known")
     return 0

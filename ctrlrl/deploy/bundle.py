@@ -1,13 +1,15 @@
 """A policy bundle: a folder that holds everything a controller needs, and nothing that it must trust blindly.
 
     manifest.json         what it is (`ctrlrl.deploy.manifest`), with the checksum of every other file
+    manifest.sha256       its own
     policy.onnx           observation and state to action and next state: normalization, clips and squashing inside
     network.json          the same as operations (`ctrlrl.deploy.network`), whose arrays are in policy.safetensors
     policy.safetensors
     policy.h              the same as C
     golden.safetensors    observations and the actions that follow, and measurements and the observations they make
 
-Opening one compares checksums and replays the goldens, and refuses what differs. Nothing in it is run but arithmetic.
+Opening one compares checksums and replays the goldens of measurements, and a runtime replays those of the network; what
+differs is refused. Nothing in it is run but arithmetic.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from ctrlrl.deploy.runtimes import RUNTIMES, Runtime, make_runtime
 from ctrlrl.deploy.tensors import Array, read_tensors
 from ctrlrl.errors import UsageError
 
-MANIFEST, MODEL, NETWORK, WEIGHTS, HEADER, GOLDENS = (
+MANIFEST, SEAL, MODEL, NETWORK, WEIGHTS, HEADER, GOLDENS = (
     "manifest.json",
+    "manifest.sha256",
     "policy.onnx",
     "network.json",
     "policy.safetensors",
@@ -61,11 +64,15 @@ class Bundle:
         path = Path(path)
         if not (path / MANIFEST).is_file():
             raise UsageError(f"{path} is no bundle: it has no {MANIFEST}. `ctrlrl export RUN --out BUNDLE` makes one")
-        manifest = Manifest.from_json(_content(path, MANIFEST, LARGEST_MANIFEST), str(path / MANIFEST))
+        raw = _content(path, MANIFEST, LARGEST_MANIFEST)
+        seal = _content(path, SEAL, 1000).strip().decode(errors="replace")
+        if seal != hashlib.sha256(raw).hexdigest():
+            raise UsageError(f"{path / MANIFEST} was altered: {SEAL} has another checksum")
+        manifest = Manifest.from_json(raw, str(path / MANIFEST))
         needed = {MODEL, GOLDENS} | ({NETWORK, WEIGHTS} if "numpy" in manifest.network.runtimes else set())
         if missing := sorted(needed - manifest.files.keys()):
             raise UsageError(f"{path / MANIFEST} lists no {', '.join(missing)}")
-        there = {entry.name for entry in path.iterdir()} - {MANIFEST}
+        there = {entry.name for entry in path.iterdir()} - {MANIFEST, SEAL}
         if extra := sorted(there - manifest.files.keys()):
             raise UsageError(f"{path} holds {', '.join(extra)}, which its manifest does not list")
         contents = {}
@@ -76,11 +83,19 @@ class Bundle:
             found = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             if found != entry:
                 raise UsageError(f"{path / name} was altered: it is {found}, and the manifest says {entry}")
-        return cls(path, manifest, contents)
+        opened = cls(path, manifest, contents)
+        if opened.measured:
+            opened.replay_features()
+        return opened
 
     def content(self, name: str) -> bytes:
         """The bytes of one of its files, as they were when it was opened."""
         return self._contents[name]
+
+    @property
+    def measured(self) -> bool:
+        """Whether there are goldens of measurements, so that it is known what the policy's terms were in training."""
+        return any(name.startswith("features/") for name in self.goldens())
 
     def network(self) -> Network:
         """The network as operations.
@@ -91,7 +106,20 @@ class Bundle:
         if NETWORK not in self._contents:
             raise UsageError(f"{self.path} runs with onnxruntime alone: {self.manifest.network.why_not}")
         weights = read_tensors(self._contents[WEIGHTS], str(self.path / WEIGHTS))
-        return Network.from_json(self._contents[NETWORK], weights, str(self.path / NETWORK))
+        network, m = Network.from_json(self._contents[NETWORK], weights, str(self.path / NETWORK)), self.manifest
+        said = {entry.name: (1, *entry.shape) for entry in m.observation}
+        found = {name: value.shape for name, value in network.inputs.items() if name not in m.network.state}
+        outputs = {"action", *m.network.state.values()}
+        if (
+            said != found
+            or not m.network.state.keys() <= network.inputs.keys()
+            or not outputs <= network.outputs.keys()
+        ):
+            raise UsageError(
+                f"{self.path}: the network takes {found} and gives {', '.join(network.outputs)}; its manifest says "
+                f"{said} and {', '.join(sorted(outputs))}"
+            )
+        return network
 
     def goldens(self) -> dict[str, Array]:
         """`network/input/NAME` and `network/output/NAME` (N, ...), and `features/...` where there are any."""
@@ -147,9 +175,14 @@ class Bundle:
             UsageError: it is above `FEATURE_TOLERANCE`, and what is measured in steps above these; or there are none.
         """
         goldens, manifest = self.goldens(), self.manifest
-        part = {n.removeprefix("features/"): v for n, v in goldens.items() if n.startswith("features/")}
+        part: dict[str, Array] = {
+            n.removeprefix("features/"): v for n, v in goldens.items() if n.startswith("features/")
+        }
         others = {n.removeprefix("others/"): v for n, v in part.items() if n.startswith("others/")}
-        if not {"position", "velocity", "action", "control"} <= part.keys() or not len(part["control"]):
+        needed = {"position", "velocity", "action", "control", "command"}
+        needed |= {f"observation/{entry.name}" for entry in manifest.observation}
+        rows = {len(value) for value in part.values() if value.ndim == 2}
+        if not needed <= part.keys() or len(rows) != 1 or any(value.ndim != 2 for value in part.values()):
             raise UsageError(f"{self.path / GOLDENS} has no goldens of measurements")
         names = [joint.name for joint in manifest.joints]
         if part["position"].shape[1:] != (len(names),):

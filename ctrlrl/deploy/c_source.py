@@ -64,8 +64,8 @@ _BINARY = {
     "Mul": "a * b",
     "Div": "a / b",
     "Pow": "powf(a, b)",
-    "Max": "a < b ? b : a",  # bounds come second: a that is NaN stays so
-    "Min": "a > b ? b : a",
+    "Max": "a < b || b != b ? b : a",  # NaN stays so
+    "Min": "a > b || b != b ? b : a",
     "Equal": "a == b",
     "Greater": "a > b",
     "GreaterOrEqual": "a >= b",
@@ -77,10 +77,33 @@ _BINARY = {
 assert _BINARY.keys() == BINARY.keys() and _UNARY.keys() | {"Gelu"} == UNARY.keys()
 
 
+_WORDS = """
+auto break case char const continue default do double else enum extern float for goto if inline int long register
+restrict return short signed sizeof static struct switch typedef union unsigned void volatile while alignas alignof and
+asm bitand bitor bool catch class compl constexpr decltype delete explicit export false friend mutable namespace new
+noexcept not nullptr operator or private protected public static_assert template this thread_local throw true try typeid
+typename using virtual wchar_t xor NAN INFINITY NULL memory in out main
+"""
+RESERVED = frozenset(_WORDS.split())
+"""Words of C and C++, and of the header itself."""
+
+
 def identifier(name: str) -> str:
     """A name in C for any text."""
     clean = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "value"
-    return f"_{clean}" if clean[0].isdigit() else clean
+    return f"{clean}_" if clean in RESERVED else f"v{clean}" if clean[0].isdigit() else clean
+
+
+def _distinct(names: Sequence[str]) -> dict[str, str]:
+    """Names in C, no two of which are the same."""
+    out: dict[str, str] = {}
+    for name in dict.fromkeys(names):
+        own, number = identifier(name), 1
+        while own in out.values():
+            number += 1
+            own = f"{identifier(name)}_{number}"
+        out[name] = own
+    return out
 
 
 def c_header(
@@ -107,7 +130,7 @@ class _Source:
         self.lines: list[str] = []
         self.tables: list[str] = []
         self._table_of: dict[tuple[str, bool], str] = {}
-        self.fields = {n: identifier(n) for n in (*network.inputs, *network.outputs)}
+        self.fields = _distinct((*network.inputs, *network.outputs))
         # Where a value lies: a place in an arena, a field, a table, or a part of another value's place.
         self._place: dict[str, str] = {n: f"in->{self.fields[n]}" for n in network.inputs}
         self._view_of: dict[str, str] = {}
@@ -462,15 +485,20 @@ class _Source:
             steps.append(f"{name}_run(&in, &out, memory);")
             for n, result in self.network.outputs.items():
                 size = math.prod(self.network.values[result].shape)
-                steps.append(
-                    f"for (int i = 0; i < {size}; ++i) {{ const float d = fabsf((float)(out.{self.fields[n]}[i]"
-                    f" - {name}_expected_{i}_{self.fields[n]}[i])); if (!(d <= worst)) worst = d; }}"
-                )
+                field = self.fields[n]
+                steps += [
+                    f"for (int i = 0; i < {size}; ++i) {{",
+                    f"    const float wanted = (float){name}_expected_{i}_{field}[i];",
+                    f"    const float off = fabsf((float)out.{field}[i] - wanted) / fmaxf(1, fabsf(wanted));",
+                    "    if (!(off < INFINITY)) return NAN;",
+                    "    if (off > worst) worst = off;",
+                    "}",
+                ]
         return "\n".join(
             [
                 f"#ifdef {name.upper()}_GOLDENS",
                 *lines,
-                "/* The largest difference to what the outputs were when this was exported; NaN where one is. */",
+                "/* The largest difference to the outputs at export, relative to 1 or to them; NaN if not finite. */",
                 f"static inline float {name}_check({name}_memory *memory) {{",
                 f"    {name}_input in; {name}_output out; float worst = 0;",
                 *(f"    {step}" for step in steps),

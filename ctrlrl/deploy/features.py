@@ -43,11 +43,11 @@ class Reading:
     others: Mapping[str, Array] = field(default_factory=dict)
 
 
-def require_readable(manifest: Manifest, joints: Sequence[str], others: Sequence[str]) -> None:
-    """Raise unless a robot that measures this gives all that the policy observes, and has the joints it drives.
+def require_joints(manifest: Manifest, joints: Sequence[str]) -> None:
+    """Raise unless a robot has the joints that the policy observes and drives, each once.
 
     Raises:
-        UsageError: a joint or a measurement is missing, or a joint is there twice; shows both lists.
+        UsageError: a joint is missing, or there twice; shows both lists.
     """
     needed = {name for entry in manifest.observation for term in entry.terms for name in term.joints}
     needed |= set(manifest.action.joints)
@@ -58,6 +58,15 @@ def require_readable(manifest: Manifest, joints: Sequence[str], others: Sequence
         )
     if len(set(joints)) != len(joints):
         raise UsageError(f"the robot names a joint twice: {', '.join(joints)}")
+
+
+def require_readable(manifest: Manifest, joints: Sequence[str], others: Sequence[str]) -> None:
+    """Raise unless a robot that measures this gives all that the policy observes, and has the joints it drives.
+
+    Raises:
+        UsageError: a joint or a measurement is missing, or a joint is there twice; shows both lists.
+    """
+    require_joints(manifest, joints)
     wanted = [
         READINGS[term.measure][0] if term.measure in READINGS else term.name
         for entry in manifest.observation
@@ -92,12 +101,10 @@ class FeatureBuilder:
                 f"{manifest.name} was trained on {manifest.task}, of whose observation nothing is known but its shape: "
                 "call the policy with observations of your own (ctrlrl.deploy.Actor)"
             )
+        require_joints(manifest, joints)
         self.manifest = manifest
         self._joints = list(joints)
         place = {name: i for i, name in enumerate(joints)}
-        missing = [name for name in manifest.action.joints if name not in place]
-        if missing:
-            raise UsageError(f"the robot has no joint {missing[0]}; it has {', '.join(joints)}")
         self._driven = np.array([place[name] for name in manifest.action.joints], np.int64)
         self._terms = [(entry, [_TermBuilder(term, place) for term in entry.terms]) for entry in manifest.observation]
         self.command = np.zeros(len(manifest.command))
@@ -117,16 +124,29 @@ class FeatureBuilder:
         self.target = self._offset.copy()
         self.last_action = np.zeros(a.shape, np.float32)
         self._seconds = 0.0
-        self._fresh = True
+        self._fresh, self._begun = True, False
 
     def reset(self, reading: Reading) -> None:
-        """Start an episode: histories are of this reading alone, targets where the joints are."""
-        self._fresh, self._seconds = True, 0.0
+        """Start an episode: histories are of this reading alone, targets where the joints are.
+
+        Raises:
+            UsageError: the reading is of other joints, lacks a measurement that is observed, or is not finite.
+        """
+        require_readable(self.manifest, reading.joints, list(reading.others))
+        self._check(reading)
+        self._seconds, self._begun = 0.0, True
+        self._fresh = True
         self.last_action[:] = 0
-        self.target[:] = self._offset if self.manifest.action.kind == "joint position offset" else self._at(reading)
+        self.target = self._offset.copy() if self.manifest.action.kind == "joint position offset" else self._at(reading)
 
     def observe(self, reading: Reading) -> dict[str, Array]:
-        """Observations (1, ...) by the network's input names, of a reading and what was done before."""
+        """Observations (1, ...) by the network's input names, of a reading and what was done before.
+
+        Raises:
+            UsageError: no episode was started, or the reading is not as `reset` asks for.
+        """
+        self._check(reading)
+        self._require_begun()
         out = {}
         for entry, builders in self._terms:
             parts = [builder(reading, self, fresh=self._fresh) for builder in builders]
@@ -138,8 +158,16 @@ class FeatureBuilder:
         """What an action (A,) commands: position targets rad or m, or efforts N m or N, (A,) in the action's order.
 
         Within the action's bounds, the joints' limits and the largest effort; further limits are the controller's.
+
+        Raises:
+            UsageError: the action is of another shape or not finite, or the reading not as `reset` asks for. Nothing
+                has changed then.
         """
         m = self.manifest.action
+        self._check(reading)
+        self._require_begun()
+        if action.shape != m.shape or not np.isfinite(action).all():
+            raise UsageError(f"an action must be {m.shape} finite numbers, got {action}")
         action = np.clip(action.astype(np.float32), *self._bounds)
         self.last_action = action
         self._seconds += self.manifest.control_dt or 0.0
@@ -150,13 +178,25 @@ class FeatureBuilder:
             self.target = np.clip(self._offset + self._scale * action, self._low, self._high)
         else:
             at = self._at(reading)
-            target = self.target + self._scale * action
-            target = np.clip(target, at - self._lead, at + self._lead)
+            target = np.clip(self.target + self._scale * action, at - self._lead, at + self._lead)
             self.target = np.clip(target, self._low, self._high)
-        return self.target
+        return self.target.copy()
+
+    def _check(self, reading: Reading) -> None:
+        if reading.joints is not self._joints and list(reading.joints) != self._joints:
+            raise UsageError(
+                f"a reading is of the joints {', '.join(reading.joints)}; it began with {', '.join(self._joints)}"
+            )
+        for name, value in (("positions", reading.position), ("velocities", reading.velocity)):
+            if value.shape != (len(self._joints),) or not np.isfinite(value).all():
+                raise UsageError(f"{name} must be {len(self._joints)} finite numbers, got {value}")
+
+    def _require_begun(self) -> None:
+        if not self._begun:
+            raise UsageError("no episode was started: call reset with the first reading")
 
     def _at(self, reading: Reading) -> Array:
-        return np.asarray(reading.position, np.float64)[self._driven]
+        return np.asarray(reading.position, np.float64)[self._driven].copy()
 
     @property
     def seconds(self) -> float:
@@ -175,9 +215,10 @@ class _TermBuilder:
         self._past = np.zeros((term.history, term.size))
 
     def __call__(self, reading: Reading, builder: FeatureBuilder, *, fresh: bool) -> Array:
-        value = self._value(reading, builder) - self._offset
-        if value.shape != (self.term.size,):
-            raise UsageError(f"{self.term.name} must be of {self.term.size} numbers, got {value.shape}")
+        value = self._value(reading, builder)
+        if value.shape != (self.term.size,) or not np.isfinite(value).all():
+            raise UsageError(f"{self.term.name} must be {self.term.size} finite numbers, got {value}")
+        value = value - self._offset
         if self.term.history == 1:
             return np.asarray(value)
         if fresh:
@@ -221,6 +262,9 @@ def up_in_base(quaternion: Array) -> Array:
 
     The same for a quaternion and its negative. What is not of length 1 is made so.
     """
-    w, x, y, z = quaternion / np.linalg.norm(quaternion)
+    length = float(np.linalg.norm(quaternion))
+    if quaternion.shape != (4,) or not 0.5 < length < 2:
+        raise UsageError(f"an orientation must be a quaternion of length 1, got {quaternion}")
+    w, x, y, z = quaternion / length
     # The third row of its rotation matrix.
     return np.array([2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)])

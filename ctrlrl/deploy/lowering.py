@@ -6,6 +6,7 @@ What is left are operations of `ctrlrl.deploy.network`.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -209,7 +210,10 @@ class _Lowering:
     def _lower_identity(self, inputs: list[str], outputs: list[str], given: dict[str, Any]) -> None:
         self._same(inputs[0], outputs[0])
 
-    _lower_dropout = _lower_identity  # which is left out where nothing is trained
+    def _lower_dropout(self, inputs: list[str], outputs: list[str], given: dict[str, Any]) -> None:
+        if len(inputs) > 2 and inputs[2] and bool(self._known(inputs[2], "Dropout").any()):
+            raise Unsupported("Dropout as in training")
+        self._same(inputs[0], outputs[0])
 
     def _lower_shape(self, inputs: list[str], outputs: list[str], given: dict[str, Any]) -> None:
         shape = self.samples[self._name(inputs[0])].shape
@@ -218,7 +222,7 @@ class _Lowering:
     def _lower_constantofshape(self, inputs: list[str], outputs: list[str], given: dict[str, Any]) -> None:
         value = self._numpy(given["value"]) if "value" in given else np.zeros(1, np.float32)
         shape = self._known(inputs[0], "a ConstantOfShape")
-        if np.prod(shape) > 2**24:
+        if math.prod(shape.tolist()) > 2**22:
             raise Unsupported(f"a ConstantOfShape of {shape.tolist()}")
         self._constant(outputs[0], np.full(tuple(shape), value[0]))
 
@@ -232,8 +236,14 @@ class _Lowering:
         if len(inputs) > 2 and inputs[2]:
             bias = self._known(inputs[2], "Gemm with a bias") * np.float32(given.get("beta", 1.0))
             names.append(f"{outputs[0]}/bias")
-            bias = np.broadcast_to(bias.reshape(-1) if bias.size == len(weight) else bias.ravel(), (len(weight),))
-            self._constant(names[2], np.ascontiguousarray(bias, np.float32))
+            rows = self.samples[self._name(inputs[0])].shape[0]
+            try:
+                whole = np.broadcast_to(bias, (rows, len(weight)))
+            except ValueError:
+                raise Unsupported(f"Gemm of {(rows, len(weight))} with a bias of {bias.shape}") from None
+            if not (whole == whole[:1]).all():
+                raise Unsupported("Gemm with a bias that differs from row to row")
+            self._constant(names[2], np.ascontiguousarray(whole[0], np.float32))
         self._do("Gemm", names, outputs[0])
 
     def _lower_matmul(self, inputs: list[str], outputs: list[str], given: dict[str, Any]) -> None:
@@ -269,6 +279,8 @@ class _Lowering:
         else:
             each = -(-value.shape[axis] // len(outputs))
             sizes = [min(each, value.shape[axis] - i * each) for i in range(len(outputs))]
+        if min(sizes) < 0 or sum(sizes) != value.shape[axis] or len(sizes) != len(outputs):
+            raise Unsupported(f"Split of {value.shape[axis]} into {sizes}")
         start = 0
         for output, size in zip(outputs, sizes, strict=True):
             if output:
@@ -371,15 +383,18 @@ class _Lowering:
         if len([name for name in outputs if name]) > 1:
             raise Unsupported("LayerNormalization with its mean and deviation")
         axis = given.get("axis", -1) % self.samples[self._name(inputs[0])].ndim
-        names = [name for name in inputs if name]
+        normal, names = self.samples[self._name(inputs[0])].shape[axis:], [inputs[0]]
+        for name in filter(None, inputs[1:]):
+            names.append(f"{outputs[0]}/{name}")
+            self._constant(names[-1], np.ascontiguousarray(np.broadcast_to(self._known(name, "a scale"), normal)))
         self._do("LayerNormalization", names, outputs[0], axis=axis, epsilon=given.get("epsilon", 1e-5))
 
     def _reduce(self, op: str, inputs: list[str], outputs: list[str], given: dict[str, Any]) -> None:
         count, axes = self.samples[self._name(inputs[0])].ndim, self._axes(inputs, given)
-        if axes is None and given.get("noop_with_empty_axes", 0):
+        if not axes and given.get("noop_with_empty_axes", 0):
             self._same(inputs[0], outputs[0])
             return
-        over = sorted(axis % count for axis in (range(count) if axes is None else axes))
+        over = sorted(axis % count for axis in (axes or range(count)))
         self._do(op, [inputs[0]], outputs[0], axes=over, keepdims=given.get("keepdims", 1))
 
     def _lower_reducesum(self, inputs: list[str], outputs: list[str], given: dict[str, Any]) -> None:

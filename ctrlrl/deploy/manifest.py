@@ -37,6 +37,8 @@ MEASURES = {
 }
 """What an observation term is computed from, and how."""
 
+_VECTORS = ("base linear velocity", "base angular velocity", "base up", "tool position")
+
 ACTIONS = {
     "joint position offset": "target = offset + scale * action",
     "joint position step": "target = target + scale * action, at most `lead` from the joint",
@@ -122,6 +124,8 @@ class Action:
     """How far a target may be from its joint; 0: as far as it likes."""
     delay: tuple[int, int] = (0, 0)
     """Control steps by which it took effect late in training, from and to."""
+    smoothing: tuple[float, ...] = ()
+    """Seconds, time constants with which each motor followed its target in training; 0, or none: at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +166,8 @@ class Manifest:
     """What the numbers of the command are."""
     action: Action
     joints: tuple[Joint, ...] = ()
+    gravity_compensated: bool = False
+    """Whether the robot's weight was carried by its own controller in training, so that gains are for the rest."""
     network: Network
     provenance: dict[str, Any] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
@@ -178,10 +184,18 @@ class Manifest:
             low, high = (-math.inf if joint.lower is None else joint.lower), joint.upper
             self._require(low < (math.inf if high is None else high), what, "lower < upper", (joint.lower, joint.upper))
             self._require(joint.kp >= 0 and joint.kd >= 0, what, "kp and kd at least 0", (joint.kp, joint.kd))
+            within = low <= joint.default <= (math.inf if high is None else high)
+            self._require(within, what, "a default within its limits", joint.default)
         self._require(self.control_dt is None or 0 < self.control_dt <= 60, "control_dt", "s above 0", self.control_dt)
+        names = [entry.name for entry in self.observation]
+        self._require(len(set(names)) == len(names) > 0, "observation", "of entries of different names", names)
         for entry in self.observation:
             self._check_entry(entry, known)
         self._check_action(known)
+        n = self.network
+        self._require(0 < n.tolerance <= 1e-2, "network.tolerance", "above 0 and at most 0.01", n.tolerance)
+        runs = n.runtimes and set(n.runtimes) <= {"onnx", "numpy", "c"}
+        self._require(bool(runs), "network.runtimes", "some of onnx, numpy and c", n.runtimes)
 
     @property
     def is_robot(self) -> bool:
@@ -190,16 +204,26 @@ class Manifest:
 
     def _check_entry(self, entry: Entry, known: Mapping[str, Joint]) -> None:
         size = 0
+        self._require(all(n >= 0 for n in entry.shape), f"observation {entry.name}", "of a shape", entry.shape)
         for term in entry.terms:
             what = f"observation {entry.name}/{term.name}"
             if term.measure not in MEASURES:
                 raise UsageError(f"{what}: no measure {term.measure!r}.{nearest(term.measure, MEASURES)}")
             self._joints(what, term.joints, known)
-            width = {"joint direction": 2 * len(term.joints), "gait clock": 2}.get(term.measure, len(term.joints))
-            fixed = term.measure.startswith("joint") or term.measure == "gait clock"
-            self._require(not fixed or term.size == width, what, f"of {width} numbers", term.size)
+            commands = len(term.select) or len(self.command)
+            sizes = dict.fromkeys(_VECTORS, 3) | {"joint direction": 2 * len(term.joints), "gait clock": 2}
+            sizes |= {"last action": math.prod(self.action.shape), "command": commands}
+            width = sizes.get(term.measure, len(term.joints) if term.measure.startswith("joint") else term.size)
+            self._require(term.size == width > 0, what, f"of {width} numbers", term.size)
+            picked = all(0 <= n < len(self.command) for n in term.select)
+            self._require(picked, what, f"a choice of {len(self.command)} numbers of the command", term.select)
             self._require(len(term.offset) in (0, term.size), what, "an offset for each number", len(term.offset))
             self._require(1 <= term.history <= 10_000, what, "a history from 1 to 10,000", term.history)
+            timed = term.measure != "gait clock" or (self.control_dt is not None and term.frequency > 0)
+            self._require(timed, what, "a clock with a frequency, and control_dt", term.frequency)
+            self._require(
+                term.delay[0] <= term.delay[1] and term.delay[0] >= 0, what, "a delay from and to", term.delay
+            )
             size += term.size * term.history
         whole = not entry.terms or (entry.dtype == "float32" and entry.shape == (size,))
         self._require(whole, f"observation {entry.name}", f"float32 ({size},), as its terms are", entry.shape)
@@ -209,16 +233,21 @@ class Manifest:
         if action.kind not in ACTIONS:
             raise UsageError(f"action: no kind {action.kind!r}.{nearest(action.kind, ACTIONS)}")
         self._joints("action", action.joints, known)
+        for low, high in zip(action.low, action.high, strict=False):
+            self._require(low is None or high is None or low <= high, "action.low", "at most action.high", (low, high))
         if not action.kind.startswith("joint"):
             return
-        for name in ("joints", "low", "high", "scale", "offset"):
-            values = getattr(action, name)
-            self._require(action.shape == (len(values),), f"action.{name}", f"{action.shape} of them", len(values))
+        for name in ("joints", "low", "high", "scale", "offset", "lead", "smoothing"):
+            values, optional = getattr(action, name), name in ("lead", "smoothing")
+            right = action.shape == (len(values),) or (optional and not values)
+            self._require(right, f"action.{name}", f"{action.shape} of them", len(values))
+            self._require(not optional or all(v >= 0 for v in values), f"action.{name}", "at least 0", values)
+        self._require(len(set(action.joints)) == len(action.joints), "action.joints", "different", action.joints)
         for joint in (known[name] for name in action.joints):
             if "position" in action.kind:
                 ok = joint.kp > 0 and joint.lower is not None and joint.upper is not None
                 self._require(ok, f"joints[{joint.name}]", "kp above 0 and limits, for positions", joint)
-            self._require(joint.max_effort is not None, f"joints[{joint.name}]", "a largest effort", None)
+            self._require((joint.max_effort or 0) > 0, f"joints[{joint.name}]", "an effort above 0", joint.max_effort)
 
     def _joints(self, what: str, names: tuple[str, ...], known: Mapping[str, Joint]) -> None:
         for name in names:
@@ -241,7 +270,7 @@ class Manifest:
             UsageError: it is no manifest: names the field, what is expected and what came.
         """
         try:
-            tree = json.loads(content, parse_constant=_refused)
+            tree = json.loads(content, parse_constant=_refused, parse_float=_finite, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{where} is no valid JSON: {error}") from None
         if isinstance(tree, dict) and tree.get("format") != FORMAT:
@@ -254,6 +283,20 @@ class Manifest:
 
 def _refused(word: str) -> Any:
     raise ValueError(f"{word} is no number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no number that can be told")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a name stands twice in one object")
+    return out
 
 
 def _read(value: Any, kind: Any, where: str) -> Any:
@@ -283,7 +326,7 @@ def _read(value: Any, kind: Any, where: str) -> Any:
         }
     if dataclasses.is_dataclass(kind):
         return _read_record(value, kind, where)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise UsageError(f"{where} must be a {kind.__name__}, got {_short(value)}")

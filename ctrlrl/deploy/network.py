@@ -22,7 +22,7 @@ from ctrlrl.errors import UsageError
 
 FORMAT = "ctrlrl.network/1"
 DTYPES = ("float32", "int64", "uint8", "bool")
-LARGEST = 2**26
+LARGEST = 2**25
 """Numbers in all results together."""
 
 Attributes = Mapping[str, Any]
@@ -223,8 +223,32 @@ ATTRIBUTES: dict[str, dict[str, str]] = {
 """What each operation has to be told, and of what kind that is: a number, numbers, or one of these words."""
 
 
+ARITIES = {
+    "Gemm": (2, 3),
+    "MatMul": (2, 2),
+    "Conv": (2, 3),
+    "LayerNormalization": (2, 3),
+    "Where": (3, 3),
+    "Gather": (2, 2),
+}
+ARITIES |= dict.fromkeys(BINARY, (2, 2)) | {"Concat": (1, 10_000)}
+"""How many inputs an operation takes, fewest and most; one where nothing is said."""
+
+_FLOAT, _NUMBERS = ("float32",), ("float32", "int64")
+TYPES: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("Relu", "Neg", "Abs", "Sign", "Add", "Sub", "Mul", "Max", "Min", "ArgMax"), _NUMBERS
+)
+TYPES |= dict.fromkeys(("Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"), _NUMBERS)
+TYPES |= dict.fromkeys(("And", "Or", "Not"), ("bool",))
+TYPES |= dict.fromkeys(("Where", "Concat", "Slice", "Reshape", "Transpose", "Expand", "Gather", "Cast"), DTYPES)
+"""What an operation's inputs may be, all of one; float32 where nothing is said."""
+
+
 def _check_attributes(node: Node) -> None:
-    """Raise ValueError unless a node's attributes are those of its operation."""
+    """Raise ValueError unless a node's inputs are as many, and its attributes those, that its operation takes."""
+    fewest, most = ARITIES.get(node.op, (1, 1))
+    if not fewest <= len(node.inputs) <= most:
+        raise ValueError(f"{node.op} takes {fewest} to {most} inputs, got {len(node.inputs)}")
     expected, given = ATTRIBUTES.get(node.op, {}), dict(node.attributes)
     if given.keys() != expected.keys():
         raise ValueError(f"{node.op} has the attributes {sorted(given)}; expected {sorted(expected)}")
@@ -233,15 +257,98 @@ def _check_attributes(node: Node) -> None:
         if kind == "float":
             right = type(value) in (int, float) and abs(value) < 1e30
         elif kind == "int":
-            right = type(value) is int and abs(value) <= LARGEST
+            right = type(value) is int and 0 <= value <= LARGEST
         elif kind == "ints":
-            right = type(value) in (list, tuple) and all(type(n) is int and abs(n) <= LARGEST for n in value)
+            right = type(value) in (list, tuple) and all(type(n) is int and 0 <= n <= LARGEST for n in value)
         else:
             right = value in kind.split()
         if not right:
-            raise ValueError(f"the attribute {name} of {node.op} is {value!r}; expected {kind}")
-    if node.op == "Conv" and any(n > 4096 for part in ("strides", "pads", "dilations") for n in given[part]):
-        raise ValueError("a Conv has strides, pads or dilations above 4096")
+            raise ValueError(f"the attribute {name} of {node.op} is {value!r}; expected {kind}, none below 0")
+
+
+def _check_shapes(node: Node, inputs: list[Array], fixed: list[bool]) -> int:
+    """How many numbers a node's result has, and what it needs on the way, at most; `fixed`: which inputs are constants.
+
+    Shapes and attributes are held to one way of writing things, so that programs printed from them stay within their
+    arrays whatever a file says.
+
+    Raises:
+        ValueError: a shape, an axis or a type is not as the operation has it.
+    """
+    a, x = node.attributes, inputs[0]
+
+    def require(ok: bool, rule: str) -> None:
+        if not ok:
+            raise ValueError(f"{node.op} of {[(v.dtype.name, v.shape) for v in inputs]} {dict(a)}: {rule}")
+
+    kinds = {value.dtype.name for value in (inputs[1:] if node.op == "Where" else inputs)}
+    if node.op == "Gather":
+        kinds = {x.dtype.name}
+        require(inputs[1].dtype == np.int64 and fixed[1], "the index must be a constant")
+    allowed = TYPES.get(node.op, _FLOAT)
+    require(len(kinds) == 1 and kinds <= set(allowed), f"inputs must be of one type of {', '.join(allowed)}")
+    if node.op == "Where":
+        require(x.dtype == np.bool_, "the condition must be of bool")
+    if "axis" in a:
+        require(0 <= a["axis"] < x.ndim, f"there is no axis {a['axis']}")
+    if "axes" in a:
+        require(sorted(set(a["axes"])) == list(a["axes"]) and all(n < x.ndim for n in a["axes"]), "axes must ascend")
+    size: int = max(x.size, 1)
+    if node.op in BINARY or node.op == "Where":
+        size = math.prod(np.broadcast_shapes(*(value.shape for value in inputs)))
+    elif node.op == "Concat":
+        size = sum(value.size for value in inputs)
+    elif node.op == "Slice":
+        n = x.shape[a["axis"]]
+        require(a["start"] <= a["stop"] <= n and a["step"] >= 1, f"a part of {n} must lie within it")
+    elif node.op == "Reshape":
+        require(math.prod(a["shape"]) == x.size, f"{x.size} numbers make no {a['shape']}")
+    elif node.op == "Transpose":
+        require(sorted(a["perm"]) == list(range(x.ndim)), "perm must name each axis once")
+    elif node.op == "Expand":
+        size = math.prod(np.broadcast_shapes(x.shape, tuple(a["shape"])))
+        require(size == math.prod(a["shape"]), "the shape must be the whole one")
+    elif node.op == "Gather":
+        n = x.shape[a["axis"]]
+        require(bool(((inputs[1] >= 0) & (inputs[1] < n)).all()), f"an index is not within {n}")
+        size = int(x.size // max(n, 1) * inputs[1].size)
+    elif node.op == "Gemm":
+        weight = inputs[1]
+        require(x.ndim == 2 and weight.ndim == 2 and all(fixed[1:]), "weight and bias must be constants, x a matrix")
+        require(x.shape[1] == weight.shape[1], "x and weight do not fit")
+        require(len(inputs) < 3 or inputs[2].shape == weight.shape[:1], "the bias must have a number for each row")
+        size = int(x.shape[0] * weight.shape[0])
+    elif node.op == "MatMul":
+        y = inputs[1]
+        whole = x.ndim >= 2 and y.ndim >= 2 and x.shape[-1] == y.shape[-2]
+        require(whole, "matrices that fit must be multiplied")
+        size = math.prod(np.broadcast_shapes(x.shape[:-2], y.shape[:-2])) * x.shape[-2] * y.shape[-1]
+    elif node.op == "LayerNormalization":
+        normal = x.shape[a["axis"] :]
+        require(all(v.shape == normal for v in inputs[1:]), f"scale and shift must be {normal}")
+    elif node.op == "Conv":
+        size = _conv_size(a, x, inputs, fixed, require)
+    return size
+
+
+def _conv_size(
+    a: Attributes, x: Array, inputs: list[Array], fixed: list[bool], require: Callable[[bool, str], None]
+) -> int:
+    weight = inputs[1]
+    require(x.ndim == 4 and x.shape[0] == 1 and weight.ndim == 4 and all(fixed[1:]), "x must be (1, C, H, W)")
+    sizes = (len(a["strides"]), len(a["dilations"]), len(a["pads"]))
+    require(sizes == (2, 2, 4), "there must be two strides and dilations, and four pads")
+    require(min(*a["strides"], *a["dilations"]) >= 1 and max(*a["strides"], *a["dilations"]) <= 4096, "up to 4096")
+    require(max(a["pads"]) <= 4096, "pads go up to 4096")
+    group, maps = a["group"], weight.shape[0]
+    require(group >= 1 and maps % group == 0 and weight.shape[1] * group == x.shape[1], "groups do not fit")
+    require(len(inputs) < 3 or inputs[2].shape == (maps,), "the bias must have a number for each map")
+    places = 1
+    for d in (0, 1):
+        room = x.shape[2 + d] + a["pads"][d] + a["pads"][2 + d] - (weight.shape[2 + d] - 1) * a["dilations"][d] - 1
+        require(room >= 0, "the kernel is larger than the picture")
+        places *= room // a["strides"][d] + 1
+    return int(places * max(maps, math.prod(weight.shape[1:]) * group))
 
 
 def run_node(op: str, inputs: list[Array], attributes: Attributes) -> Array:
@@ -319,15 +426,16 @@ class Network:
         total = 0
         with np.errstate(all="ignore"):
             for node in self.nodes:
+                given = [values[name] for name in node.inputs]
+                total += _check_shapes(node, given, [name in self.constants for name in node.inputs])
+                if total > LARGEST:
+                    raise ValueError(f"with {node.op} that makes {node.output!r} there are {total:,} numbers")
                 try:
-                    result = run_node(node.op, [values[name] for name in node.inputs], node.attributes)
+                    result = run_node(node.op, given, node.attributes)
                 except (ValueError, TypeError, IndexError, KeyError, ArithmeticError, MemoryError) as error:
                     raise ValueError(f"{node.op} that makes {node.output!r} cannot be done: {error}") from None
                 if result.dtype.name not in DTYPES:
                     raise ValueError(f"{node.op} that makes {node.output!r} gives {result.dtype}")
-                total += result.size
-                if total > LARGEST:
-                    raise ValueError(f"with {node.op} that makes {node.output!r} there are {total:,} numbers")
                 values[node.output] = result
         return values
 

@@ -10,16 +10,16 @@ from ctrlrl.deploy.manifest import Action, Term
 
 def summary(bundle: Bundle) -> list[str]:
     """Lines that say what a bundle's policy reads and does, how it was trained, and what runs it."""
-    return list(_lines(bundle))
+    return ["".join(c if c.isprintable() else "?" for c in line) for line in _lines(bundle)]
 
 
 def _lines(bundle: Bundle) -> Iterator[str]:
     m = bundle.manifest
     yield f"{bundle.path}: {m.name}, trained on {m.task}" + (f" for the robot {m.robot}" if m.robot else "")
-    if m.evaluation:
-        e = m.evaluation
-        success = f", success {e['success']:.0%}" if "success" in e else ""
-        yield f"return      {e['mean_return']:,.1f} over {e['episodes']} episodes{success}"
+    e = m.evaluation
+    if {"mean_return", "episodes"} <= e.keys():
+        success = f", success {e['success']}" if "success" in e else ""
+        yield f"return      {e['mean_return']} over {e['episodes']} episodes{success}"
     if m.control_dt is not None:
         physics = "" if m.timestep is None else f", physics every {1e3 * m.timestep:g} ms"
         yield f"rate        {1 / m.control_dt:g} actions a second{physics}"
@@ -31,16 +31,19 @@ def _lines(bundle: Bundle) -> Iterator[str]:
     if m.command:
         yield f"command     {'; '.join(m.command)}"
     yield f"action      {_action(m.action)}"
+    if m.gravity_compensated:
+        yield "            the robot carries its own weight"
     for joint in m.joints:
         if joint.driven:
             limits = "without end" if joint.lower is None else f"{joint.lower:g} to {joint.upper:g} {joint.unit}"
             gains = f", kp {joint.kp:g}, kd {joint.kd:g}" if joint.kp else ""
-            yield f"            {joint.name}: {limits}{gains}, effort up to {joint.max_effort:g}"
+            effort = "" if joint.max_effort is None else f", effort up to {joint.max_effort:g}"
+            yield f"            {joint.name}: {limits}{gains}{effort}"
     n = m.network
     why = f" alone: {n.why_not}" if n.why_not else ""
     memory = f", memory {', '.join(n.state)}" if n.state else ""
     yield f"network     {n.dtype}, ONNX opset {n.opset}{memory}; runs with {', '.join(n.runtimes)}{why}"
-    yield f"goldens     reproduced to {n.tolerance:g}" + (", and those of measurements" if m.is_robot else "")
+    yield f"goldens     reproduced to {n.tolerance:g}" + (", and those of measurements" if bundle.measured else "")
 
 
 def _term(term: Term) -> str:
@@ -54,4 +57,5 @@ def _term(term: Term) -> str:
 def _action(action: Action) -> str:
     size = " x ".join(map(str, action.shape)) or "1"
     late = f", {action.delay[0]} to {action.delay[1]} steps late" if action.delay != (0, 0) else ""
-    return f"{size}, {action.kind}{f' ({action.unit})' if action.unit else ''}{late}"
+    smooth = f", followed within {max(action.smoothing):g} s" if any(action.smoothing) else ""
+    return f"{size}, {action.kind}{f' ({action.unit})' if action.unit else ''}{late}{smooth}"

@@ -53,7 +53,7 @@ def read_tensors(content: bytes, where: str) -> dict[str, Array]:
     """
     try:
         return _read(content)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
         raise UsageError(f"{where} is no safetensors file that can be read: {error}") from None
 
 
@@ -75,7 +75,7 @@ def _read(content: bytes) -> dict[str, Array]:
         start, stop = entry["data_offsets"]
         if start != expected or stop - start != math.prod(shape) * dtype.itemsize or stop > len(data):
             raise ValueError(f"{name} of {shape} lies at {start} to {stop}")
-        if entry["dtype"] == "BOOL" and any(value > 1 for value in data[start:stop]):
+        if entry["dtype"] == "BOOL" and (np.frombuffer(data[start:stop], np.uint8) > 1).any():
             raise ValueError(f"{name} is of bool, and has other bytes than 0 and 1")
         out[name] = np.frombuffer(data[start:stop], dtype).reshape(shape)
         expected = stop

@@ -45,6 +45,16 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "Sigmoid": nn.Sigmoid,
     "Softplus": nn.Softplus,
 }
+_NOT_ACTING = (
+    "critic",
+    "actor_target.",
+    "q_net_target.",
+    "value_net.",
+    "mlp_extractor.value_net.",
+    "log_std",
+    "actor.log_std",
+)
+"""What SB3 keeps beside the layers that act."""
 ALLOWED = frozenset(
     {
         ("gymnasium", "Box"),
@@ -81,7 +91,6 @@ class ForeignPolicy(Policy):
         super().__init__()
         self.body, self.kind = body, kind
         self.scaling = ActionScaling(space) if isinstance(space, gym.spaces.Box) else None
-        self.start = int(space.start) if isinstance(space, gym.spaces.Discrete) else 0
         self.clip = float(statistics["clip"]) if statistics else 0.0
         mean = statistics.get("mean", np.zeros(1))
         variance, epsilon = statistics.get("variance", np.ones(1)), statistics.get("epsilon", np.zeros(()))
@@ -98,7 +107,7 @@ class ForeignPolicy(Policy):
             x = ((x - self.mean) * self.scale).clamp(-self.clip, self.clip)
         out = self.body(x)
         if self.kind == "choice":
-            return out.argmax(1) + self.start, {}, {}
+            return out.argmax(1), {}, {}
         assert self.scaling is not None
         if self.kind == "squashed":
             return self.scaling.to_environment(torch.tanh(out)), {}, {}
@@ -132,6 +141,10 @@ def export_sb3(
     data, weights = _read_zip(model)
     observation = _space(data, "observation_space", model)
     action = _space(data, "action_space", model)
+    if isinstance(observation, gym.spaces.Box) and observation.dtype == np.uint8:
+        raise UsageError(f"{model} observes pictures, {observation}; export it as ONNX instead")
+    if isinstance(action, gym.spaces.Discrete) and action.start:
+        raise UsageError(f"{model} has actions from {action.start} on; those of Stable-Baselines3 count from 0")
     if not isinstance(observation, gym.spaces.Box):
         raise UsageError(f"{model} observes {observation}; only policies of one Box are read")
     statistics = {} if vec_normalize is None else _statistics(Path(vec_normalize), observation)
@@ -264,6 +277,9 @@ def _policy(
     else:
         raise UsageError(f"{path} has a policy of another kind: {', '.join(sorted(weights)[:6])}, ...")
     activation = _activation(data, activation, path)
+    acting = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
+    if others := sorted(name for name in weights.keys() - acting if not name.startswith(_NOT_ACTING)):
+        raise UsageError(f"{path} has {', '.join(others[:4])}, which MlpPolicy has not; export it as ONNX instead")
     modules: list[nn.Module] = []
     inputs = math.prod(observation.shape)
     for layer in layers:
@@ -291,7 +307,10 @@ def _numbered(weights: dict[str, Tensor], prefix: str) -> list[str]:
 def _activation(data: dict[str, Any], default: type[nn.Module], path: Path) -> type[nn.Module]:
     """What `policy_kwargs` says, which SB3 writes as text, too."""
     told = data.get("policy_kwargs")
-    text = told.get("activation_fn") if isinstance(told, dict) else None
+    told = told if isinstance(told, dict) else {}
+    if own := [name for name in ("features_extractor_class", "features_extractor_kwargs") if name in told]:
+        raise UsageError(f"{path} has {own[0]}, another way to observe; export it as ONNX instead")
+    text = told.get("activation_fn")
     if text is None:
         return default
     match = re.fullmatch(r"<class 'torch\.nn\.modules\.activation\.(\w+)'>", str(text))
@@ -357,7 +376,10 @@ def export_onnx(model: str | Path, spec: str | Path, out: str | Path) -> Bundle:
     outputs = [entry.name for entry in loaded.graph.output]
     if unknown := sorted(set(manifest.network.state.values()) - set(outputs)):
         raise UsageError(f"{model} has the outputs {', '.join(outputs)}, and no {unknown[0]}, which {spec} names")
-    _rename(loaded, next(name for name in outputs if name not in manifest.network.state.values()))
+    acted = [name for name in outputs if name not in manifest.network.state.values()]
+    if len(acted) != 1:
+        raise UsageError(f"{model} has the outputs {', '.join(outputs)}: beside memory there must be one, the action")
+    _rename(loaded, acted[0])
     shapes = {entry.name: (1, *entry.shape) for entry in manifest.observation}
     try:
         session = onnxruntime.InferenceSession(loaded.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -380,14 +402,17 @@ def export_onnx(model: str | Path, spec: str | Path, out: str | Path) -> Bundle:
 
 
 def _rename(model: Any, former: str) -> None:
-    """Call an output `action`."""
+    """Let the output `former` be called `action`."""
+    import onnx
+
     if former == ACTION:
         return
-    for node in model.graph.node:
-        for part in (node.input, node.output):
-            for i, name in enumerate(part):
-                if name == former:
-                    part[i] = ACTION
+    names = {name for node in model.graph.node for name in (*node.input, *node.output)}
+    if ACTION in names or any(entry.name == ACTION for entry in model.graph.input):
+        raise UsageError(
+            f"the model calls something else {ACTION!r}, which is what its output {former!r} is called here"
+        )
+    model.graph.node.append(onnx.helper.make_node("Identity", [former], [ACTION]))
     for entry in model.graph.output:
         if entry.name == former:
             entry.name = ACTION

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import torch
 from ctrlrl.deploy import bundle as files
 from ctrlrl.deploy.bundle import Bundle, file_entry
 from ctrlrl.deploy.c_source import c_header
-from ctrlrl.deploy.features import READINGS
+from ctrlrl.deploy.features import READINGS, FeatureBuilder, Reading
 from ctrlrl.deploy.lowering import Unsupported, lower
 from ctrlrl.deploy.manifest import Action, Entry, Joint, Manifest, Network, Term
 from ctrlrl.deploy.runtimes import RUNTIMES
@@ -36,6 +37,7 @@ from ctrlrl.errors import UsageError
 from ctrlrl.files import building_site, fsync_folder, write_durably, write_errors_explained
 from ctrlrl.nn.cpu import prepare_cpu
 from ctrlrl.nn.policy import Policy
+from ctrlrl.robots.robot import Robot
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.provenance import describe_source, now
 from ctrlrl.runs.record import Evaluation, load_run
@@ -47,6 +49,9 @@ ROWS, EVERY = 32, 5
 """Goldens of the network, and how many steps lie between two of them."""
 HEADER_GOLDENS = 4
 FEATURE_STEPS = 40
+STATES, STATE_TOLERANCE = 20, 1e-4
+LIMIT_TOLERANCE = 1e-3
+"""rad or m, by which a model file's limits may differ from the description's; as `Robot` allows."""
 SEED = 20_000
 
 
@@ -106,6 +111,7 @@ def export_run(
         command=() if task is None or task.command is None else tuple(task.command.names),
         action=action_of(action, task),
         joints=() if task is None else _joints(task),
+        gravity_compensated=_carried(task),
         network=Network(opset=OPSET, runtimes=("onnx",), state=exported.state),
         provenance={
             "algo": algo,
@@ -158,6 +164,7 @@ def write_bundle(out: Path, manifest: Manifest, model: Any, goldens: Mapping[str
         network = replace(network, why_not=f"{error} is not among the operations of the other runtimes")
     listed = {name: file_entry(content) for name, content in contents.items()}
     contents[files.MANIFEST] = replace(manifest, network=network, files=listed).to_json()
+    contents[files.SEAL] = hashlib.sha256(contents[files.MANIFEST]).hexdigest().encode() + b"\n"
     building = building_site(out)
     try:
         with write_errors_explained(out):
@@ -168,7 +175,7 @@ def write_bundle(out: Path, manifest: Manifest, model: Any, goldens: Mapping[str
         for runtime in opened.manifest.network.runtimes:
             if RUNTIMES[runtime].available():
                 opened.runtime(runtime)  # which replays the goldens
-        if opened.manifest.is_robot:
+        if opened.measured:
             opened.replay_features()
         with write_errors_explained(out):
             if out.exists():
@@ -181,7 +188,11 @@ def write_bundle(out: Path, manifest: Manifest, model: Any, goldens: Mapping[str
 
 def _evaluation(one: Evaluation) -> dict[str, Any]:
     low, high = one.interval
-    told: dict[str, Any] = {"mean_return": one.mean, "episodes": len(one.returns), "seconds_of_training": one.time}
+    told: dict[str, Any] = {
+        "mean_return": round(one.mean, 4),
+        "episodes": len(one.returns),
+        "seconds_of_training": one.time,
+    }
     if math.isfinite(low):
         told["interval"] = [low, high]
     if one.success is not None:
@@ -259,7 +270,27 @@ def action_of(space: gym.Space[Any], task: SimTask | None) -> Action:
         offset=tuple(map(float, effect.offset or [0.0] * count)),
         lead=tuple(map(float, effect.lead)),
         delay=task.action.delay,
+        smoothing=_smoothing(task),
     )
+
+
+def _smoothing(task: SimTask) -> tuple[float, ...]:
+    """Time constants of the filters before the motors, as they were simulated."""
+    model = physics(task)
+    motors = [model.actuator(name).id for name in task.action.names] if task.robot is not None else []
+    filters = (mujoco.mjtDyn.mjDYN_FILTER, mujoco.mjtDyn.mjDYN_FILTEREXACT)
+    seconds = [model.actuator_dynprm[i, 0] if model.actuator_dyntype[i] in filters else 0.0 for i in motors]
+    return tuple(map(float, seconds)) if any(seconds) else ()
+
+
+def _carried(task: SimTask | None) -> bool:
+    """Whether the robot's own weight is compensated in the simulation."""
+    if task is None or task.robot is None:
+        return False
+    model = physics(task)
+    base = model.body(task.robot.base).id
+    own = [i for i in range(model.nbody) if model.body_rootid[i] == model.body_rootid[base]]
+    return bool(own) and all(model.body_gravcomp[i] == 1 for i in own)
 
 
 def _joints(task: SimTask) -> tuple[Joint, ...]:
@@ -340,17 +371,21 @@ def feature_goldens(task: SimTask, manifest: Manifest, policy: Policy) -> dict[s
     """
     plain = quiet(task)
     env = SimVector(plain, BatchSim(physics(plain), 1, 1))
+    require_gains(env.sim.model, manifest)
+    require_measures(env, plain, manifest)
     group = "policy" if "policy" in plain.observations else next(iter(plain.observations))
     terms = plain.observations[group]
     out: dict[str, list[Array]] = {}
 
     def keep(name: str, value: Any) -> None:
-        out.setdefault(f"features/{name}", []).append(np.array(value, np.float64).ravel())
+        plain_value = value.tolist() if isinstance(value, torch.Tensor) else value
+        out.setdefault(f"features/{name}", []).append(np.array(plain_value, np.float64).ravel())
 
     w = env.world
     w.field("xquat")  # from the first step on
     obs, state = env.reset(SEED), policy.initial_state(1)
     base = 0 if task.robot is None else index_of(env.sim.model, mujoco.mjtObj.mjOBJ_BODY, task.robot.base)
+    motors = [env.sim.model.actuator(name).id for name in manifest.action.joints]  # of our robots, named as joints
     names = [joint.name for joint in manifest.joints]
     order = [list(task.joints).index(name) for name in names]
     for _ in range(FEATURE_STEPS):
@@ -376,5 +411,94 @@ def feature_goldens(task: SimTask, manifest: Manifest, policy: Policy) -> dict[s
             for kept in out.values():
                 del kept[len(out["features/control"]) :]
             break
-        keep("control", w.live("ctrl")[0, : len(manifest.action.joints)])
+        keep("control", w.live("ctrl")[0, motors])
     return {name: np.stack(values) for name, values in out.items()}
+
+
+def require_gains(model: mujoco.MjModel, manifest: Manifest) -> None:
+    """Compare the motors and limits that were simulated with what the manifest says of them.
+
+    Raises:
+        UsageError: a gain, a limit or an effort is another; names the joint and both numbers.
+    """
+    for joint in (joint for joint in manifest.joints if joint.driven):
+        motor = model.actuator(joint.name).id
+        position = "position" in manifest.action.kind
+        kp, kd = (model.actuator_gainprm[motor, 0], -model.actuator_biasprm[motor, 2]) if position else (0.0, 0.0)
+        low, high = model.jnt_range[model.joint(joint.name).id]
+        pairs: dict[str, tuple[float | None, float]] = {"kp": (joint.kp, kp), "kd": (joint.kd, kd)}
+        pairs["max_effort"] = (joint.max_effort, model.actuator_forcerange[motor, 1])
+        if position:  # whose targets are kept within what the description says
+            low, high = model.actuator_ctrlrange[motor]
+        if joint.lower is not None:
+            pairs |= {"lower": (joint.lower, low), "upper": (joint.upper, high)}
+        for what, (said, simulated) in pairs.items():
+            if said is None or abs(said - simulated) > 1e-6 * max(1.0, abs(simulated)) + LIMIT_TOLERANCE * (
+                what in "lower upper"
+            ):
+                raise UsageError(f"{what} of {joint.name} is {said} by the robot's description, and was {simulated:g}")
+
+
+def measured(model: mujoco.MjModel, data: mujoco.MjData, robot: Robot, names: Sequence[str]) -> Reading:
+    """What a robot in this state measures, by MuJoCo's own functions and none of the task's."""
+    joints = [model.joint(name) for name in names]
+    base = model.body(robot.base).id
+    moves = np.zeros(6)
+    mujoco.mj_objectVelocity(model, data, mujoco.mjtObj.mjOBJ_XBODY, base, moves, 1)
+    others = {"angular velocity": moves[:3], "linear velocity": moves[3:], "orientation": data.xquat[base].copy()}
+    kind, _, name = robot.frames.get("tool", "").partition(":")
+    if kind == "site":
+        others["tool position"] = data.xmat[base].reshape(3, 3).T @ (data.site(name).xpos - data.xpos[base])
+    position = np.array([data.qpos[joint.qposadr[0]] for joint in joints])
+    return Reading(list(names), position, np.array([data.qvel[joint.dofadr[0]] for joint in joints]), others)
+
+
+def require_measures(env: SimVector, task: SimTask, manifest: Manifest) -> None:
+    """Put the robot into states drawn at random, and compare what the task observes with what the controller makes of
+    measurements that are taken without the task: frames, signs, joints.
+
+    Raises:
+        UsageError: a term is not what its `Measure` says.
+    """
+    assert task.robot is not None
+    model, data, w = env.sim.model, mujoco.MjData(env.sim.model), env.world
+    names = [joint.name for joint in manifest.joints]
+    entry = manifest.observation[0]
+    group = task.observations["policy" if "policy" in task.observations else next(iter(task.observations))]
+    random, rows = np.random.default_rng(0), torch.ones(1, dtype=torch.bool)
+    env.reset(SEED)
+    for _ in range(STATES):
+        data.qpos[:], data.qvel[:] = w.home.numpy(), random.normal(scale=0.5, size=model.nv)
+        for joint in names:
+            data.qpos[model.joint(joint).qposadr[0]] += random.uniform(-0.2, 0.2) * (model.joint(joint).type[0] == 3)
+        if task.robot.base_height is not None:
+            start = model.jnt_qposadr[model.body_jntadr[model.body(task.robot.base).id]] + 3
+            turn = random.normal(size=4)
+            data.qpos[start : start + 4] = turn / np.linalg.norm(turn)
+        w.live("qpos")[0], w.live("qvel")[0] = torch.from_numpy(data.qpos.copy()), torch.from_numpy(data.qvel.copy())
+        env.sim.forward(rows)
+        w.refresh()
+        mujoco.mj_forward(model, data)
+        reading = measured(model, data, task.robot, names)
+        given = {n: t.of(w)[0].double().numpy() for n, t in group.items() if t.measure and t.measure.what == "given"}
+        reading = replace(reading, others={**reading.others, **given})
+        builder = FeatureBuilder(manifest, names)
+        builder.reset(reading)
+        builder.command[:] = w.command[0].double().numpy()
+        made, at = builder.observe(reading)[entry.name][0], 0
+        for term in entry.terms:
+            ours = made[at : at + term.size]
+            at += term.size * term.history
+            if term.measure in (
+                "last action",
+                "gait clock",
+                "joint lead",
+            ):  # what was before, of which there is nothing
+                continue
+            theirs = group[term.name].of(w)[0].numpy()
+            if not np.abs(ours - theirs).max() <= STATE_TOLERANCE + term.resolution:
+                raise UsageError(
+                    f"the term {term.name} is said to be {term.measure} {term.frame and f'({term.frame})'}: by that a "
+                    f"controller would observe {ours.round(4).tolist()}, and the task observes "
+                    f"{theirs.round(4).tolist()}"
+                )

@@ -101,7 +101,8 @@ def _meaning(config: TrainConfig, data: Dataset | dict[str, Any] | None) -> _Mea
     if isinstance(data, Dataset):
         scale = reward_scale(data, sampling)
     else:
-        scale = (data or {}).get("rewards", {}).get("scale", sampling.reward_scale)
+        by_range = getattr(sampling, "return_range", None) is not None  # a scale that older runs did not write down
+        scale = (data or {}).get("rewards", {}).get("scale", math.nan if by_range else sampling.reward_scale)
     gamma = getattr(config.agent, "gamma", None)  # type: ignore[attr-defined]
     return _Meaning(gamma, sampling.reward_shift, scale)
 
