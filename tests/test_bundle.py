@@ -458,3 +458,45 @@ def test_the_page_runs(whole: Path, rig: Bundle, tmp_path: Path, monkeypatch: An
     code = blocks[1].replace("builder.command[:] = [0.5, 0, 0]", "builder.command[:] = []")  # a rig is told nothing
     exec(compile(code, "bundle.md", "exec"), names)
     assert names["targets"].shape == (1,) and abs(names["targets"][0]) <= 10
+
+
+CONTRADICTIONS: dict[str, tuple[Any, str]] = {
+    "vector of two": (edit(observation__0__terms__0__measure="base up"), "policy/place must be of 3 numbers"),
+    "unknown measure": (edit(observation__0__terms__0__measure="joint torque"), "no measure 'joint torque'"),
+    "unknown joint": (
+        edit(observation__0__terms__0__joints=["cart"]),
+        "names the joint 'cart'; the manifest has slider",
+    ),
+    "command": (edit(observation__0__terms__4__measure="command"), "policy/last action must be of 0 numbers"),
+    "select": (edit(observation__0__terms__0__select=[7]), "a choice of 0 numbers of the command"),
+    "offset": (edit(observation__0__terms__0__offset=[1.0, 2.0]), "an offset for each number"),
+    "size": (edit(observation__0__shape=[7]), r"observation policy must be float32 \(18,\)"),
+    "no clock": (edit(observation__0__terms__2__measure="gait clock", control_dt=None), "a clock with a frequency"),
+    "scale": (edit(action__scale=[1.0, 2.0]), r"action.scale must be \(1,\) of them"),
+    "lead": (edit(action__lead=[-1.0]), "action.lead must be at least 0"),
+    "bounds": (edit(action__low=[2.0]), "action.low must be at most action.high"),
+    "effort": (edit(joints__0__max_effort=-5.0), "an effort above 0"),
+    "no effort": (edit(joints__0__max_effort=None), "an effort above 0"),
+    "default": (edit(joints__0__default=3.0), "a default within its limits"),
+    "same name": (edit(joints__1__name="slider"), "joints must be of different names"),
+    "tolerance": (edit(network__tolerance=1e30), "network.tolerance must be above 0 and at most 0.01"),
+    "runtime": (edit(network__runtimes=["gpu"]), "some of onnx, numpy and c"),
+    "position without gains": (edit(action__kind="joint position offset"), "kp above 0 and limits"),
+    "large": (edit(control_dt=10**400), "manifest.control_dt must be a float"),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_manifest_that_contradicts_itself_is_refused(name: str, rig: Bundle, tmp_path: Path) -> None:
+    change, message = CONTRADICTIONS[name]
+    with pytest.raises(UsageError, match=message):
+        Bundle.open(altered(rig.path, tmp_path / "b", change, sealed=True))
+
+
+def test_numbers_that_are_none_and_names_that_stand_twice_are_refused() -> None:
+    for text, message in (
+        ('{"format": "ctrlrl.bundle/1", "format": "x"}', "a name stands twice"),
+        ('{"format": "ctrlrl.bundle/1", "provenance": {"a": 1e999}}', "1e999 is no number that can be told"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Manifest.from_json(text.encode(), "manifest.json")

@@ -24,6 +24,7 @@ sb3 = pytest.importorskip("stable_baselines3")
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
+from stable_baselines3.common.torch_layers import FlattenExtractor  # noqa: E402
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize  # noqa: E402
 
 from ctrlrl.training.export_foreign import export_onnx, export_sb3  # noqa: E402
@@ -68,6 +69,13 @@ def test_models_act_as_in_stable_baselines3(kind: str, tmp_path: Path, capsys: A
         expected, _ = model.predict(own, deterministic=True)
         for actor in actors:
             np.testing.assert_allclose(actor.act(seen), expected, atol=1e-5)
+
+
+class Doubling(FlattenExtractor):
+    """Without weights, so that no layer tells of it."""
+
+    def forward(self, observations: Any) -> Any:
+        return 2 * super().forward(observations)
 
 
 class Evil:
@@ -123,6 +131,10 @@ def test_other_policies_are_named(tmp_path: Path) -> None:
     model.save(tmp_path / "sde.zip")
     with pytest.raises(UsageError, match="gSDE"):
         export_sb3(tmp_path / "sde.zip", tmp_path / "b")
+    doubling = {"policy_kwargs": {"features_extractor_class": Doubling}}
+    sb3.PPO("MlpPolicy", "Pendulum-v1", device="cpu", n_steps=32, **doubling).save(tmp_path / "doubling.zip")
+    with pytest.raises(UsageError, match="has features_extractor_class, another way to observe"):
+        export_sb3(tmp_path / "doubling.zip", tmp_path / "b")
     _, _, path = saved("a2c", tmp_path, normalize=False)
     other = DummyVecEnv([lambda: gym.make("CartPole-v1")])
     VecNormalize(other).save(str(tmp_path / "other.pkl"))
