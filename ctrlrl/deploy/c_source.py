@@ -26,6 +26,8 @@ from ctrlrl.deploy.tensors import Array
 
 TYPES = {"float32": "float", "int64": "int64_t", "uint8": "uint8_t", "bool": "uint8_t"}
 FLOATS_PER_LINE = 12
+LARGEST = 2**22
+"""Weights, which a compiler takes about half a minute for."""
 
 _UNARY = {
     "Relu": "x < 0 ? 0 : x",  # what is NaN stays so
@@ -120,7 +122,12 @@ def c_header(
         name: what its functions and types begin with.
         title: a line of comment.
         goldens: inputs and outputs for `NAME_check`.
+
+    Raises:
+        NotImplementedError: there is no C for one of its operations, or it is too large.
     """
+    if sum(value.size for value in network.constants.values()) > LARGEST:
+        raise NotImplementedError(f"a network of more than {LARGEST:,} weights")
     return _Source(network, identifier(name), title).header(goldens)
 
 

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from ctrlrl.deploy.bundle import Bundle
 
 
+COMPILE_SECONDS = 300
+
+
 class Runtime(ABC):
     """Runs a network."""
 
@@ -155,7 +158,10 @@ def _compiled(network: Network) -> Path:
     """A library with `ctrlrl_run(input, output)`, compiled for this machine."""
     from ctrlrl.deploy.c_source import c_header
 
-    header = c_header(network, "policy")
+    try:
+        header = c_header(network, "policy")
+    except NotImplementedError as error:
+        raise UsageError(f"there is no C for {error}; take the runtime onnx or numpy") from None
     program = (
         '#include "policy.h"\nstatic policy_memory memory;\n'
         "void ctrlrl_run(const policy_input *in, policy_output *out) { policy_run(in, out, &memory); }\n"
@@ -166,12 +172,13 @@ def _compiled(network: Network) -> Path:
         (folder / "policy.c").write_text(program)
         library = folder / f"policy-{hashlib.sha256(header.encode()).hexdigest()[:12]}.so"
         command = [str(_compiler()), "-std=c99", "-O3", "-march=native", "-shared", "-fPIC"]
-        done = subprocess.run(
-            [*command, str(folder / "policy.c"), "-o", str(library), "-lm"], capture_output=True, text=True, check=False
-        )
+        command += [str(folder / "policy.c"), "-o", str(library), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=COMPILE_SECONDS)
         if done.returncode:
             raise UsageError(f"the C compiler failed: {done.stderr[-1000:]}")
         loaded = library.rename(folder.with_suffix(".so"))
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"the C compiler took more than {COMPILE_SECONDS} s; take the runtime onnx or numpy") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return loaded
