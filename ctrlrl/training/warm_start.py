@@ -33,6 +33,7 @@ from ctrlrl.training.setup import read_config, read_provenance, step_of
 from ctrlrl.training.spaces import alike
 
 CRITICS_KEPT, VALUE_KEPT = "critics: as they were", "V: as it was"
+LARGE_ALPHA = 0.01
 STANDARD_DEVIATION = 0.1
 """Of the actions in [-1, 1] of a policy that had none, before tanh."""
 
@@ -188,6 +189,11 @@ def _values(agent: ReplayAgent, state: dict[str, Any], former: _Meaning, own: _M
         with torch.no_grad():
             agent.log_alpha.copy_(state["log_alpha"])
         notes.append("temperature: as it was")
+    elif hasattr(agent, "log_alpha") and (alpha := float(agent.log_alpha.exp())) > LARGE_ALPHA:
+        notes.append(
+            f"temperature: new, {alpha:g}, which may make the policy random before it falls; --agent.initial-alpha "
+            f"{LARGE_ALPHA} is what a policy that is good already needs"
+        )
     return notes
 
 
