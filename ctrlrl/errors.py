@@ -11,6 +11,10 @@ class CtrlrlError(Exception):
 
     exit_code = 2
 
+    def __init__(self, message: str = "") -> None:
+        # What came from a file may have half of a pair of surrogates in it, which cannot be printed.
+        super().__init__(message.encode("utf-8", "backslashreplace").decode())
+
 
 class UsageError(CtrlrlError):
     """Bad input: says what was expected, what came, where it came from and what to do."""

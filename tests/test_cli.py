@@ -19,6 +19,7 @@ import pytest
 import tests.standins  # noqa: F401  (registers ctrlrl-test/...)
 from ctrlrl import files
 from ctrlrl.cli.main import run as ctrlrl_command
+from ctrlrl.errors import UsageError
 from ctrlrl.runs.folder import RunFolder
 
 MESSAGES = Path(__file__).parent / "messages"
@@ -394,3 +395,10 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(folder):
     assert process.returncode == 130
     assert f"Go on with: ctrlrl resume {run}" in err
     assert RunFolder(run).step_checkpoints()
+
+
+def test_messages_with_half_a_character_can_be_printed(capsys):
+    """JSON may hold them (`"\\ud800"`), and so may what a file calls its columns."""
+    assert "no command '\\ud800'" in str(UsageError("no command '\ud800'"))
+    assert ctrlrl_command(["\ud800"]) == 2
+    assert "\\ud800" in capsys.readouterr().err
