@@ -38,6 +38,15 @@ def building_site(path: Path) -> Path:
     return path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
+def put_in_place(building: Path, path: Path) -> None:
+    """Give what was made at a `building_site` its name, at which there may be an empty folder."""
+    with write_errors_explained(path):
+        if path.exists():
+            path.rmdir()
+        os.rename(building, path)
+        fsync_folder(path.resolve().parent)
+
+
 def fsync_folder(path: Path) -> None:
     """Make renames inside `path` survive a power failure."""
     handle = os.open(path, os.O_RDONLY)

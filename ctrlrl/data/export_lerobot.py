@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -36,7 +35,7 @@ from ctrlrl.data.importers.lerobot_meta import INFO, OURS
 from ctrlrl.data.store import Column, Dataset, Episode
 from ctrlrl.envs.worker import describe_action_space, describe_observation_space
 from ctrlrl.errors import UsageError
-from ctrlrl.files import building_site, fsync_folder, write_durably, write_errors_explained
+from ctrlrl.files import building_site, put_in_place, write_durably, write_errors_explained
 
 Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
@@ -133,11 +132,7 @@ def export(dataset: Dataset, out: Path, *, fps: float | None = None, robot_type:
         written = _Written()
         _write_rows(dataset, building, rate, observed, columns, written)
         _write_meta(dataset, building, rate, robot_type, observed, columns, written, keep_period=fps is None)
-        with write_errors_explained(out):
-            if out.exists():
-                out.rmdir()
-            os.rename(building, out)
-            fsync_folder(out.resolve().parent)
+        put_in_place(building, out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

@@ -17,12 +17,12 @@ from ctrlrl.deploy.tensors import Array
 from ctrlrl.errors import UsageError
 
 READINGS = {
-    "base linear velocity": ("linear velocity", 3),
-    "base angular velocity": ("angular velocity", 3),
-    "base up": ("orientation", 4),
-    "tool position": ("tool position", 3),
+    "base linear velocity": "linear velocity",
+    "base angular velocity": "angular velocity",
+    "base up": "orientation",
+    "tool position": "tool position",
 }
-"""What of a reading a measure needs, and how many numbers that is. An orientation is a quaternion, w first."""
+"""What of a reading a measure needs. An orientation is a quaternion, w first."""
 
 
 @dataclass
@@ -68,7 +68,7 @@ def require_readable(manifest: Manifest, joints: Sequence[str], others: Sequence
     """
     require_joints(manifest, joints)
     wanted = [
-        READINGS[term.measure][0] if term.measure in READINGS else term.name
+        READINGS.get(term.measure, term.name)
         for entry in manifest.observation
         for term in entry.terms
         if term.measure in READINGS or term.measure == "given"
@@ -207,9 +207,6 @@ class FeatureBuilder:
 class _TermBuilder:
     def __init__(self, term: Term, place: Mapping[str, int]) -> None:
         self.term = term
-        missing = [name for name in term.joints if name not in place]
-        if missing:
-            raise UsageError(f"the robot has no joint {missing[0]}, which {term.name} needs; it has {', '.join(place)}")
         self._at = np.array([place[name] for name in term.joints], np.int64)
         self._offset = np.array(term.offset or [0.0] * term.size)
         self._past = np.zeros((term.history, term.size))
@@ -244,7 +241,7 @@ class _TermBuilder:
         if term.measure == "base up":
             return up_in_base(np.asarray(reading.others["orientation"], np.float64))
         if term.measure in READINGS:
-            return np.asarray(reading.others[READINGS[term.measure][0]], np.float64)
+            return np.asarray(reading.others[READINGS[term.measure]], np.float64)
         if term.measure == "given":
             return np.asarray(reading.others[term.name], np.float64)
         if term.measure == "last action":

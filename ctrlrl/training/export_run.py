@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,7 +33,7 @@ from ctrlrl.envs.spec import SimTask
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.envs.world import index_of
 from ctrlrl.errors import UsageError
-from ctrlrl.files import building_site, fsync_folder, write_durably, write_errors_explained
+from ctrlrl.files import building_site, put_in_place, write_durably, write_errors_explained
 from ctrlrl.nn.cpu import prepare_cpu
 from ctrlrl.nn.policy import Policy
 from ctrlrl.robots.robot import Robot
@@ -171,17 +170,11 @@ def write_bundle(out: Path, manifest: Manifest, model: Any, goldens: Mapping[str
             building.mkdir(parents=True)
         for name, content in contents.items():
             write_durably(building / name, content)
-        opened = Bundle.open(building)
+        opened = Bundle.open(building)  # which replays the goldens of measurements
         for runtime in opened.manifest.network.runtimes:
             if RUNTIMES[runtime].available():
-                opened.runtime(runtime)  # which replays the goldens
-        if opened.measured:
-            opened.replay_features()
-        with write_errors_explained(out):
-            if out.exists():
-                out.rmdir()
-            os.rename(building, out)
-            fsync_folder(out.resolve().parent)
+                opened.runtime(runtime)  # and this those of the network
+        put_in_place(building, out)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
@@ -398,7 +391,7 @@ def feature_goldens(task: SimTask, manifest: Manifest, policy: Policy) -> dict[s
             if term.measure.what == "base up":
                 keep("others/orientation", w.field("xquat")[0, base])
             elif term.measure.what in READINGS:
-                keep(f"others/{READINGS[term.measure.what][0]}", term.of(w)[0])
+                keep(f"others/{READINGS[term.measure.what]}", term.of(w)[0])
             elif term.measure.what == "given":
                 keep(f"others/{label}", term.of(w)[0])
         keep(f"observation/{manifest.observation[0].name}", own[0])
