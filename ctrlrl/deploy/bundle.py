@@ -51,8 +51,8 @@ class Bundle:
         manifest: what it says.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> None:
-        self.path, self.manifest, self._contents = path, manifest, dict(contents)
+    def __init__(self, path: Path, manifest: Manifest, raw: bytes, contents: Mapping[str, bytes]) -> None:
+        self.path, self.manifest, self._raw, self._contents = path, manifest, raw, dict(contents)
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
@@ -83,10 +83,15 @@ class Bundle:
             found = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             if found != entry:
                 raise UsageError(f"{path / name} was altered: it is {found}, and the manifest says {entry}")
-        opened = cls(path, manifest, contents)
+        opened = cls(path, manifest, raw, contents)
         if opened.measured:
             opened.replay_features()
         return opened
+
+    @property
+    def seal(self) -> str:
+        """The checksum of its manifest, and so of all that is in it."""
+        return hashlib.sha256(self._raw).hexdigest()
 
     def content(self, name: str) -> bytes:
         """The bytes of one of its files, as they were when it was opened."""

@@ -269,16 +269,25 @@ class Manifest:
         Raises:
             UsageError: it is no manifest: names the field, what is expected and what came.
         """
-        try:
-            tree = json.loads(content, parse_constant=_refused, parse_float=_finite, object_pairs_hook=_once)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{where} is no valid JSON: {error}") from None
+        tree = parse_json(content, where)
         if isinstance(tree, dict) and tree.get("format") != FORMAT:
             raise UsageError(f"{where}: its format is {tree.get('format')!r}, and this version reads {FORMAT!r}")
         try:
-            return _read(tree, cls, "manifest")  # type: ignore[no-any-return]
+            return read_strictly(tree, cls, "manifest")  # type: ignore[no-any-return]
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
+
+
+def parse_json(content: bytes, where: str) -> Any:
+    """JSON without what it leaves open: names that stand twice, NaN, infinities; `where` names it in errors.
+
+    Raises:
+        UsageError: it is no such JSON.
+    """
+    try:
+        return json.loads(content, parse_constant=_refused, parse_float=_finite, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where} is no valid JSON: {error}") from None
 
 
 def _refused(word: str) -> Any:
@@ -299,8 +308,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _read(value: Any, kind: Any, where: str) -> Any:
-    """`value` as `kind`: a dataclass, a tuple, a dict, a literal, or a plain type."""
+def read_strictly(value: Any, kind: Any, where: str) -> Any:
+    """`value`, as JSON has it, as `kind`: a dataclass, a tuple, a dict, a literal, or a plain type.
+
+    Raises:
+        UsageError: it is none, or has a field that `kind` has not; `where` names what was read.
+    """
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         if value in arguments and type(value) is str:
@@ -309,20 +322,23 @@ def _read(value: Any, kind: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None:
             return None
-        return _read(value, next(a for a in arguments if a is not type(None)), where)
+        return read_strictly(value, next(a for a in arguments if a is not type(None)), where)
     if origin is tuple:
         if not isinstance(value, list):
             raise UsageError(f"{where} must be a list, got {_short(value)}")
         if arguments[-1] is not Ellipsis:
             if len(value) != len(arguments):
                 raise UsageError(f"{where} must have {len(arguments)} entries, got {len(value)}")
-            return tuple(_read(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, arguments, strict=True)))
-        return tuple(_read(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
+            return tuple(
+                read_strictly(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, arguments, strict=True))
+            )
+        return tuple(read_strictly(v, arguments[0], f"{where}[{i}]") for i, v in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
             raise UsageError(f"{where} must be an object, got {_short(value)}")
         return {
-            name: v if arguments[1] is Any else _read(v, arguments[1], f"{where}.{name}") for name, v in value.items()
+            name: v if arguments[1] is Any else read_strictly(v, arguments[1], f"{where}.{name}")
+            for name, v in value.items()
         }
     if dataclasses.is_dataclass(kind):
         return _read_record(value, kind, where)
@@ -348,7 +364,7 @@ def _read_record(value: Any, kind: Any, where: str) -> Any:
     ]
     if missing:
         raise UsageError(f"{where} lacks {', '.join(missing)}")
-    return kind(**{name: _read(v, hints[name], f"{where}.{name}") for name, v in value.items()})
+    return kind(**{name: read_strictly(v, hints[name], f"{where}.{name}") for name, v in value.items()})
 
 
 def _short(value: object) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ import torch
 from ctrlrl.deploy import bundle as files
 from ctrlrl.deploy.bundle import Bundle, file_entry
 from ctrlrl.deploy.c_source import c_header
-from ctrlrl.deploy.features import READINGS, FeatureBuilder, Reading
+from ctrlrl.deploy.features import READINGS, FeatureBuilder
 from ctrlrl.deploy.lowering import Unsupported, lower
 from ctrlrl.deploy.manifest import Action, Entry, Joint, Manifest, Network, Term
 from ctrlrl.deploy.runtimes import RUNTIMES
+from ctrlrl.deploy.simulated import measured
 from ctrlrl.deploy.tensors import Array, write_tensors
 from ctrlrl.deploy.to_onnx import ACTION, BARE, OPSET, Exported, as_inputs, to_onnx
 from ctrlrl.envs.sim import BatchSim
@@ -36,7 +37,6 @@ from ctrlrl.errors import UsageError
 from ctrlrl.files import building_site, put_in_place, write_durably, write_errors_explained
 from ctrlrl.nn.cpu import prepare_cpu
 from ctrlrl.nn.policy import Policy
-from ctrlrl.robots.robot import Robot
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.provenance import describe_source, now
 from ctrlrl.runs.record import Evaluation, load_run
@@ -430,20 +430,6 @@ def require_gains(model: mujoco.MjModel, manifest: Manifest) -> None:
                 what in "lower upper"
             ):
                 raise UsageError(f"{what} of {joint.name} is {said} by the robot's description, and was {simulated:g}")
-
-
-def measured(model: mujoco.MjModel, data: mujoco.MjData, robot: Robot, names: Sequence[str]) -> Reading:
-    """What a robot in this state measures, by MuJoCo's own functions and none of the task's."""
-    joints = [model.joint(name) for name in names]
-    base = model.body(robot.base).id
-    moves = np.zeros(6)
-    mujoco.mj_objectVelocity(model, data, mujoco.mjtObj.mjOBJ_XBODY, base, moves, 1)
-    others = {"angular velocity": moves[:3], "linear velocity": moves[3:], "orientation": data.xquat[base].copy()}
-    kind, _, name = robot.frames.get("tool", "").partition(":")
-    if kind == "site":
-        others["tool position"] = data.xmat[base].reshape(3, 3).T @ (data.site(name).xpos - data.xpos[base])
-    position = np.array([data.qpos[joint.qposadr[0]] for joint in joints])
-    return Reading(list(names), position, np.array([data.qvel[joint.dofadr[0]] for joint in joints]), others)
 
 
 def require_measures(env: SimVector, task: SimTask, manifest: Manifest) -> None:

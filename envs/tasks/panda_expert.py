@@ -5,7 +5,7 @@ and damped least squares (Nakamura and Hanafusa 1986) from where the tool should
 remember nothing: the phase of a grasp (above, down, close, carry) is read off the observation, so that they go on from
 any state, after a cube has slipped or another policy has acted.
 
-In 100 episodes from seed 0 (`scripts/panda_expert.py`) they always succeed: mean return 60.3 for PandaLift-v0, -43.0
+In 100 episodes from seed 0 (`scripts/experts.py`) they always succeed: mean return 60.3 for PandaLift-v0, -43.0
 with the sparse reward, and 8.7 for PandaReach-v0, -11.7 with the sparse one.
 
     env = make_env("PandaLift-v0", num_envs=100)

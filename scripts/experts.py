@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""What the Panda's scripted experts reach: one episode in each of N environments, for several amounts of noise.
+"""What the scripted experts reach: one episode in each of N environments, for several amounts of noise.
 
-    python scripts/panda_expert.py PandaLift-v0 --noise 0 0.5 1
-    python scripts/panda_expert.py PandaLift-v0 --noise 0.5 --episodes 50 --out data/lift     # demonstrations
+    python scripts/experts.py PandaLift-v0 --noise 0 0.5 1
+    python scripts/experts.py PandaLift-v0 --noise 0.5 --episodes 50 --out data/lift     # demonstrations
 
 with the interpreter of .venv. The table has the share of successes, and mean and least return. With --out the episodes,
 as many for each amount of noise, become a dataset, whose scores are relative to random actions and to no noise.
@@ -14,16 +14,21 @@ import argparse
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))  # where ctrlrl is not installed
 
+import numpy as np
 import torch
 
 from ctrlrl.data.store import Column, DatasetWriter
 from ctrlrl.envs.make import make_env
-from ctrlrl.envs.tasks.panda_expert import PandaExpert, expert
+from ctrlrl.envs.sim_vector import SimVector
+from ctrlrl.envs.tasks.panda_expert import expert
+from ctrlrl.envs.tasks.swing_up_expert import SwingUpExpert
+from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import CtrlrlError
 from ctrlrl.nn.policy import Policy
 from ctrlrl.training.collect import RandomPolicy, played
@@ -31,14 +36,25 @@ from ctrlrl.training.evaluation import evaluate, evaluation_seeds
 
 
 class Scripted(Policy):
-    """The expert where a policy is expected."""
+    """The expert of an environment, with uniform noise of half width `noise` on its actions in [-1, 1].
 
-    def __init__(self, expert: PandaExpert) -> None:
+    Raises:
+        UsageError: there is none for it.
+    """
+
+    def __init__(self, env: VectorEnv, noise: float = 0.0, seed: int = 0) -> None:
         super().__init__()
-        self._expert = expert
+        self._noise, self._generator = 0.0, torch.Generator().manual_seed(seed)
+        self._expert: Callable[[torch.Tensor], torch.Tensor]
+        if isinstance(env, SimVector) and "SwingUp-" in env.name:
+            self._expert, self._noise = SwingUpExpert(env.task), noise
+        else:
+            self._expert = expert(env, noise=noise, seed=seed)
 
     def act(self, obs: Any, state: Any = None, *, explore: bool = False) -> Any:
-        return self._expert(obs), {}, {}
+        action = self._expert(obs["policy"] if isinstance(obs, dict) else obs)
+        drawn = 2 * torch.rand(action.shape, generator=self._generator) - 1
+        return (action + self._noise * drawn).clamp(-1, 1), {}, {}
 
 
 def record(env_id: str, options: dict[str, Any], episodes: int, noises: list[float], seed: int, out: Path) -> str:
@@ -47,7 +63,7 @@ def record(env_id: str, options: dict[str, Any], episodes: int, noises: list[flo
     seeds = evaluation_seeds(20)
     reference = {
         "random": evaluate(env, RandomPolicy(env, seed), seeds).mean,
-        "expert": evaluate(env, Scripted(expert(env)), seeds).mean,
+        "expert": evaluate(env, Scripted(env), seeds).mean,
     }
     writer = DatasetWriter.create(
         out,
@@ -57,11 +73,11 @@ def record(env_id: str, options: dict[str, Any], episodes: int, noises: list[flo
         control_dt=env.control_dt,
         columns={"success": Column(dtype="bool")},
         reference=reference,
-        provenance={"policy": "panda_expert", "noise": noises, "seed": seed, "env_kwargs": options},
+        provenance={"policy": "scripted expert", "noise": noises, "seed": seed, "env_kwargs": options},
     )
     with writer:
         for number, noise in enumerate(noises):
-            policy = Scripted(expert(env, noise=noise, seed=seed))
+            policy = Scripted(env, noise, seed)
             for episode in itertools.islice(played(env, policy, seed=seed + number, explore=False), episodes):
                 writer.add(episode)
     return f"{out}: {writer.num_transitions:,} transitions"
@@ -70,21 +86,15 @@ def record(env_id: str, options: dict[str, Any], episodes: int, noises: list[flo
 def play(env_id: str, options: dict[str, Any], episodes: int, noise: float, seed: int) -> str:
     """A line of the table."""
     env = make_env(env_id, num_envs=episodes, env_kwargs=options)
-    policy = expert(env, noise=noise, seed=seed)
-    obs = env.reset(seed)
-    returns, over = torch.zeros(episodes), False
-    while not over:  # all episodes are of one length
-        step = env.step(policy(obs))
-        obs, over = step.obs, bool(step.truncated.all())
-        returns += step.reward
-    success = step.log["success"].mean()
-    return f"| {env_id} | {noise:g} | {success:.0%} | {returns.mean():.1f} | {returns.min():.1f} |"
+    result = evaluate(env, Scripted(env, noise, seed), evaluation_seeds(episodes))
+    success = np.mean(result.success)
+    return f"| {env_id} | {noise:g} | {success:.0%} | {result.mean:.1f} | {min(result.returns):.1f} |"
 
 
 def main() -> int:
     """Play and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("env", help="PandaReach-v0 or PandaLift-v0")
+    parser.add_argument("env", help="PandaReach-v0, PandaLift-v0, CartPoleSwingUp-v0 or PendulumSwingUp-v0")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.0])
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
@@ -100,7 +110,7 @@ def main() -> int:
         for noise in options.noise:
             print(play(options.env, options.env_kwargs, options.episodes, noise, options.seed), flush=True)
     except CtrlrlError as error:
-        print(f"panda_expert: {error}", file=sys.stderr)
+        print(f"experts: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 

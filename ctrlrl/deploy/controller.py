@@ -1,0 +1,469 @@
+"""The loop between a robot and a policy: one tick after the other, at absolute deadlines.
+
+Phases: `wait` for states that are to be believed, commanding the safe action; `ramp` to where the policy begins, for
+robots that take positions; `run`, the policy; `fault`, the safe action for good; `stop`, the safe action at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ctrlrl.deploy.actor import Actor
+from ctrlrl.deploy.bundle import Bundle
+from ctrlrl.deploy.driver import Driver, require_fits
+from ctrlrl.deploy.features import FeatureBuilder, Reading
+from ctrlrl.deploy.realtime import Time
+from ctrlrl.deploy.safety import Checks, Clock, Fault, Lateness, Limits, SafetyConfig, driven_of
+from ctrlrl.deploy.tensors import Array
+from ctrlrl.deploy.ticks import PHASES, TickLog, read_ticks, record_type
+from ctrlrl.deploy.wire import HELD, State
+from ctrlrl.errors import UsageError
+
+WAIT, RAMP, RUN, FAULT, STOP = range(len(PHASES))
+SAFE, DRIVEN, REFLEX = 0, 1, 2
+WARM_UP = 50
+"""Inferences before the loop begins: the first ones are slow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControllerConfig:
+    """What a controller does.
+
+    Raises:
+        UsageError: on construction, where a number is out of range.
+    """
+
+    command: tuple[float, ...] | None = None
+    """What the policy is told to do; None: what the robot's own operator tells it, or zeros."""
+    seconds: float | None = None
+    """Of the policy, after which the controller stops; None: until it is interrupted."""
+    settle: float = 0.5
+    """Seconds of states that are to be believed before anything moves."""
+    patience: float = 5.0
+    """Seconds in which these must come."""
+    ramp: float = 3.0
+    """Seconds in which joints go to where the policy begins, where it commands positions; 0: it begins where they
+    are."""
+    arrive: float = 0.15
+    """rad or m by which a joint may be off after that."""
+    linger: float = 0.3
+    """Seconds for which the safe action is commanded at the end."""
+    hold: float | None = None
+    """Seconds for which it is commanded after a fault; None: until the controller is interrupted."""
+    safety: SafetyConfig = field(default_factory=SafetyConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("settle", "patience", "ramp", "arrive", "linger"):
+            if not 0 <= getattr(self, name) <= 3600:
+                raise UsageError(f"--{name} must be from 0 to 3600, got {getattr(self, name)}")
+        for name in ("seconds", "hold"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise UsageError(f"--{name} must be at least 0, got {getattr(self, name)}")
+
+
+class Reflex(Protocol):
+    """What runs more often than the policy and may take over from it: a safety critic, say."""
+
+    rate: float
+    """Hz."""
+
+    def reset(self) -> None:
+        """An episode begins."""
+
+    def __call__(self, reading: Reading, command: Array) -> Array | None:
+        """What to command (A,) instead of `command`, or None."""
+
+
+class Controller:
+    """One tick of the loop, and all that is kept from one to the next.
+
+    Args:
+        bundle: whose policy drives.
+        driver: to the robot; connected.
+        config: what to do.
+        clock: seconds.
+        runtime: of the policy.
+        reflex: looks at each tick, if there is one; ticks come at its rate then.
+        log: a new folder for the log of all ticks.
+
+    Raises:
+        UsageError: the policy is not for this robot, or the bundle does not run here.
+
+    Attributes:
+        phase: of `PHASES`.
+        fault: what stopped the robot, if something has.
+        period: s, between two ticks.
+        lateness: of ticks.
+        limits: with their counts.
+        episodes: that the policy began.
+        acted: ticks at which the policy was asked.
+        taken_over: ticks at which the reflex commanded.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        driver: Driver,
+        config: ControllerConfig,
+        clock: Time,
+        *,
+        runtime: str | None = None,
+        reflex: Reflex | None = None,
+        log: Path | None = None,
+    ) -> None:
+        m = bundle.manifest
+        if not m.is_robot or m.control_dt is None:
+            raise UsageError(
+                f"{m.name} does not say how to drive a robot: it was trained on {m.task}, of whose observation nothing "
+                "is known but its shape"
+            )
+        if not bundle.measured:
+            raise UsageError(f"{bundle.path} has no goldens of measurements: whether its terms are right is not known")
+        robot = driver.description
+        require_fits(m, robot, operated=config.command is not None)
+        if config.command is not None and len(config.command) != len(m.command):
+            wanted = "; ".join(m.command) or "nothing"
+            raise UsageError(f"--command takes {len(m.command)} numbers ({wanted}), got {list(config.command)}")
+        self.driver, self.config, self.clock, self.reflex = driver, config, clock, reflex
+        self.actor = Actor(bundle, runtime)
+        self._names = [joint.name for joint in robot.joints]
+        self._builder = FeatureBuilder(m, self._names)
+        self._every = 1 if reflex is None else max(1, round(reflex.rate * m.control_dt))
+        self.period = m.control_dt / self._every
+        self.safety = config.safety
+        self._max_age = self.safety.max_age if self.safety.max_age is not None else 2 * m.control_dt
+        self._clock = Clock(self._max_age)
+        self._checks = Checks(m, robot, self.safety)
+        self.limits = Limits(m, self.safety, self.period)
+        self.lateness = Lateness(self.period, self.safety)
+        self._measured, self._commanded = driven_of(robot, m.action.joints)
+        known = {joint.name: joint for joint in m.joints}
+        driven = [known[name] for name in m.action.joints]
+        self._default = np.array([joint.default for joint in driven])
+        self._kp = self._for_robot(np.array([joint.kp for joint in driven]))
+        self._kd = self._for_robot(np.array([joint.kd for joint in driven]))
+        self._positions = "position" in m.action.kind
+        self._told = robot.measures.get("command") == len(m.command) > 0 and config.command is None
+        self._state: State | None = None
+        self._reading: Reading | None = None
+        self._command = np.zeros(len(driven))
+        self._from = np.zeros(len(driven))
+        self._ticks, self._since, self._began, self._believed = 0, 0, 0.0, 0
+        self._episode: int | None = None
+        self._countdown = 0
+        self.phase, self.fault = WAIT, None
+        self.episodes = self.acted = self.taken_over = 0
+        self.log: TickLog | None = None
+        self._missed = 0
+        self._warm_up(bundle)
+        if log is not None:
+            head = {
+                "bundle": str(bundle.path),
+                "manifest": bundle.seal,
+                "runtime": self.actor.runtime.name,
+                "joints": self._names,
+                "measures": robot.measures,
+                "period": self.period,
+                "safety": asdict(self.safety),
+            }
+            self.log = TickLog(log, record_type(m, robot), head)
+        self._fields = [entry.name for entry in m.observation]
+
+    fault: Fault | None
+
+    # --- a tick -------------------------------------------------------------------------------------------------------
+
+    def tick(self, due: float) -> None:
+        """One tick, which should have begun at `due`: reads, decides, commands. Never raises but for the program's own
+        mistakes, which `run` turns into a fault."""
+        began = self.clock.now()
+        self._note(due=due, began=began, phase=self.phase, acted=0, first=0, sent=SAFE, fresh=0)
+        sent: Array | None = None
+        try:
+            self._read()
+            if self.phase < FAULT:
+                self.lateness.take(began - due, self._missed)
+                sent = self._decide()
+        except Fault as fault:
+            self._fail(fault)
+        if sent is None:
+            self.driver.make_safe(self._state)
+        if self.log is not None:
+            self._note(tick=self._ticks, ended=self.clock.now())
+            self.log.commit()
+        self._ticks += 1
+
+    def _read(self) -> None:
+        """Take the newest state, if there is one; after a fault only for the log."""
+        state = self.driver.read()
+        if state is not None:
+            self._state = state
+            self._note(
+                fresh=1,
+                episode=state.episode,
+                sequence=state.sequence,
+                robot_time=state.time,
+                position=state.position,
+                velocity=state.velocity,
+            )
+            for name, value in state.others.items():
+                self._note(**{f"measure {name}": value})
+            if self.phase < FAULT:
+                self._clock.take(state.time, self.clock.now())
+        if self.phase >= FAULT or self._state is None:
+            return
+        if self.phase != WAIT or state is not None:
+            self._require_fresh()
+        if state is not None:
+            if state.episode != self._episode:
+                self._checks.reset()
+            self._checks.take(state)
+            self._reading = Reading(self._names, state.position, state.velocity, state.others)
+            self._believed += 1
+            if state.mode == HELD and self.phase in (RAMP, RUN) and state.episode == self._episode:
+                raise Fault("robot", "it holds itself safe")
+
+    def _require_fresh(self) -> None:
+        """
+        Raises:
+            Fault: the newest state is too old.
+        """
+        age = self._clock.age(self.clock.now())
+        self._note(age=age)
+        if age > self._max_age:
+            raise Fault("age", f"{age * 1e3:.1f} ms, allowed are {self._max_age * 1e3:g}")
+
+    def _decide(self) -> Array | None:
+        """What was sent; None: the safe action is to be."""
+        if self.phase == WAIT:
+            waited = self._ticks * self.period
+            if self._state is None or self._reading is None or self._believed < 2:
+                if waited > self.config.patience:
+                    raise Fault("no state", f"none within {self.config.patience:g} s")
+                return None
+            if waited < self.config.settle:
+                return None
+            self._begin_ramp()
+        state, reading = self._state, self._reading
+        assert state is not None and reading is not None
+        position, velocity = reading.position[self._measured], reading.velocity[self._measured]
+        if self.phase == RAMP:
+            return self._ramp(state, position, velocity)
+        if state.episode != self._episode or self._since == 0:
+            self._begin_episode(state, reading)
+        if self._since % self._every == 0:
+            self._act(reading)
+        self._since += 1
+        if self.config.seconds is not None and self._since * self.period > self.config.seconds:
+            self.stop()
+            return None
+        wanted, by = self._command, DRIVEN
+        if self.reflex is not None:
+            instead = self.reflex(reading, wanted)
+            if instead is not None:
+                wanted, by = instead, REFLEX
+                self.taken_over += 1
+        return self._send(state, wanted, position, velocity, by)
+
+    def _begin_ramp(self) -> None:
+        assert self._reading is not None
+        self._from = np.array(self._reading.position[self._measured], np.float64)
+        self._since = 0
+        ramps = self._positions and self.config.ramp > 0
+        self.limits.reset(self._from.copy() if ramps else None)
+        self.phase = RAMP if ramps else RUN
+
+    def _ramp(self, state: State, position: Array, velocity: Array) -> Array | None:
+        self._since += 1
+        share = min(1.0, self._since * self.period / self.config.ramp)
+        if share >= 1.0 and self._since * self.period > self.config.ramp + self.config.settle:
+            off = np.abs(position - self._default)
+            if off.max() > self.config.arrive:
+                i = int(np.argmax(off))
+                raise Fault(
+                    "outside", f"{self.limits.names[i]} is {off[i]:.3f} off where it was told to go: does it follow?"
+                )
+            self.phase, self._since = RUN, 0
+        smooth = share * share * (3 - 2 * share)
+        return self._send(state, self._from + smooth * (self._default - self._from), position, velocity, DRIVEN)
+
+    def _begin_episode(self, state: State, reading: Reading) -> None:
+        self._episode, self._since = state.episode, 0
+        self._builder.reset(reading)
+        self.actor.reset()
+        self.limits.reset(None if self.phase != RUN or not self._positions else self._builder.target.copy())
+        self._command = np.zeros(len(self._command))
+        if self.reflex is not None:
+            self.reflex.reset()
+        self.episodes += 1
+        self._note(first=1)
+
+    def _act(self, reading: Reading) -> None:
+        told = reading.others["command"] if self._told else self.config.command
+        if told is not None:
+            self._builder.command[:] = told
+        observation = self._builder.observe(reading)
+        action = self.actor.run(observation)
+        if not np.isfinite(action).all():
+            raise Fault("action", f"the policy gave {action.tolist()}")
+        self.limits.clips(action)
+        self._command = self._builder.act(action, reading)
+        self.acted += 1
+        if self.log is not None:
+            self._note(acted=1, action=action, told=self._builder.command)
+            for name in self._fields:
+                self._note(**{f"observation {name}": observation[name][0]})
+
+    def _send(self, state: State, wanted: Array, position: Array, velocity: Array, by: int) -> Array:
+        command = self.limits(wanted, position, velocity)
+        if by == DRIVEN and self.phase == RUN and self._positions:
+            self._builder.target[:] = command  # what the joints were told to, not what they would have been
+            self._command = command
+        self._require_fresh()  # again: computing took its time
+        self.driver.drive(state, self._for_robot(command), self._kp, self._kd)
+        self._checks.told(command)
+        self._note(sent=by, wanted=wanted, command=command)
+        return command
+
+    def _for_robot(self, values: Array) -> Array:
+        """In the order in which the robot takes commands."""
+        out = np.zeros(len(values))
+        out[self._commanded] = values
+        return out
+
+    def _fail(self, fault: Fault) -> None:
+        self.fault, self.phase, self._countdown = fault, FAULT, 0
+
+    def _note(self, **values: Any) -> None:
+        if self.log is not None:
+            for name, value in values.items():
+                self.log.row[name] = value
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Command the safe action from now on, and end soon."""
+        if self.phase < FAULT:
+            self.phase, self._countdown = STOP, 0
+
+    def run(self, stopped: Callable[[], bool] = lambda: False) -> None:
+        """Tick until the time is over, or `stopped` says so; afterwards the robot is safe.
+
+        A tick that fails for a reason of its own becomes the fault `program`. Ticks that were missed are not made up
+        for.
+        """
+        start, number = self.clock.now() + self.period, 0
+        while True:
+            due = start + number * self.period
+            self.clock.wait_until(due)
+            if stopped():
+                self.stop()
+            try:
+                self.tick(due)
+            except Exception as error:  # whatever it is, the robot must be safe first
+                self._fail(Fault("program", f"{type(error).__name__}: {error}"))
+                self.driver.make_safe(self._state)
+            if self.phase >= FAULT:
+                self._countdown += 1
+                spent = self._countdown * self.period
+                if self.phase == STOP and spent > self.config.linger:
+                    return
+                over = self.config.hold is not None and spent > self.config.hold
+                if self.phase == FAULT and (over or stopped()):
+                    return
+            following = max(number + 1, int((self.clock.now() - start) / self.period))
+            number, self._missed = following, following - number - 1
+
+    def close(self) -> None:
+        """Close log and driver. Safe to call twice."""
+        if self.log is not None:
+            self.log.close()
+        self.driver.close()
+
+    def _warm_up(self, bundle: Bundle) -> None:
+        goldens = bundle.goldens()
+        first = {entry.name: goldens[f"network/input/{entry.name}"][:1] for entry in bundle.manifest.observation}
+        for _ in range(WARM_UP):
+            self.actor.run(first)
+        self.actor.reset()
+
+    def summary(self) -> dict[str, Any]:
+        """What happened, in numbers."""
+        late = self.lateness
+        return {
+            "phase": PHASES[self.phase],
+            "fault": None if self.fault is None else {"kind": self.fault.kind, "detail": self.fault.detail},
+            "ticks": self._ticks,
+            "period": self.period,
+            "episodes": self.episodes,
+            "acted": self.acted,
+            "taken over by the reflex": self.taken_over,
+            "limits": dict(self.limits.counts),
+            "lateness": {
+                "below, us": {str(2**i): count for i, count in enumerate(late.counts) if count},
+                "p50": late.percentile(0.5),
+                "p99": late.percentile(0.99),
+                "p99.9": late.percentile(0.999),
+                "worst": late.worst,
+                "late": late.late,
+            },
+            "dropped": dict(self.driver.dropped),
+            "runtime": self.actor.runtime.name,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What came of computing a log again."""
+
+    ticks: int
+    """At which the policy acted."""
+    observation: float
+    """Largest difference."""
+    action: float
+    wanted: float
+
+
+def replay(bundle: Bundle, folder: str | Path, *, runtime: str | None = None) -> Replay:
+    """Compute what a logged controller observed, did and wanted to command, from what it measured.
+
+    Raises:
+        UsageError: there is no log, or it is of another bundle.
+    """
+    head, ticks = read_ticks(folder)
+    if head.get("manifest") != bundle.seal:
+        raise UsageError(f"{folder} is the log of another bundle than {bundle.path}: {head.get('bundle')}")
+    names: Sequence[str] = head["joints"]
+    m, actor = bundle.manifest, Actor(bundle, runtime or str(head["runtime"]))
+    builder = FeatureBuilder(m, names)
+    off = {"observation": 0.0, "action": 0.0, "wanted": 0.0}
+    count, positions = 0, "position" in m.action.kind
+
+    def differs(what: str, made: Array, logged: Array) -> None:
+        off[what] = max(off[what], float(np.abs(made.astype(np.float64) - logged).max(initial=0.0)))
+
+    for row in ticks:
+        others = {name: row[f"measure {name}"] for name in head["measures"]}
+        reading = Reading(list(names), row["position"], row["velocity"], others)
+        if row["first"]:
+            builder.reset(reading)
+            actor.reset()
+        if row["acted"]:
+            count += 1
+            builder.command[:] = row["told"]
+            observation = builder.observe(reading)
+            for entry in m.observation:
+                differs("observation", observation[entry.name][0], row[f"observation {entry.name}"])
+            action = actor.run(observation)
+            differs("action", action, row["action"])
+            wanted = builder.act(action, reading)
+            if row["sent"] == DRIVEN:
+                differs("wanted", wanted, row["wanted"])
+        if row["sent"] == DRIVEN and PHASES[row["phase"]] == "run" and positions:
+            builder.target[:] = row["command"]
+    return Replay(count, off["observation"], off["action"], off["wanted"])

@@ -1,0 +1,109 @@
+"""The controller's process: `python -m ctrlrl.deploy.process < options.json` (`ProcessConfig`).
+
+It imports nothing of training. At its end it prints a line of JSON: what happened.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from ctrlrl.deploy.bundle import Bundle
+from ctrlrl.deploy.controller import Controller, ControllerConfig
+from ctrlrl.deploy.driver import Driver
+from ctrlrl.deploy.manifest import parse_json, read_strictly
+from ctrlrl.deploy.realtime import Time, enter_realtime
+from ctrlrl.deploy.transport import UdpLine, WireDriver, ZmqLine, parse_udp
+from ctrlrl.errors import CtrlrlError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessConfig:
+    """A controller's process."""
+
+    bundle: str
+    seal: str
+    """The checksum that the bundle's manifest must have: what was checked is what drives."""
+    driver: str
+    """udp, zmq, or lerobot."""
+    address: str
+    """Of the robot: HOST:PORT, a ZeroMQ address, or MODULE:FUNCTION that makes a LeRobot robot."""
+    connect: float = 10.0
+    """Seconds in which it must answer."""
+    runtime: str | None = None
+    reflex: str | None = None
+    """Folder of a reflex."""
+    log: str | None = None
+    priority: int | None = None
+    """Of SCHED_FIFO."""
+    cpu: int | None = None
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+
+
+def make_driver(kind: str, address: str) -> Driver:
+    """The driver to a robot; not connected yet.
+
+    Raises:
+        UsageError: there is no such driver, or no such address.
+    """
+    if kind == "udp":
+        return WireDriver(UdpLine(parse_udp(address)), address)
+    if kind == "zmq":
+        return WireDriver(ZmqLine(address, serve=False), address)
+    raise UsageError(f"no driver {kind!r}; there are udp and zmq")
+
+
+def control(config: ProcessConfig) -> dict[str, object]:
+    """Drive a robot until the time is over, a signal comes, or after a fault; returns what happened.
+
+    Raises:
+        UsageError: the bundle, the robot, or both together are not fit for it. Nothing was commanded then.
+    """
+    asked: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    bundle = Bundle.open(config.bundle)
+    if bundle.seal != config.seal:
+        raise UsageError(f"{config.bundle} is not the bundle any more that was checked")
+    driver = make_driver(config.driver, config.address)
+    try:
+        driver.connect(config.connect)
+        log = None if config.log is None else Path(config.log)
+        controller = Controller(bundle, driver, config.controller, Time(), runtime=config.runtime, log=log)
+    except BaseException:
+        driver.close()
+        raise
+    try:
+        enter_realtime(config.priority, config.cpu)
+        controller.run(lambda: bool(asked))
+        return controller.summary()
+    finally:
+        controller.close()
+
+
+def to_options(config: ProcessConfig) -> bytes:
+    """What `main` reads."""
+    return json.dumps(asdict(config)).encode()
+
+
+def main() -> int:
+    """Control what standard input asks for."""
+    try:
+        config = read_strictly(parse_json(sys.stdin.buffer.read(), "options"), ProcessConfig, "options")
+        print(json.dumps({"kind": "end", **control(config)}), flush=True)
+    except CtrlrlError as error:
+        print(json.dumps({"kind": "error", "message": str(error)}), flush=True)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
