@@ -18,6 +18,7 @@ COMMANDS = {
     "data": "datasets: import, inspect, collect, export",
     "export": "write a run's policy as a bundle for a controller",
     "check": "compare a bundle's checksums and replay its goldens",
+    "deploy": "drive a robot with a bundle's policy, or a simulated one",
     "envs": "list environments",
     "algos": "list algorithms",
     "robots": "list robots, and where their models are",
