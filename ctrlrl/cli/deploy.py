@@ -207,10 +207,11 @@ def _lines(outcome: Outcome) -> list[str]:
         for name in ended[0]["figures"]:
             values = [e["figures"][name] for e in ended if name in e["figures"]]
             lines.append(f"{name} {sum(values) / len(values):,.4g}")
-    if (gap := outcome.gap) is not None:
-        trained = float(outcome.trained["mean_return"])
-        share = f" ({(trained + gap) / trained:.1%} of it)" if trained > 0 else ""
-        lines.append(f"training's evaluation: {trained:,.2f}; deployment is {gap:+,.2f}{share}")
+    deployed, trained = outcome.compared
+    if trained:
+        before, gap = sum(trained) / len(trained), (sum(deployed) - sum(trained)) / len(trained)
+        share = f", {1 + gap / before:.1%} of it" if before > 0 else ""
+        lines.append(f"training's evaluation of the same seeds: {before:,.2f}; deployment is {gap:+,.2f}{share}")
     if c:
         held = ", ".join(f"{name} {count}" for name, count in c["limits"].items() if count) or "none"
         late = c["lateness"]

@@ -41,11 +41,11 @@ class Outcome:
         return [episode["return"] for episode in self.episodes if not episode["given up"]]
 
     @property
-    def gap(self) -> float | None:
-        """Mean return of deployment less that of training; None where one of both is not known."""
-        if "mean_return" not in self.trained or not self.returns:
-            return None
-        return sum(self.returns) / len(self.returns) - float(self.trained["mean_return"])
+    def compared(self) -> tuple[list[float], list[float]]:
+        """Returns of deployment and of training's evaluation, on the seeds that both have."""
+        known = dict(zip(self.trained.get("seeds", []), self.trained.get("returns", []), strict=False))
+        both = [e for e in self.episodes if not e["given up"] and e["seed"] in known]
+        return [e["return"] for e in both], [float(known[e["seed"]]) for e in both]
 
 
 def deploy(

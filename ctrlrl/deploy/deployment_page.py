@@ -34,6 +34,7 @@ def write_page(bundle: Bundle, outcome: Outcome, out: Path, video: Path | None, 
     path = out / "report.html"
     c, episodes = outcome.controller, [e for e in outcome.episodes if not e["given up"]]
     fault = c.get("fault")
+    deployed, trained = outcome.compared
     names = {name for episode in episodes for name in episode["figures"]}
     figures = [
         (name, float(np.mean([e["figures"][name] for e in episodes if name in e["figures"]]))) for name in sorted(names)
@@ -47,7 +48,9 @@ def write_page(bundle: Bundle, outcome: Outcome, out: Path, video: Path | None, 
         mean=float(np.mean(outcome.returns)) if outcome.returns else None,
         success=[e["success"] for e in episodes if e["success"] is not None],
         figures=figures,
-        trained=outcome.trained,
+        now=float(np.mean(deployed)) if deployed else None,
+        before=float(np.mean(trained)) if trained else None,
+        compared=len(trained),
         fault=fault,
         meaning=FAULTS[fault["kind"]] if fault else "",
         controller=c,

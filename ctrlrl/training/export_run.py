@@ -40,6 +40,7 @@ from ctrlrl.nn.policy import Policy
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.provenance import describe_source, now
 from ctrlrl.runs.record import Evaluation, load_run
+from ctrlrl.training.evaluation import evaluation_seeds
 from ctrlrl.training.loading import load, own_environment
 from ctrlrl.training.setup import EnvLike, make, on_cpu, read_config, read_provenance, step_of
 from ctrlrl.tree import Obs
@@ -184,6 +185,8 @@ def _evaluation(one: Evaluation) -> dict[str, Any]:
     told: dict[str, Any] = {
         "mean_return": round(one.mean, 4),
         "episodes": len(one.returns),
+        "seeds": evaluation_seeds(len(one.returns)),
+        "returns": [round(float(value), 4) for value in one.returns],
         "seconds_of_training": one.time,
     }
     if math.isfinite(low):
