@@ -75,7 +75,7 @@ ALLOWED = {
     "replay": {"replay", "envs", "data"},
     "runs": {"runs", "envs", "replay"},
     "algorithms": {"algorithms", "nn", "replay"},
-    "deploy": {"deploy", "nn"},
+    "deploy": {"deploy", "nn", "envs", "robots", "runs"},
     "training": {"training", "algorithms", "nn", "replay", "runs", "envs", "data", "deploy", "robots"},
     "cli": {"cli", "training", "algorithms", "runs", "envs", "robots", "data", "deploy"},
 }

@@ -52,7 +52,8 @@ class Driver(ABC):
 
     @abstractmethod
     def make_safe(self, state: State | None) -> None:
-        """Command the safe action: to damp joints that take positions, no effort for those that take efforts.
+        """Command the safe action: to damp joints that take positions, or hold them where motors cannot damp, and no
+        effort for those that take efforts.
 
         Called at each tick as long as the robot is to be safe. `state` is the last there was.
         """

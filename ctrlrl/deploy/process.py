@@ -5,6 +5,7 @@ It imports nothing of training. At its end it prints a line of JSON: what happen
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import sys
@@ -15,7 +16,7 @@ from types import FrameType
 from ctrlrl.deploy.bundle import Bundle
 from ctrlrl.deploy.controller import Controller, ControllerConfig
 from ctrlrl.deploy.driver import Driver
-from ctrlrl.deploy.manifest import parse_json, read_strictly
+from ctrlrl.deploy.manifest import Manifest, parse_json, read_strictly
 from ctrlrl.deploy.realtime import Time, enter_realtime
 from ctrlrl.deploy.transport import UdpLine, WireDriver, ZmqLine, parse_udp
 from ctrlrl.errors import CtrlrlError, UsageError
@@ -44,17 +45,21 @@ class ProcessConfig:
     controller: ControllerConfig = field(default_factory=ControllerConfig)
 
 
-def make_driver(kind: str, address: str) -> Driver:
+def make_driver(kind: str, address: str, manifest: Manifest) -> Driver:
     """The driver to a robot; not connected yet.
 
     Raises:
         UsageError: there is no such driver, or no such address.
     """
     if kind == "udp":
-        return WireDriver(UdpLine(parse_udp(address)), address)
+        return WireDriver(UdpLine(parse_udp(address)), address, Time())
     if kind == "zmq":
-        return WireDriver(ZmqLine(address, serve=False), address)
-    raise UsageError(f"no driver {kind!r}; there are udp and zmq")
+        return WireDriver(ZmqLine(address, serve=False), address, Time())
+    if kind == "lerobot":
+        from ctrlrl.deploy.lerobot import LeRobotDriver
+
+        return LeRobotDriver(address, manifest, Time())
+    raise UsageError(f"no driver {kind!r}; there are udp, zmq and lerobot")
 
 
 def control(config: ProcessConfig) -> dict[str, object]:
@@ -73,7 +78,7 @@ def control(config: ProcessConfig) -> dict[str, object]:
     bundle = Bundle.open(config.bundle)
     if bundle.seal != config.seal:
         raise UsageError(f"{config.bundle} is not the bundle any more that was checked")
-    driver = make_driver(config.driver, config.address)
+    driver = make_driver(config.driver, config.address, bundle.manifest)
     try:
         driver.connect(config.connect)
         log = None if config.log is None else Path(config.log)
@@ -98,7 +103,9 @@ def main() -> int:
     """Control what standard input asks for."""
     try:
         config = read_strictly(parse_json(sys.stdin.buffer.read(), "options"), ProcessConfig, "options")
-        print(json.dumps({"kind": "end", **control(config)}), flush=True)
+        with contextlib.redirect_stdout(sys.stderr):  # what a driver's own code prints is no line of ours
+            summary = control(config)
+        print(json.dumps({"kind": "end", **summary}), flush=True)
     except CtrlrlError as error:
         print(json.dumps({"kind": "error", "message": str(error)}), flush=True)
         return error.exit_code

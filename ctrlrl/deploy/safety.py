@@ -296,7 +296,9 @@ class Limits:
         """
         if self.last is not None:
             slow = np.clip(command, self.last - self._step, self.last + self._step)
-            self._held("slew", slow != command)
+            # What is beyond a joint's limits is not slow to come there.
+            there = command if self._efforts else np.clip(command, self.low, self.high)
+            self._held("slew", np.abs(there - self.last) > self._step * (1 + 1e-9))
             command = slow
         if self._efforts:
             # Where there is no target to hold back, it is the push further out that is.

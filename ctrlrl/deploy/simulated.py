@@ -16,7 +16,6 @@ import json
 import math
 import random
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 
 from ctrlrl.deploy.features import READINGS, Reading
 from ctrlrl.deploy.manifest import parse_json, read_strictly
-from ctrlrl.deploy.realtime import enter_realtime
+from ctrlrl.deploy.realtime import Time, enter_realtime
 from ctrlrl.deploy.tensors import Array
 from ctrlrl.deploy.transport import Endpoint, Line, UdpServer, ZmqLine, parse_udp, require_loopback
 from ctrlrl.deploy.wire import DRIVE, DRIVEN, HELD, IDLE, RobotDescription, RobotJoint, State
@@ -36,8 +35,8 @@ from ctrlrl.envs import events
 from ctrlrl.envs.sim import BatchSim, Sim
 from ctrlrl.envs.sim_vector import SimVector, physics
 from ctrlrl.envs.spec import Event, SimTask
-from ctrlrl.envs.tasks.registry import make_robot_task
-from ctrlrl.errors import CtrlrlError, UsageError
+from ctrlrl.envs.tasks.registry import ROBOT_TASKS, is_robot_task, make_robot_task
+from ctrlrl.errors import CtrlrlError, UsageError, nearest
 from ctrlrl.robots.robot import Robot
 
 BEHIND = 0.1
@@ -105,6 +104,10 @@ class SimulatedConfig:
     """Seconds without a command after which it makes itself safe."""
     patience: float = 30.0
     """Seconds for which it waits for a controller."""
+    again: bool = False
+    """Whether it goes on with the next episode where a controller has given one up."""
+    random: int = 0
+    """Seed of noise, losses and delays."""
     out: str | None = None
     """Folder for what it measured and was told."""
     impairments: Impairments = field(default_factory=Impairments)
@@ -119,8 +122,9 @@ class SimulatedConfig:
 class ImpairedLine(Line):
     """A line on which messages are late, or lost."""
 
-    def __init__(self, line: Line, latency: float, jitter: float, loss: float, seed: int) -> None:
-        self.line, self._latency, self._jitter, self._loss = line, latency, jitter, loss
+    def __init__(self, line: Line, impairments: Impairments, seed: int, clock: Time) -> None:
+        self.line, self._clock = line, clock
+        self._latency, self._jitter, self._loss = impairments.latency, impairments.jitter, impairments.loss
         self._random, self._count = random.Random(seed), itertools.count()
         self._in: list[tuple[float, int, bytes]] = []
         self._out: list[tuple[float, int, bytes]] = []
@@ -131,7 +135,7 @@ class ImpairedLine(Line):
 
     def flush(self) -> None:
         """Send what is due."""
-        now = time.monotonic()
+        now = self._clock.now()
         while self._out and self._out[0][0] <= now:
             self.line.send(heapq.heappop(self._out)[2])
 
@@ -139,13 +143,13 @@ class ImpairedLine(Line):
         self.flush()
         for message in self.line.receive():
             self._late(self._in, message)
-        now = time.monotonic()
+        now = self._clock.now()
         while self._in and self._in[0][0] <= now:
             yield heapq.heappop(self._in)[2]
 
     def _late(self, queue: list[tuple[float, int, bytes]], message: bytes) -> None:
         if self._random.random() >= self._loss:
-            due = time.monotonic() + self._latency + self._jitter * self._random.random()
+            due = self._clock.now() + self._latency + self._jitter * self._random.random()
             heapq.heappush(queue, (due, next(self._count), message))
 
     def accept(self) -> None:
@@ -224,9 +228,11 @@ class LiveSim(Sim):
     Args:
         task: of the robot.
         config: how it behaves.
+        clock: real time, or another.
     """
 
-    def __init__(self, task: SimTask, config: SimulatedConfig) -> None:
+    def __init__(self, task: SimTask, config: SimulatedConfig, clock: Time) -> None:
+        self._clock = clock
         self._inner = BatchSim(physics(task), 1, 1)
         self.model, self.num_sims, self.device = self._inner.model, 1, self._inner.device
         assert task.robot is not None
@@ -242,7 +248,7 @@ class LiveSim(Sim):
         self.endpoint: Endpoint | None = None
         self.given: dict[str, Array] = {}
         self._noise = _noise_of(task, config.impairments.noise)
-        self._random = np.random.default_rng(0)
+        self._random = np.random.default_rng(config.random)
         self.mode, self.episode = IDLE, 0
         self.target = np.zeros(len(driven))
         self._heard = -math.inf
@@ -255,6 +261,7 @@ class LiveSim(Sim):
         self.told: list[tuple[Any, ...]] = []
         self.sent: list[tuple[Any, ...]] = []
         self.places: list[tuple[float, Array]] = []
+        self.modes: list[tuple[float, int, int]] = []
 
     # --- what an environment asks of a simulation ---------------------------------------------------------------------
 
@@ -298,11 +305,12 @@ class LiveSim(Sim):
     def begin_episode(self) -> bool:
         """Stand still until a controller drives; False where none came within `patience`."""
         self.episode += 1
+        self._episode_began = math.inf
         self._frozen, self.safe_since = None, None
-        self._due = time.monotonic()
+        self._due = self._clock.now()
         end = self._due + self.config.patience
         self.mode = IDLE if self.mode == DRIVEN else self.mode
-        while time.monotonic() < end:
+        while self._clock.now() < end:
             self._wait()
             self._listen()
             if self.mode == DRIVEN:
@@ -316,24 +324,36 @@ class LiveSim(Sim):
         for _ in range(round(seconds / self.task.timestep)):
             self.step(1)
 
+    def log(self) -> dict[str, Array]:
+        """All commands that came and states that were sent, with the moments on this computer's clock."""
+        kinds = ("time", "sequence", "mode", "episode", "origin", "target")
+        log = {f"command {kind}": np.array([row[i] for row in self.told]) for i, kind in enumerate(kinds)}
+        log |= {f"state {kind}": np.array([row[i] for row in self.sent]) for i, kind in enumerate(kinds[:2])}
+        log["state finite"] = np.array([row[2] for row in self.sent])
+        log |= {
+            f"mode {kind}": np.array([row[i] for row in self.modes]) for i, kind in enumerate(("time", "mode", "of"))
+        }
+        log["place time"] = np.array([moment for moment, _ in self.places])
+        return log | {"place": np.array([place for _, place in self.places])}
+
     def now(self) -> float:
         """s, of the robot's clock."""
-        return time.monotonic() + self._skew
+        return self._clock.now() + self._skew
 
     def _wait(self) -> None:
         self._due += self.task.timestep
-        behind = time.monotonic() - self._due
+        behind = self._clock.now() - self._due
         if behind > BEHIND:
             self._due += behind
             self.stalls += 1
-        elif behind < 0:
-            time.sleep(-behind)
+        else:
+            self._clock.wait_until(self._due)
 
     def _listen(self) -> None:
         assert self.endpoint is not None
         self.endpoint.busy = self.mode == DRIVEN
         for command in self.endpoint.commands():
-            now = time.monotonic()
+            now = self._clock.now()
             self.told.append((now, command.sequence, command.mode, command.episode, command.origin, command.target))
             if self.endpoint.greeted != self._greeted:
                 self._greeted, self.mode = self.endpoint.greeted, IDLE
@@ -348,8 +368,10 @@ class LiveSim(Sim):
                 self.mode = IDLE
         if self.endpoint.greeted != self._greeted:
             self._greeted, self.mode = self.endpoint.greeted, IDLE
-        if self.mode == DRIVEN and time.monotonic() - self._heard > self.config.watchdog:
-            self.mode, self.safe_since = HELD, time.monotonic()
+        if self.mode == DRIVEN and self._clock.now() - self._heard > self.config.watchdog:
+            self.mode, self.safe_since = HELD, self._clock.now()
+        if not self.modes or self.modes[-1][1:] != (self.mode, self.episode):
+            self.modes.append((self._clock.now(), self.mode, self.episode))
 
     def _drive(self) -> None:
         """Write the controls of this step: what was commanded, or the safe action."""
@@ -389,7 +411,7 @@ class LiveSim(Sim):
             return
         self.endpoint.state(state)
         everything = (state.position, state.velocity, *state.others.values())
-        self.sent.append((time.monotonic(), state.sequence, all(np.isfinite(v).all() for v in everything)))
+        self.sent.append((self._clock.now(), state.sequence, all(np.isfinite(v).all() for v in everything)))
         if self.mode == DRIVEN and self.config.out is not None:
             self.places.append((self._due, np.array(data.qpos)))
 
@@ -412,8 +434,6 @@ class LiveSim(Sim):
 
     def _spoil(self, state: State) -> bool:
         """What is injected; False: nothing is to be sent."""
-        if self.mode != DRIVEN and self._frozen is None and self.config.inject != "silence":
-            return True
         passed = self._due - self._episode_began
         freeze, inject = self.config.impairments.freeze, self.config.inject
         if freeze is not None and passed >= freeze:
@@ -494,98 +514,120 @@ def impaired(task: SimTask, impairments: Impairments) -> SimTask:
 
 
 def serve(config: SimulatedConfig) -> Iterator[dict[str, Any]]:
-    """Run the robot; yields where it listens, then each episode as it ends.
+    """Run the robot in real time; yields where it listens, then each episode as it ends, and what was counted.
 
     Raises:
         UsageError: there is no such task, or it cannot be deployed; the address cannot be served.
     """
-    if config.inject is not None and config.inject not in INJECTIONS:
-        raise UsageError(f"no injection {config.inject!r}; there are {', '.join(INJECTIONS)}")
-    task = impaired(make_robot_task(config.task, config.env_kwargs), config.impairments)
-    sim = LiveSim(task, config)
-    env = SimVector(task, sim)
-    env.reset(0)
-    group = env.task.observations["policy" if "policy" in task.observations else next(iter(task.observations))]
-    given = {name: group[name] for name in _given(task)}
-
-    def give() -> None:
-        sim.given = {name: term.of(env.world)[0].double().numpy() for name, term in given.items()}
-        if task.command is not None:
-            sim.given["command"] = env.world.command[0].double().numpy()
-
-    give()
-    description = describe(task, config.watchdog, {name: sim.given[name].size for name in given})
     if config.transport == "udp":
         host, port = parse_udp(config.address)
         require_loopback(host, config.allow_remote)
-        server = UdpServer((host, port))
-        line: Line = server
+        line: Line = (server := UdpServer((host, port)))
         address = f"{host}:{server.port}"
     else:
         line, address = ZmqLine(config.address, serve=True), config.address
-    i = config.impairments
-    if i.latency or i.jitter or i.loss:
-        line = ImpairedLine(line, i.latency, i.jitter, i.loss, seed=0)
-    sim.endpoint = Endpoint(line, description)
     try:
+        robot = SimulatedRobot(config, line, Time())
         yield {"kind": "ready", "address": address}
         enter_realtime(config.priority, None)
-        for seed in config.seeds:
-            yield (episode := _episode(env, sim, seed, give))
-            if episode["given up"]:
-                break
-        sim.linger(LINGER)
-        yield _end(sim)
+        yield from robot.episodes()
     finally:
-        env.close()
         line.close()
 
 
-def _episode(env: SimVector, sim: LiveSim, seed: int, give: Any) -> dict[str, Any]:
-    env.reset([seed])
-    give()
-    total, length, log, ended = 0.0, 0, {}, False
-    came = sim.begin_episode()
-    last, given_up = sim.target, not came
-    while came and not ended:
-        action = np.clip(sim.action(last), -1, 1) if sim.mode == DRIVEN else np.zeros(len(sim.target))
-        last = sim.target
-        give()
-        step = env.step(torch.from_numpy(action[None]).float())
-        total, length = total + float(step.reward[0]), length + 1
-        ended = bool(step.terminated[0] | step.truncated[0] | ~step.valid[0])
-        if ended:
-            log = {name: float(value[0]) for name, value in step.log.items() if not torch.isnan(value[0])}
-        elif sim.safe_since is not None and time.monotonic() - sim.safe_since > GIVE_UP:
-            given_up = ended = True
-    return {
-        "kind": "episode",
-        "seed": seed,
-        "return": total,
-        "length": length,
-        "given up": given_up,
-        "nobody": not came,
-        "success": log.pop("success", None),
-        "figures": {name.removeprefix("episode/"): value for name, value in log.items()},
-    }
+class SimulatedRobot:
+    """A robot that is simulated, at one end of a line.
 
+    Args:
+        config: what it is, and how it behaves.
+        line: to controllers.
+        clock: real time, or another.
 
-def _end(sim: LiveSim) -> dict[str, Any]:
-    assert sim.endpoint is not None
-    if sim.config.out is not None:
-        out = Path(sim.config.out)
-        out.mkdir(parents=True, exist_ok=True)
-        kinds = ("time", "sequence", "mode", "episode", "origin", "target")
-        told = {f"command {kind}": np.array([row[i] for row in sim.told]) for i, kind in enumerate(kinds)}
-        sent = {f"state {kind}": np.array([row[i] for row in sim.sent]) for i, kind in enumerate(kinds[:2])}
-        sent["state finite"] = np.array([row[2] for row in sim.sent])
-        places = {
-            "place time": np.array([moment for moment, _ in sim.places]),
-            "place": np.array([place for _, place in sim.places]),
+    Raises:
+        UsageError: there is no such task, or it cannot be deployed.
+    """
+
+    def __init__(self, config: SimulatedConfig, line: Line, clock: Time) -> None:
+        if config.inject is not None and config.inject not in INJECTIONS:
+            raise UsageError(f"no injection {config.inject!r}; there are {', '.join(INJECTIONS)}")
+        if not is_robot_task(config.task):
+            raise UsageError(f"{config.task} is no task with a robot.{nearest(config.task, ROBOT_TASKS)}")
+        task = impaired(make_robot_task(config.task, config.env_kwargs), config.impairments)
+        i = config.impairments
+        if i.latency or i.jitter or i.loss:
+            line = ImpairedLine(line, i, config.random, clock)
+        self.config, self._clock = config, clock
+        self.sim = LiveSim(task, config, clock)
+        self.env = SimVector(task, self.sim)
+        self.env.reset(0)
+        group = task.observations["policy" if "policy" in task.observations else next(iter(task.observations))]
+        self._given = {name: group[name] for name in _given(task)}
+        self._give()
+        sizes = {name: self.sim.given[name].size for name in self._given}
+        self.sim.endpoint = Endpoint(line, describe(task, config.watchdog, sizes), clock)
+
+    def episodes(self) -> Iterator[dict[str, Any]]:
+        """Each as it ends, and at last what was counted. Ends early where one is given up, unless `again`."""
+        try:
+            for seed in self.config.seeds:
+                yield (episode := self._episode(seed))
+                if episode["given up"] and not self.config.again:
+                    break
+            self.sim.linger(LINGER)
+            yield self._end()
+        finally:
+            self.env.close()
+
+    def _episode(self, seed: int) -> dict[str, Any]:
+        env, sim = self.env, self.sim
+        env.reset([seed])
+        self._give()
+        total, length, log, ended = 0.0, 0, {}, False
+        came = sim.begin_episode()
+        last, given_up = sim.target, not came
+        while came and not ended:
+            action = np.clip(sim.action(last), -1, 1) if sim.mode == DRIVEN else np.zeros(len(sim.target))
+            last = sim.target
+            self._give()
+            step = env.step(torch.from_numpy(action[None]).float())
+            total, length = total + float(step.reward[0]), length + 1
+            ended = bool(step.terminated[0] | step.truncated[0] | ~step.valid[0])
+            if ended:
+                log = {name: float(value[0]) for name, value in step.log.items() if not torch.isnan(value[0])}
+            elif sim.safe_since is not None and self._clock.now() - sim.safe_since > GIVE_UP:
+                given_up = ended = True
+        return {
+            "kind": "episode",
+            "seed": seed,
+            "return": total,
+            "length": length,
+            "given up": given_up,
+            "nobody": not came,
+            "success": log.pop("success", None),
+            "figures": {name.removeprefix("episode/"): value for name, value in log.items()},
         }
-        np.savez(out / "robot.npz", **told, **sent, **places)  # type: ignore[arg-type]
-    dropped = dict(sim.endpoint.dropped)
-    return {"kind": "end", "mode": sim.mode, "commands": len(sim.told), "dropped": dropped, "stalls": sim.stalls}
+
+    def _give(self) -> None:
+        """What the robot's own program knows: goals, and what its operator tells the policy."""
+        w = self.env.world
+        self.sim.given = {name: term.of(w)[0].double().numpy() for name, term in self._given.items()}
+        if self.env.task.command is not None:
+            self.sim.given["command"] = w.command[0].double().numpy()
+
+    def _end(self) -> dict[str, Any]:
+        sim, endpoint = self.sim, self.sim.endpoint
+        assert endpoint is not None
+        if self.config.out is not None:
+            out = Path(self.config.out)
+            out.mkdir(parents=True, exist_ok=True)
+            np.savez(out / "robot.npz", **sim.log())  # type: ignore[arg-type]
+        return {
+            "kind": "end",
+            "mode": sim.mode,
+            "commands": len(sim.told),
+            "dropped": dict(endpoint.dropped),
+            "stalls": sim.stalls,
+        }
 
 
 def main() -> int:

@@ -10,7 +10,6 @@ import contextlib
 import ipaddress
 import os
 import socket
-import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import numpy as np
 
 from ctrlrl.deploy import wire
 from ctrlrl.deploy.driver import Driver
+from ctrlrl.deploy.realtime import Time
 from ctrlrl.deploy.tensors import Array
 from ctrlrl.deploy.wire import BadMessage, Command, RobotDescription, State
 from ctrlrl.errors import UsageError
@@ -163,21 +163,22 @@ class WireDriver(Driver):
     Args:
         line: to it.
         where: what it is called in messages.
+        clock: real time, or another.
     """
 
-    def __init__(self, line: Line, where: str) -> None:
+    def __init__(self, line: Line, where: str, clock: Time) -> None:
         super().__init__()
-        self._line, self._where = line, where
+        self._line, self._where, self._clock = line, where, clock
         self._sequence, self._newest = 0, -1
         self._digest = bytes(8)
 
     def connect(self, timeout: float) -> RobotDescription:
-        end, echo = time.monotonic() + timeout, os.urandom(wire.ECHO)
-        while time.monotonic() < end:
+        end, echo = self._clock.now() + timeout, os.urandom(wire.ECHO)
+        while self._clock.now() < end:
             self._sequence += 1
-            self._line.send(wire.pack_hello(self._sequence, time.monotonic(), echo))
-            until = time.monotonic() + HELLO_EVERY
-            while time.monotonic() < until:
+            self._line.send(wire.pack_hello(self._sequence, self._clock.now(), echo))
+            until = self._clock.now() + HELLO_EVERY
+            while self._clock.now() < until:
                 for message in self._line.receive():
                     try:
                         if wire.kind_of(message) != wire.DESCRIPTION:
@@ -189,7 +190,7 @@ class WireDriver(Driver):
                     self._digest, self._newest = self.description.digest, -1
                     self._nothing = np.zeros(len(self.description.driven))
                     return self.description
-                time.sleep(0.002)
+                self._clock.wait_until(self._clock.now() + 0.002)
         counted = ", ".join(f"{count} dropped for their {why}" for why, count in self.dropped.items())
         raise UsageError(
             f"no robot answers at {self._where} within {timeout:g} s: is it on, and is the address right?"
@@ -220,7 +221,7 @@ class WireDriver(Driver):
     def _send(self, mode: int, state: State | None, target: Array, kp: Array, kd: Array) -> None:
         self._sequence += 1
         episode, origin = (0, 0) if state is None else (state.episode, state.sequence)
-        command = Command(self._sequence, time.monotonic(), mode, episode, origin, target, kp, kd)
+        command = Command(self._sequence, self._clock.now(), mode, episode, origin, target, kp, kd)
         self._line.send(wire.pack_command(command, self._digest))
 
     def close(self) -> None:
@@ -233,14 +234,16 @@ class Endpoint:
     Args:
         line: to controllers.
         description: of the robot.
+        clock: real time, or another.
 
     Attributes:
         dropped: messages that were not looked at, by the reason.
         busy: set while a controller drives: hellos of others are dropped then.
     """
 
-    def __init__(self, line: Line, description: RobotDescription) -> None:
-        self.line, self.description, self.digest = line, description, description.digest
+    def __init__(self, line: Line, description: RobotDescription, clock: Time) -> None:
+        self.line, self._clock = line, clock
+        self.description, self.digest = description, description.digest
         self.dropped: Counter[str] = Counter()
         self.busy = False
         self.greeted = 0
@@ -276,7 +279,7 @@ class Endpoint:
         self.line.accept()
         self.greeted, self._newest = self.greeted + 1, -1
         self._sequence += 1
-        self.line.send(wire.pack_description(self._sequence, time.monotonic(), echo, self.description))
+        self.line.send(wire.pack_description(self._sequence, self._clock.now(), echo, self.description))
 
     def state(self, state: State) -> None:
         """Send a state, whose sequence number is set here."""

@@ -1,6 +1,6 @@
 """What a controller and a robot say to each other: small messages of one fixed size, as any C program can write them.
 
-All numbers are little-endian. Each message begins with 36 bytes:
+All numbers are little-endian. Each message begins with 32 bytes:
 
     magic     4 bytes   CTRL
     version   uint8     1
