@@ -6,7 +6,7 @@ robots that take positions; `run`, the policy; `fault`, the safe action for good
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -50,7 +50,7 @@ class ControllerConfig:
     """Seconds in which joints go to where the policy begins, where it commands positions; 0: it begins where they
     are."""
     arrive: float = 0.15
-    """rad or m by which a joint may be off after that."""
+    """rad or m by which a joint may be off after that, besides what half of its motor's largest effort bends it."""
     linger: float = 0.3
     """Seconds for which the safe action is commanded at the end."""
     hold: float | None = None
@@ -179,8 +179,8 @@ class Controller:
     # --- a tick -------------------------------------------------------------------------------------------------------
 
     def tick(self, due: float) -> None:
-        """One tick, which should have begun at `due`: reads, decides, commands. Never raises but for the program's own
-        mistakes, which `run` turns into a fault."""
+        """One tick, which should have begun at `due`: reads, decides, commands. What goes wrong in it, be it a mistake
+        of the program, is a fault."""
         began = self.clock.now()
         self._note(due=due, began=began, phase=self.phase, acted=0, first=0, sent=SAFE, fresh=0)
         sent: Array | None = None
@@ -191,6 +191,8 @@ class Controller:
                 sent = self._decide()
         except Fault as fault:
             self._fail(fault)
+        except Exception as error:  # whatever it is, the robot must be safe
+            self._fail(Fault("program", f"{type(error).__name__}: {error}"))
         if sent is None:
             self.driver.make_safe(self._state)
         if self.log is not None:
@@ -256,12 +258,12 @@ class Controller:
             return self._ramp(state, position, velocity)
         if state.episode != self._episode or self._since == 0:
             self._begin_episode(state, reading)
+        if self.config.seconds is not None and self._since * self.period > self.config.seconds - self.period / 2:
+            self.stop()
+            return None
         if self._since % self._every == 0:
             self._act(reading)
         self._since += 1
-        if self.config.seconds is not None and self._since * self.period > self.config.seconds:
-            self.stop()
-            return None
         wanted, by = self._command, DRIVEN
         if self.reflex is not None:
             instead = self.reflex(reading, wanted)
@@ -282,11 +284,12 @@ class Controller:
         self._since += 1
         share = min(1.0, self._since * self.period / self.config.ramp)
         if share >= 1.0 and self._since * self.period > self.config.ramp + self.config.settle:
-            off = np.abs(position - self._default)
+            off = np.abs(position - self._default) - self.limits.bend
             if off.max() > self.config.arrive:
                 i = int(np.argmax(off))
+                far = abs(position[i] - self._default[i])
                 raise Fault(
-                    "outside", f"{self.limits.names[i]} is {off[i]:.3f} off where it was told to go: does it follow?"
+                    "outside", f"{self.limits.names[i]} is {far:.3f} off where it was told to go: does it follow?"
                 )
             self.phase, self._since = RUN, 0
         smooth = share * share * (3 - 2 * share)
@@ -352,22 +355,15 @@ class Controller:
             self.phase, self._countdown = STOP, 0
 
     def run(self, stopped: Callable[[], bool] = lambda: False) -> None:
-        """Tick until the time is over, or `stopped` says so; afterwards the robot is safe.
-
-        A tick that fails for a reason of its own becomes the fault `program`. Ticks that were missed are not made up
-        for.
-        """
+        """Tick until the time is over, or `stopped` says so; afterwards the robot is safe. Ticks that were missed are
+        not made up for."""
         start, number = self.clock.now() + self.period, 0
         while True:
             due = start + number * self.period
             self.clock.wait_until(due)
             if stopped():
                 self.stop()
-            try:
-                self.tick(due)
-            except Exception as error:  # whatever it is, the robot must be safe first
-                self._fail(Fault("program", f"{type(error).__name__}: {error}"))
-                self.driver.make_safe(self._state)
+            self.tick(due)
             if self.phase >= FAULT:
                 self._countdown += 1
                 spent = self._countdown * self.period
@@ -438,7 +434,7 @@ def replay(bundle: Bundle, folder: str | Path, *, runtime: str | None = None) ->
     head, ticks = read_ticks(folder)
     if head.get("manifest") != bundle.seal:
         raise UsageError(f"{folder} is the log of another bundle than {bundle.path}: {head.get('bundle')}")
-    names: Sequence[str] = head["joints"]
+    names = list(head["joints"])
     m, actor = bundle.manifest, Actor(bundle, runtime or str(head["runtime"]))
     builder = FeatureBuilder(m, names)
     off = {"observation": 0.0, "action": 0.0, "wanted": 0.0}
@@ -448,8 +444,9 @@ def replay(bundle: Bundle, folder: str | Path, *, runtime: str | None = None) ->
         off[what] = max(off[what], float(np.abs(made.astype(np.float64) - logged).max(initial=0.0)))
 
     for row in ticks:
-        others = {name: row[f"measure {name}"] for name in head["measures"]}
-        reading = Reading(list(names), row["position"], row["velocity"], others)
+        # Copies are aligned, as what came over the line was.
+        others = {name: row[f"measure {name}"].copy() for name in head["measures"]}
+        reading = Reading(names, row["position"].copy(), row["velocity"].copy(), others)
         if row["first"]:
             builder.reset(reading)
             actor.reset()

@@ -252,6 +252,7 @@ class Limits:
 
     Attributes:
         counts: of ticks and joints at which each limit held back, by `LIMITS`.
+        bend: rad or m by which half of each motor's largest effort keeps a joint from its target, (A,).
     """
 
     def __init__(self, manifest: Manifest, config: SafetyConfig, period: float) -> None:
@@ -267,6 +268,8 @@ class Limits:
         self.low, self.high = low + config.margin * width, high - config.margin * width
         self._largest = config.effort * np.array([j.max_effort for j in joints], np.float64)
         self._kp, self._kd = np.array([j.kp for j in joints]), np.array([j.kd for j in joints])
+        with np.errstate(divide="ignore"):
+            self.bend = np.where(self._kp > 0, self._largest / 2 / self._kp, 0.0)
         self._step = period * (config.effort_slew * 2 * self._largest if self._efforts else config.slew * width)
         bounds = ((action.low, -math.inf), (action.high, math.inf))
         self._bounds = [np.array([rest if b is None else b for b in given], np.float32) for given, rest in bounds]

@@ -315,6 +315,7 @@ class LiveSim(Sim):
             self._listen()
             if self.mode == DRIVEN:
                 self._episode_began = self._due
+                self._due -= self.task.timestep  # it moves at once
                 return True
             self._report()
         return False

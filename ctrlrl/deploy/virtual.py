@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from ctrlrl.deploy.bundle import Bundle
@@ -62,7 +63,7 @@ class VirtualDeployment:
         config: of the controller.
         runtime: of the policy.
         reflex: of the controller.
-        wrap: puts something around the controller's end of the line.
+        log: a new folder for the controller's log.
 
     Attributes:
         controller: the controller.
@@ -79,17 +80,17 @@ class VirtualDeployment:
         *,
         runtime: str | None = None,
         reflex: Reflex | None = None,
-        wrap: Callable[[Line], Line] = lambda line: line,
+        log: Path | None = None,
     ) -> None:
         self.clock = VirtualTime()
         ours, theirs = MemoryLine.pair()
         self.robot = SimulatedRobot(robot, theirs, self.clock)
-        self.driver = WireDriver(wrap(ours), "virtual", self.clock)
+        self.driver = WireDriver(ours, "virtual", self.clock)
         endpoint = self.robot.sim.endpoint
         assert endpoint is not None
         self.clock.between = lambda until: [None for _ in endpoint.commands()].clear()  # it answers
         self.driver.connect(1.0)
-        self.controller = Controller(bundle, self.driver, config, self.clock, runtime=runtime, reflex=reflex)
+        self.controller = Controller(bundle, self.driver, config, self.clock, runtime=runtime, reflex=reflex, log=log)
         self._due = self.clock.moment + self.controller.period
         self.clock.between = self._tick
         self.ended = False

@@ -128,7 +128,7 @@ class RobotDescription:
 
 @dataclass(slots=True)
 class State:
-    """What a robot measured at one moment, (J,) and by name; arrays are the message's own."""
+    """What a robot measured at one moment, (J,) and by name."""
 
     sequence: int
     time: float
@@ -233,7 +233,7 @@ def unpack_state(message: bytes, description: RobotDescription, digest: bytes) -
     """
     mode, sequence, time = _opened(message, state_size(description), digest, HELD)
     (episode,) = _EPISODE.unpack_from(message, _HEADER.size)
-    numbers = np.frombuffer(message, "<f8", offset=_HEADER.size + _EPISODE.size)
+    numbers = np.frombuffer(message, "<f8", offset=_HEADER.size + _EPISODE.size).copy()  # aligned
     count = len(description.joints)
     others, at = {}, 2 * count
     for name, size in description.measures.items():
