@@ -343,6 +343,9 @@ def test_the_order_of_joints_does_not_matter_and_names_do() -> None:
         (with_joint(0, max_effort=9.0), r"b: .* largest effort 7.0, and .* says 9.0"),
         (with_joint(0, max_effort=None), "the policy drives b, and the robot two has no motor there"),
         (with_joint(0, unit="m"), "b: the policy takes rad, and the robot two has m"),
+        (with_joint(0, max_effort=7.0009), r"b: .* largest effort 7.0, and .* says 7.0009"),
+        (replace(ROBOT, rate=49.0), "arm acts 50 times a second, and two measures 49 times"),
+        (replace(ROBOT, watchdog=0.01), "and two makes itself safe after 0.01 s without a command"),
         (replace(ROBOT, measures={}), "observes orientation, which the robot does not measure"),
         (
             replace(ROBOT, joints=(*ROBOT.joints, RobotJoint(name="c", max_effort=1.0))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import socket
 import struct
@@ -64,7 +65,9 @@ def test_what_is_read_is_what_was_written() -> None:
     assert RobotDescription.from_json(ROBOT.to_json(), "here") == ROBOT
     echo = bytes(range(32))
     assert wire.unpack_hello(wire.pack_hello(1, 0.0, echo)) == echo
-    assert wire.unpack_description(wire.pack_description(1, 0.0, echo, ROBOT), echo, "here") == ROBOT
+    assert wire.unpack_description(wire.pack_description(1, 0.0, echo, ROBOT), echo, "here") == (ROBOT, ROBOT.digest)
+    loose = wire.pack_description(1, 0.0, echo, ROBOT).replace(b"200.0", b"200")  # as another program writes it
+    assert wire.unpack_description(loose, echo, "here") == (ROBOT, hashlib.sha256(loose[64:]).digest()[:8])
     with pytest.raises(BadMessage, match="echo"):
         wire.unpack_description(wire.pack_description(1, 0.0, echo, ROBOT), bytes(32), "here")
 
@@ -88,6 +91,7 @@ def test_the_layout_is_the_documented_one() -> None:
         (lambda m: m[:4] + b"\x02" + m[5:], "version"),
         (lambda m: m[:5] + b"\x09" + m[6:], "kind"),
         (lambda m: m[:6] + b"\x07" + m[7:], "mode"),
+        (lambda m: m[:7] + b"\x01" + m[8:], "reserved byte"),
         (lambda m: m[:24] + bytes(8) + m[32:], "description"),
     ],
 )
@@ -147,13 +151,22 @@ def test_a_controller_that_begins_anew_is_heard() -> None:
     for _ in range(5):
         driver.make_safe(None)
     assert len(list(endpoint.commands())) == 5
-    ours, theirs = endpoint.line, endpoint.line
-    del ours, theirs
     assert endpoint.greeted == 1
     driver._sequence = 0  # as another process would
     driver.connect(1.0)
     driver.make_safe(None)
     assert len(list(endpoint.commands())) == 1 and endpoint.greeted == 2
+
+
+def test_a_hello_that_comes_again_is_answered_and_changes_nothing() -> None:
+    clock = VirtualTime()
+    ours, theirs = MemoryLine.pair()
+    endpoint = Endpoint(theirs, ROBOT, clock)
+    for _ in range(2):
+        ours.send(wire.pack_hello(1, 0.0, bytes(32)))
+        ours.send(wire.pack_command(a_command(5), ROBOT.digest))
+    assert len(list(endpoint.commands())) == 1 and endpoint.greeted == 1
+    assert len(list(ours.receive())) == 2 and endpoint.dropped == {"sequence": 1}
 
 
 def test_messages_over_udp_and_nobody_takes_the_robot_over() -> None:

@@ -15,6 +15,7 @@ from ctrlrl.errors import UsageError
 LIMIT_TOLERANCE = 1e-3
 """rad or m by which a robot's limits may differ from those of training."""
 EFFORT_TOLERANCE = 1e-6
+"""Share by which its largest efforts may."""
 
 
 class Driver(ABC):
@@ -94,11 +95,14 @@ def require_fits(manifest: Manifest, robot: RobotDescription, *, operated: bool 
             raise UsageError(
                 f"{joint.name}: the policy takes {joint.unit}, and the robot {robot.name} has {found.unit}"
             )
-        pairs = [("lower limit", joint.lower, found.lower), ("upper limit", joint.upper, found.upper)]
+        pairs = [
+            ("lower limit", joint.lower, found.lower, LIMIT_TOLERANCE),
+            ("upper limit", joint.upper, found.upper, LIMIT_TOLERANCE),
+        ]
         if driven:
-            pairs.append(("largest effort", joint.max_effort, found.max_effort))
-        for what, ours, its in pairs:
-            if not _same(ours, its):
+            pairs.append(("largest effort", joint.max_effort, found.max_effort, 0.0))
+        for what, ours, its, allowed in pairs:
+            if not _same(ours, its, allowed):
                 raise UsageError(
                     f"{joint.name}: the policy was trained with the {what} {ours}, and the robot {robot.name} says "
                     f"{its}; is it the joint that is meant?"
@@ -109,11 +113,21 @@ def require_fits(manifest: Manifest, robot: RobotDescription, *, operated: bool 
             f"the robot {robot.name} has motors that the policy does not command: {', '.join(undriven)}. The policy's: "
             f"{', '.join(manifest.action.joints)}"
         )
+    rate = 1 / (manifest.control_dt or math.inf)
+    if robot.rate < rate * (1 - EFFORT_TOLERANCE):
+        raise UsageError(
+            f"{manifest.name} acts {rate:g} times a second, and {robot.name} measures {robot.rate:g} times"
+        )
+    if robot.watchdog * rate < 1:
+        raise UsageError(
+            f"{manifest.name} acts {rate:g} times a second, and {robot.name} makes itself safe after "
+            f"{robot.watchdog:g} s without a command"
+        )
     if not operated and manifest.command and robot.measures.get("command") != len(manifest.command):
         raise UsageError(f"{manifest.name} is told what to do ({'; '.join(manifest.command)}): give it with --command")
 
 
-def _same(ours: float | None, its: float | None) -> bool:
+def _same(ours: float | None, its: float | None, allowed: float) -> bool:
     if ours is None or its is None:
         return ours is None and its is None
-    return math.isclose(ours, its, rel_tol=EFFORT_TOLERANCE, abs_tol=LIMIT_TOLERANCE)
+    return math.isclose(ours, its, rel_tol=EFFORT_TOLERANCE, abs_tol=allowed)

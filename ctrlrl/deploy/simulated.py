@@ -249,7 +249,7 @@ class LiveSim(Sim):
         self.given: dict[str, Array] = {}
         self._noise = _noise_of(task, config.impairments.noise)
         self._random = np.random.default_rng(config.random)
-        self.mode, self.episode = IDLE, 0
+        self.mode, self.episode = IDLE, 1
         self.target = np.zeros(len(driven))
         self._heard = -math.inf
         self._due = self._episode_began = 0.0
@@ -304,7 +304,6 @@ class LiveSim(Sim):
 
     def begin_episode(self) -> bool:
         """Stand still until a controller drives; False where none came within `patience`."""
-        self.episode += 1
         self._episode_began = math.inf
         self._frozen, self.safe_since = None, None
         self._due = self._clock.now()
@@ -320,10 +319,18 @@ class LiveSim(Sim):
             self._report()
         return False
 
+    def end_episode(self) -> None:
+        """Stand still until the next one."""
+        self.episode += 1
+        self.mode = IDLE if self.mode == DRIVEN else self.mode
+
     def linger(self, seconds: float) -> None:
-        """Go on, so that a controller can end before the robot does."""
+        """Send states a while longer, so that a controller can end before the robot does; it is not driven any more."""
         for _ in range(round(seconds / self.task.timestep)):
-            self.step(1)
+            self._wait()
+            self._listen()
+            self.mode = IDLE if self.mode == DRIVEN else self.mode
+            self._report()
 
     def log(self) -> dict[str, Array]:
         """All commands that came and states that were sent, with the moments on this computer's clock."""
@@ -597,6 +604,7 @@ class SimulatedRobot:
                 log = {name: float(value[0]) for name, value in step.log.items() if not torch.isnan(value[0])}
             elif sim.safe_since is not None and self._clock.now() - sim.safe_since > GIVE_UP:
                 given_up = ended = True
+        sim.end_episode()
         return {
             "kind": "episode",
             "seed": seed,

@@ -183,11 +183,11 @@ class WireDriver(Driver):
                     try:
                         if wire.kind_of(message) != wire.DESCRIPTION:
                             raise BadMessage("before the description")
-                        self.description = wire.unpack_description(message, echo, self._where)
+                        self.description, self._digest = wire.unpack_description(message, echo, self._where)
                     except BadMessage as bad:
                         self.dropped[str(bad)] += 1
                         continue
-                    self._digest, self._newest = self.description.digest, -1
+                    self._newest = -1
                     self._nothing = np.zeros(len(self.description.driven))
                     return self.description
                 self._clock.wait_until(self._clock.now() + 0.002)
@@ -247,8 +247,9 @@ class Endpoint:
         self.dropped: Counter[str] = Counter()
         self.busy = False
         self.greeted = 0
-        """Hellos that were answered: each begins with a controller, or one that was started again."""
+        """Controllers that said hello, or one that was started again."""
         self._sequence, self._newest = 0, -1
+        self._echo = b""
 
     def commands(self) -> Iterator[Command]:
         """Commands that have come, oldest first; each has a greater sequence number than the one before."""
@@ -277,7 +278,8 @@ class Endpoint:
         if self.busy and not self.line.accepted:
             raise BadMessage("sender")
         self.line.accept()
-        self.greeted, self._newest = self.greeted + 1, -1
+        if echo != self._echo:  # else its answer was lost, or it was late
+            self.greeted, self._newest, self._echo = self.greeted + 1, -1, echo
         self._sequence += 1
         self.line.send(wire.pack_description(self._sequence, self._clock.now(), echo, self.description))
 

@@ -9,9 +9,11 @@ All numbers are little-endian. Each message begins with 32 bytes:
     reserved  uint8     0
     sequence  uint64    of the sender, 1 more with each message
     time      int64     ns, of the sender's own clock, which never goes back
-    digest    8 bytes   of the description that numbers are by; zeros in a hello and a description
+    digest    8 bytes   the first of the SHA-256 of the description's JSON, byte for byte as it was sent, by which
+                        numbers are to be read; zeros in a hello and a description
 
-    hello        (controller)  32 bytes that the description echoes
+    hello        (controller)  32 bytes that the description echoes. The same again is answered again; others begin
+                               anew: the robot is idle, and sequence numbers start over
     description  (robot)       the echo, then JSON: `RobotDescription`, of at most 32 KiB
     state        (robot)       episode uint32, then float64: positions and velocities of the joints, in the
                                description's order, then the measurements
@@ -122,8 +124,8 @@ class RobotDescription:
 
     @property
     def digest(self) -> bytes:
-        """8 bytes that differ for another description."""
-        return hashlib.sha256(self.to_json()).digest()[:8]
+        """8 bytes that differ for another description: of what `to_json` makes of it."""
+        return _digest(self.to_json())
 
 
 @dataclass(slots=True)
@@ -175,8 +177,10 @@ def kind_of(message: bytes) -> int:
     if len(message) < _HEADER.size:
         raise BadMessage("size")
     magic, version, kind, _, reserved, *_ = _HEADER.unpack_from(message)
-    if magic != MAGIC or reserved:
+    if magic != MAGIC:
         raise BadMessage("magic")
+    if reserved:
+        raise BadMessage("reserved byte")
     if version != VERSION:
         raise BadMessage("version")
     if not HELLO <= kind <= COMMAND:
@@ -205,8 +209,8 @@ def pack_description(sequence: int, time: float, echo: bytes, description: Robot
     return _header(DESCRIPTION, 0, sequence, time, _NOBODY) + echo + description.to_json()
 
 
-def unpack_description(message: bytes, echo: bytes, where: str) -> RobotDescription:
-    """The description that answers the hello with this `echo`.
+def unpack_description(message: bytes, echo: bytes, where: str) -> tuple[RobotDescription, bytes]:
+    """The description that answers the hello with this `echo`, and its digest.
 
     Raises:
         BadMessage: it answers another one.
@@ -214,7 +218,12 @@ def unpack_description(message: bytes, echo: bytes, where: str) -> RobotDescript
     """
     if message[_HEADER.size : _HEADER.size + ECHO] != echo:
         raise BadMessage("echo")
-    return RobotDescription.from_json(message[_HEADER.size + ECHO :], where)
+    content = message[_HEADER.size + ECHO :]
+    return RobotDescription.from_json(content, where), _digest(content)
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()[:8]
 
 
 def pack_state(state: State, description: RobotDescription, digest: bytes) -> bytes:
