@@ -632,7 +632,7 @@ def test_a_policy_drives_the_arm_to_the_end(tmp_path: Path) -> None:
     controller.close()
     summary = controller.summary()
     assert summary["fault"] is None and summary["phase"] == "stop"
-    assert summary["acted"] == 51 and summary["episodes"] == 1 and summary["dropped"] == {}
+    assert summary["acted"] == 50 and summary["episodes"] == 1 and summary["dropped"] == {}
     assert arm.disconnected == 1
     # What it came to: target = default + 0.2 tanh(-q / 2), with q nearly the target itself.
     for joint in SO101.joints:

@@ -170,6 +170,7 @@ class Controller:
                 "measures": robot.measures,
                 "period": self.period,
                 "safety": asdict(self.safety),
+                "reflex": getattr(reflex, "seal", None),
             }
             self.log = TickLog(log, record_type(m, robot), head)
         self._fields = [entry.name for entry in m.observation]
@@ -324,9 +325,10 @@ class Controller:
 
     def _send(self, state: State, wanted: Array, position: Array, velocity: Array, by: int) -> Array:
         command = self.limits(wanted, position, velocity)
-        if by == DRIVEN and self.phase == RUN and self._positions:
+        if self.phase == RUN and self._positions:
             self._builder.target[:] = command  # what the joints were told to, not what they would have been
-            self._command = command
+            if by == DRIVEN:  # the reflex goes on to judge what the policy wants
+                self._command = command
         self._require_fresh()  # again: computing took its time
         self.driver.drive(state, self._for_robot(command), self._kp, self._kd)
         self._checks.told(command)
@@ -461,6 +463,6 @@ def replay(bundle: Bundle, folder: str | Path, *, runtime: str | None = None) ->
             wanted = builder.act(action, reading)
             if row["sent"] == DRIVEN:
                 differs("wanted", wanted, row["wanted"])
-        if row["sent"] == DRIVEN and PHASES[row["phase"]] == "run" and positions:
+        if row["sent"] != SAFE and PHASES[row["phase"]] == "run" and positions:
             builder.target[:] = row["command"]
     return Replay(count, off["observation"], off["action"], off["wanted"])

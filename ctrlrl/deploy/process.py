@@ -18,6 +18,7 @@ from ctrlrl.deploy.controller import Controller, ControllerConfig
 from ctrlrl.deploy.driver import Driver
 from ctrlrl.deploy.manifest import Manifest, parse_json, read_strictly
 from ctrlrl.deploy.realtime import Time, enter_realtime
+from ctrlrl.deploy.reflex import read_reflex
 from ctrlrl.deploy.transport import UdpLine, WireDriver, ZmqLine, parse_udp
 from ctrlrl.errors import CtrlrlError, UsageError
 
@@ -80,9 +81,13 @@ def control(config: ProcessConfig) -> dict[str, object]:
         raise UsageError(f"{config.bundle} is not the bundle any more that was checked")
     driver = make_driver(config.driver, config.address, bundle.manifest)
     try:
-        driver.connect(config.connect)
+        robot = driver.connect(config.connect)
+        joints = [joint.name for joint in robot.joints]
+        reflex = None if config.reflex is None else read_reflex(config.reflex, bundle.manifest, joints)
         log = None if config.log is None else Path(config.log)
-        controller = Controller(bundle, driver, config.controller, Time(), runtime=config.runtime, log=log)
+        controller = Controller(
+            bundle, driver, config.controller, Time(), runtime=config.runtime, reflex=reflex, log=log
+        )
     except BaseException:
         driver.close()
         raise
