@@ -89,7 +89,7 @@ class VirtualDeployment:
         endpoint = self.robot.sim.endpoint
         assert endpoint is not None
         self.clock.between = lambda until: [None for _ in endpoint.commands()].clear()  # it answers
-        self.driver.connect(1.0)
+        self.driver.connect(60.0)
         self.controller = Controller(bundle, self.driver, config, self.clock, runtime=runtime, reflex=reflex, log=log)
         self._due = self.clock.moment + self.controller.period
         self.clock.between = self._tick
