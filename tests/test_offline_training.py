@@ -232,7 +232,13 @@ def test_a_temperature_is_kept_where_rewards_are(data: Dataset, tmp_path: Path) 
         after = settings | {"agent": shape, "init_from": str(tmp_path / name)}
         ctrlrl.train("cql", out=str(tmp_path / f"after-{name}"), **after)
         notes = json.loads((tmp_path / f"after-{name}/history.json").read_text())["notes"]
-        assert ("temperature: as it was" in notes) == ("critics: as they were" in notes) == (name == "plain")
+        kept = [note for note in notes if note.startswith("temperature: as it was, 0.8")]
+        assert bool(kept) == ("critics: as they were" in notes) == (name == "plain")
+        assert "--agent.initial-alpha 0.01 is what a policy that is good already needs" in notes[-1]
+    given = {**after, "agent": shape | {"initial_alpha": 0.05}, "init_from": str(tmp_path / "plain")}
+    ctrlrl.train("cql", out=str(tmp_path / "given"), **given)
+    notes = json.loads((tmp_path / "given/history.json").read_text())["notes"]
+    assert notes[-1] == "temperature: 0.05, as --agent.initial-alpha says"
 
 
 def test_critics_of_other_rewards_start_afresh_unless_rewards_are_changed_alike(data: Dataset, tmp_path: Path) -> None:

@@ -185,16 +185,28 @@ def _values(agent: ReplayAgent, state: dict[str, Any], former: _Meaning, own: _M
     elif hasattr(agent, "target_policy"):
         new = agent.policy.state_dict()
         agent.target_policy.load_state_dict({name: new[name] for name in agent.target_policy.state_dict()})
-    if "log_alpha" in state and hasattr(agent, "log_alpha") and not scaled:
-        with torch.no_grad():
-            agent.log_alpha.copy_(state["log_alpha"])
-        notes.append("temperature: as it was")
-    elif hasattr(agent, "log_alpha") and (alpha := float(agent.log_alpha.exp())) > LARGE_ALPHA:
-        notes.append(
-            f"temperature: new, {alpha:g}, which may make the policy random before it falls; --agent.initial-alpha "
-            f"{LARGE_ALPHA} is what a policy that is good already needs"
-        )
+    if hasattr(agent, "log_alpha"):
+        notes += _temperature(agent, None if scaled else state.get("log_alpha"))
     return notes
+
+
+def _temperature(agent: Any, saved: Tensor | None) -> list[str]:
+    """Take over the temperature, unless the user gives another; returns what is to be said of it."""
+    config = agent.config
+    given = config.initial_alpha != type(config)().initial_alpha
+    if given:
+        return [f"temperature: {config.initial_alpha:g}, as --agent.initial-alpha says"]
+    if saved is not None:
+        with torch.no_grad():
+            agent.log_alpha.copy_(saved)
+    alpha = math.exp(agent.log_alpha.item())
+    said = f"temperature: {'new' if saved is None else 'as it was'}, {alpha:.3g}"
+    if alpha > LARGE_ALPHA:
+        said += (
+            f", which may make the policy random before it falls; --agent.initial-alpha {LARGE_ALPHA} is what a policy "
+            "that is good already needs"
+        )
+    return [said]
 
 
 def _same(own: dict[str, Tensor], saved: dict[str, Tensor]) -> bool:
