@@ -54,7 +54,7 @@ def neighbours(count: int) -> Iterator[None]:
 def lateness(
     bundle: Bundle, seconds: float, priority: int | None, busy: int
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """(T,) s, of every tick in which the policy drove."""
+    """(T,) s, of every tick in which the policy drove, and of those that were missed."""
     kwargs = dict(bundle.manifest.provenance.get("env_kwargs") or {})
     with tempfile.TemporaryDirectory() as folder:
         robot = SimulatedConfig(
@@ -92,7 +92,10 @@ def lateness(
         _, ticks = read_ticks(folder + "/log")
     during = ticks[(ticks["due"] >= began) & (ticks["due"] <= over) & (ticks["phase"] == 2)]
     late: np.ndarray[tuple[int], np.dtype[np.float64]] = during["began"] - during["due"]
-    return late
+    period = float(bundle.manifest.control_dt or 0)
+    missed = np.round(np.diff(during["due"]) / period).astype(int) - 1  # while the tick before was still at work
+    holes = [late[i + 1] + (k + 1) * period for i, count in enumerate(missed) for k in range(count)]
+    return np.concatenate([late, holes])
 
 
 def naive(bundle: Bundle, seconds: float, busy: int) -> float:

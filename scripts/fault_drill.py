@@ -8,8 +8,10 @@ with the interpreter of .venv, and a bundle of one of our robot tasks. What brea
 drilled in virtual time (`ctrlrl.deploy.virtual`), what breaks in the operating system with real processes over UDP.
 
 The judge is this script: it reads the log of the robot, and no code of the controller. A command is unsafe that is
-outside a limit which the robot declares, was computed from a state that was not finite or older than allowed, or drives
-after the first safe command that the same controller has sent once it drove.
+outside a limit which the robot declares, was computed from a state that was not finite or older than allowed, asks for
+more than a motor gives by the gains that came with it (unless a joint's limit is in the way), or drives after the first
+safe command that the same controller has sent once it drove. Exit code 1 where one was, or where a fault that must be
+found was not.
 """
 
 from __future__ import annotations
@@ -47,6 +49,14 @@ from ctrlrl.deploy.wire import RobotDescription
 from ctrlrl.errors import CtrlrlError
 
 SAFE, DRIVE, HELD = 0, 1, 2
+MUST_FAULT = (
+    "sensors frozen",
+    "NaN measured",
+    "clock 10 s ahead",
+    "clock 10 s back",
+    "states stop",
+    "30 ms later, either way",
+)
 SECONDS = 3.0  # of an episode after which a drill is over
 RELAY = """
 import select, socket, sys
@@ -85,9 +95,15 @@ def judge(log: dict[str, Any], robot: RobotDescription, max_age: float, tick: fl
         int(n): (float(t), bool(f))
         for t, n, f in zip(log["state time"], log["state sequence"], log["state finite"], strict=True)
     }
+    places = [i for i, joint in enumerate(robot.joints) if joint.max_effort is not None]
+    measured = {
+        int(n): (q[places], v[places])
+        for n, q, v in zip(log["state sequence"], log["state position"], log["state velocity"], strict=True)
+    }
     drove, stopped, last = False, False, -1
-    rows = zip(*(log[f"command {name}"] for name in ("time", "sequence", "mode", "origin", "target")), strict=True)
-    for moment, sequence, mode, origin, target in rows:
+    names = ("time", "sequence", "mode", "origin", "target", "kp", "kd")
+    rows = zip(*(log[f"command {name}"] for name in names), strict=True)
+    for moment, sequence, mode, origin, target, kp, kd in rows:
         if sequence < last:  # another controller
             drove = stopped = False
         last = sequence
@@ -101,13 +117,22 @@ def judge(log: dict[str, Any], robot: RobotDescription, max_age: float, tick: fl
             low, high = (joint.lower, joint.upper) if robot.control == "position" else (None, None)
             if robot.control == "effort":
                 low, high = -float(joint.max_effort or 0), float(joint.max_effort or 0)
-            if not (low or -np.inf) <= value <= (np.inf if high is None else high):
+            if not (-np.inf if low is None else low) <= value <= (np.inf if high is None else high):
                 yield f"outside the limits of {joint.name}"
         born, finite = sent.get(int(origin), (-np.inf, False))
         if not finite:
             yield "of a state that was not finite, or none"
         elif moment - born > max_age + tick:
             yield f"of a state {moment - born:.3f} s old"
+        if finite and robot.control == "position":
+            q, v = measured[int(origin)]
+            asked = np.abs(kp * (target - q) - kd * v)
+            most = np.array([float(joint.max_effort or 0) for joint in joints])
+            ends = [[-np.inf if j.lower is None else j.lower, np.inf if j.upper is None else j.upper] for j in joints]
+            width = np.array([high - low for low, high in ends])
+            at_limit = np.abs(target[:, None] - np.array(ends)).min(1) < 0.006 * width  # there the limits decide
+            if ((asked > most * (1 + 1e-6)) & ~at_limit).any():
+                yield "asks more than a motor gives"
 
 
 class Drills:
@@ -135,9 +160,11 @@ class Drills:
             "measurements exchanged on the way": "swap",
             "states stop": "silence",
         }
+        latency = {"10 ms later, either way": 0.01, "15 ms later, either way": 0.015, "30 ms later, either way": 0.03}
         losses = {f"{low} to {high} % of messages lost": (low, high) for low, high in ((1, 5), (5, 20), (20, 50))}
         return {
             **{name: (lambda pair=pair: self.loss(*pair)) for name, pair in losses.items()},
+            **{name: (lambda ms=ms: self.later(ms)) for name, ms in latency.items()},
             **{name: (lambda what=what: self.injected(what)) for name, what in inject.items()},
             "joint names exchanged": self.names,
             "wrong robot": self.robots,
@@ -167,6 +194,18 @@ class Drills:
             self._virtual(drill, config, None)
         return drill
 
+    def later(self, seconds: float) -> Drill:
+        """Every message takes longer, which no clock shows."""
+        drill = Drill()
+        for number in range(self.times):
+            config = self._robot(number, impairments=Impairments(latency=seconds), patience=2.0)
+            try:
+                self._virtual(drill, config, None)
+            except CtrlrlError:
+                drill.injected += 1
+                drill.ends["refused before anything moved"] += 1
+        return drill
+
     def _robot(self, number: int, **changes: Any) -> SimulatedConfig:
         kwargs = dict(self.bundle.manifest.provenance.get("env_kwargs") or {})
         return SimulatedConfig(task=self.task, env_kwargs=kwargs, seeds=(10_000 + number,), random=number, **changes)
@@ -184,7 +223,10 @@ class Drills:
         assert sim.endpoint is not None
         drill.injected += 1
         drill.commands += len(log["command time"])
-        drill.unsafe.update(judge(log, sim.endpoint.description, self.max_age, sim.task.timestep))
+        path = sim.config.impairments.latency  # that the command took
+        drill.unsafe.update(judge(log, sim.endpoint.description, self.max_age, sim.task.timestep + path))
+        if bad := sim.endpoint.dropped["numbers that are not finite"]:
+            drill.unsafe["not finite"] += bad
         began = [t for t, mode, _ in sim.modes if mode == DRIVE]
         if at is not None and began:
             injected = began[0] + at
@@ -303,7 +345,9 @@ class Drills:
             assert robot.stdout is not None
             port = json.loads(robot.stdout.readline())["address"].rpartition(":")[2]
             moments = [self._one(what, port, Path(folder) / f"log{i}", drill) for i in range(self.times)]
-            robot.wait(120)
+            counted = json.loads(robot.communicate(timeout=120)[0].splitlines()[-1])
+            if bad := counted["dropped"].get("numbers that are not finite", 0):
+                drill.unsafe["not finite"] += bad
             log = dict(np.load(Path(folder) / "robot.npz", allow_pickle=False))
         described = self._described()
         drill.injected, drill.commands = len(moments), len(log["command time"])
@@ -332,6 +376,7 @@ class Drills:
             driver="udp",
             address=f"127.0.0.1:{port}",
             log=str(log),
+            runtime="numpy",
             priority=50 if os.geteuid() == 0 and what != "busy" else None,
             controller=ControllerConfig(ramp=0.0, settle=0.1, hold=0.2, seconds=SECONDS - 1),
         )
@@ -354,7 +399,7 @@ class Drills:
         if relay is not None:
             relay.wait()
         if said:
-            summary = json.loads(said)
+            summary = json.loads(said.splitlines()[-1])
             fault = summary.get("fault")
             drill.ends[f"fault: {fault['kind']}" if fault else summary.get("message", "none: went on")] += 1
         return moment
@@ -401,15 +446,16 @@ def main() -> int:
             return 2
         print("| fault | injected | safe after, times: median (most) ms | what happened | unsafe commands |")
         print("|---|---|---|---|---|", flush=True)
-        unsafe = 0
+        unsafe = missed = 0
         for name in options.only or drills:
             drill = drills[name]()
             unsafe += sum(drill.unsafe.values())
+            missed += drill.ends["accepted"] + (drill.ends["none: went on"] if name in MUST_FAULT else 0)
             print(row(name, drill), flush=True)
     except CtrlrlError as error:
         print(f"fault_drill: {error}", file=sys.stderr)
         return error.exit_code
-    return 1 if unsafe else 0
+    return 1 if unsafe or missed else 0
 
 
 if __name__ == "__main__":

@@ -341,6 +341,93 @@ def test_a_reflex_looks_more_often_and_may_take_over(bundles: dict[str, Bundle])
     assert one.controller.acted == 25 and one.controller.taken_over == 50
 
 
+def test_a_reflex_whose_command_is_no_number_stops_the_robot(bundles: dict[str, Bundle]) -> None:
+    class Broken:
+        rate = 50.0
+
+        def reset(self) -> None: ...
+
+        def __call__(self, reading: Any, command: Any) -> Any:
+            return command * np.nan
+
+    config = ControllerConfig(ramp=0.0, settle=0.1, seconds=0.5, safety=CALM)
+    one = VirtualDeployment(
+        bundles[RIG], SimulatedConfig(task=RIG, seeds=(1,)), config, runtime="numpy", reflex=Broken()
+    )
+    one.run()
+    assert one.controller.fault is not None and one.controller.fault.kind == "reflex"
+    assert DRIVE not in [mode for _, mode in told(one)] and not one.robot.sim.endpoint.dropped  # type: ignore[union-attr]
+
+
+def test_commands_that_never_arrive_are_a_fault(bundles: dict[str, Bundle]) -> None:
+    one = deployment(bundles[RIG], seconds=3.0)
+    one.driver.drive = lambda *a: None  # type: ignore[method-assign]
+    one.run()
+    assert one.controller.fault is not None and "commands do not arrive" in one.controller.fault.detail
+    assert one.controller.acted <= 53
+
+
+def test_a_robot_that_holds_itself_in_the_ramp_is_not_driven_on(bundles: dict[str, Bundle]) -> None:
+    config = SimulatedConfig(task=WALKER, seeds=(10_000,))
+    one = VirtualDeployment(
+        bundles[WALKER], config, ControllerConfig(ramp=2.0, settle=0.1, safety=CALM), runtime="numpy"
+    )
+    drive, sent = one.driver.drive, []
+
+    def loses(*arguments: Any) -> None:
+        sent.append(1)
+        if not 10 <= len(sent) < 20:
+            drive(*arguments)
+
+    one.driver.drive = loses  # type: ignore[method-assign]
+    one.run()
+    assert one.controller.fault is not None and one.controller.fault.kind == "robot" and len(sent) < 20
+
+
+def test_a_robot_that_is_far_away_in_time_is_refused(bundles: dict[str, Bundle]) -> None:
+    with pytest.raises(
+        UsageError, match=r"a message to the robot and its answer take 6\d ms, and states may be 40 ms old"
+    ):
+        deployment(bundles[RIG], impairments=Impairments(latency=0.03), safety=replace(CALM, max_age=None))
+
+
+def test_the_first_target_is_near_where_joints_are(bundles: dict[str, Bundle]) -> None:
+    one = deployment(bundles[WALKER], seconds=0.1, safety=replace(CALM, slew=0.5, effort=100.0))
+    one.run()
+    sim = one.robot.sim
+    first = next(row for row in sim.told if row[2] == DRIVE)
+    begun = next(row for row in sim.sent if row[1] == first[4])
+    width = np.array([joint.upper - joint.lower for joint in one.driver.description.driven])  # type: ignore[operator]
+    assert (np.abs(first[5] - begun[3]) <= 0.5 * 0.02 * width + 0.03).all()  # and the noise of what was measured
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_loop(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    one = deployment(bundles[RIG], tmp_path / "log")
+    log = one.controller.log
+    assert log is not None
+    log.commit = lambda: (_ for _ in ()).throw(OSError(28, "no space left"))  # type: ignore[method-assign]
+    one.run()
+    fault = one.controller.fault
+    assert fault is not None and "the log cannot be written" in fault.detail
+    assert [mode for _, mode in told(one)].count(SAFE) > 20
+    one.controller.close()
+
+
+def test_what_ends_the_program_makes_the_robot_safe_first(bundles: dict[str, Bundle]) -> None:
+    one = deployment(bundles[RIG])
+    sent: list[int] = []
+    one.driver.make_safe = lambda state: sent.append(1)  # type: ignore[method-assign]
+    one.clock.between = lambda until: None
+
+    def leaves(due: float) -> None:
+        raise SystemExit(1)
+
+    one.controller.tick = leaves  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        one.controller.run()
+    assert len(sent) == 5
+
+
 def test_weak_motors_and_slippery_floors() -> None:
     from ctrlrl.deploy.simulated import impaired
 

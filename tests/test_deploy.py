@@ -19,7 +19,7 @@ from ctrlrl.cli.main import run as command
 from ctrlrl.deploy import process, simulated
 from ctrlrl.deploy.bundle import Bundle
 from ctrlrl.deploy.controller import ControllerConfig, replay
-from ctrlrl.deploy.deployment import Outcome, task_of
+from ctrlrl.deploy.deployment import Outcome, free_folder, task_of
 from ctrlrl.deploy.process import ProcessConfig
 from ctrlrl.deploy.safety import FAULTS, SafetyConfig
 from ctrlrl.deploy.simulated import SimulatedConfig
@@ -131,11 +131,11 @@ def test_a_controller_that_is_stopped_or_killed_leaves_a_safe_robot(bundle: Bund
         body.wait(60)
         log = dict(np.load(tmp_path / "robot.npz", allow_pickle=False))
         if how == signal.SIGINT:
-            told = json.loads(said)
+            told = json.loads(said.splitlines()[-1])
             assert (mind.returncode, told["phase"], told["fault"]) == (0, "stop", None)
             assert log["command mode"][-1] == 0 and (log["command mode"] == 0).sum() >= 5
         else:
-            assert said == b"" and 2 in log["mode mode"]  # its own watchdog held it
+            assert json.loads(said) == {"kind": "started"} and 2 in log["mode mode"]  # its own watchdog held it
             held = log["mode time"][log["mode mode"] == 2][0]
             last = log["command time"][-1]
             assert 1.0 <= held - last < 5.0
@@ -208,9 +208,42 @@ def test_a_bundle_names_no_module_or_file_that_is_used(bundle: Bundle) -> None:
         task_of(bundle_of(task="os:Rig-v0"), None, None)
     assert task_of(bundle_of(task="os:Rig-v0"), RIG, None)[0] == RIG
     folder = bundle_of(provenance={"env_kwargs": {"folder": "/tmp/model"}})
-    with pytest.raises(UsageError, match="files are not read because a bundle says so"):
+    with pytest.raises(UsageError, match="texts may be files, which are not read"):
         task_of(folder, None, None)
     assert task_of(folder, None, {"folder": "/tmp/model"})[1] == {"folder": "/tmp/model"}
+    with pytest.raises(UsageError, match="texts may be files"):
+        task_of(bundle_of(provenance={"env_kwargs": {"a": ["model.xml"]}}), None, None)
+    for name, plain in (("/etc/x", "_etc_x"), ("../../x", "______x"), ("", "policy"), ("go1", "go1")):
+        assert free_folder(name).parent == Path("deployments") and free_folder(name).name.startswith(plain + "-")
+
+
+@pytest.mark.parametrize("address", ["tcp://*:18765", "tcp://0.0.0.0:18765", "pgm://eth0;239.0.0.1:5555"])
+def test_a_robot_over_zeromq_is_for_this_machine_unless_told(address: str) -> None:
+    config = SimulatedConfig(task=RIG, seeds=(1,), transport="zmq", address=address)
+    with pytest.raises(UsageError, match=r"--allow-remote|begins with ipc"):
+        next(iter(simulated.serve(config)))
+
+
+def test_a_controller_whose_parent_goes_away_stops(bundle: Bundle, tmp_path: Path) -> None:
+    body, address = robot(tmp_path)
+    try:
+        options = process.to_options(controller(bundle, address, tmp_path / "log"))
+        (tmp_path / "options").write_bytes(options)
+        program = (
+            "import subprocess, sys, time; options = open(sys.argv[1]); "
+            "subprocess.Popen([sys.executable, '-m', 'ctrlrl.deploy.process'], stdin=options); "
+            "time.sleep(600)"
+        )
+        parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "options")], stdout=subprocess.DEVNULL)
+        wait_until_driven(tmp_path / "log")
+        parent.kill()
+        parent.wait()
+        body.wait(60)
+        log = dict(np.load(tmp_path / "robot.npz", allow_pickle=False))
+        assert log["command mode"][-1] == 0 and 2 not in log["mode mode"]  # told to be safe, not left alone
+    finally:
+        body.kill()
+        body.wait()
 
 
 def test_deployment_and_training_are_compared_on_the_same_seeds() -> None:

@@ -94,6 +94,12 @@ def test_age_does_not_depend_on_where_clocks_begin() -> None:
     assert clock.age(5.085) == pytest.approx(0.0649, abs=1e-4)
 
 
+def test_a_delay_that_is_always_there_counts_too() -> None:
+    clock = Clock(0.04, unseen=0.02)
+    clock.take(1000.0, 5.0)
+    assert clock.age(5.0) == pytest.approx(0.02) and clock.age(5.03) == pytest.approx(0.05)
+
+
 def test_a_clock_may_go_a_little_slower_but_not_jump() -> None:
     clock = Clock(0.04)
     for i in range(100_000):  # 500 s, 100 millionths slower
@@ -200,7 +206,7 @@ def test_a_robot_that_nobody_drives_may_stand_still() -> None:
 
 
 def limits(manifest: Manifest = ARM, **changes: float) -> Limits:
-    return Limits(manifest, SafetyConfig(**changes), 0.02)
+    return Limits(manifest, SafetyConfig(**changes), 0.02, 0.02)
 
 
 REST = np.zeros(2)
@@ -294,6 +300,7 @@ def test_ticks_that_were_missed_count_as_late() -> None:
         for _ in range(50):
             few.take(0.0)
     assert few.late == 30
+    assert few.worst == pytest.approx(0.06) and few.counts[16] == 30  # the work of one tick took the place of three
 
 
 @pytest.mark.parametrize(
@@ -344,6 +351,7 @@ def test_the_order_of_joints_does_not_matter_and_names_do() -> None:
         (with_joint(0, max_effort=None), "the policy drives b, and the robot two has no motor there"),
         (with_joint(0, unit="m"), "b: the policy takes rad, and the robot two has m"),
         (with_joint(0, max_effort=7.0009), r"b: .* largest effort 7.0, and .* says 7.0009"),
+        (replace(ROBOT, measures={"orientation": 3}), "measures orientation in 3 numbers, not 4"),
         (replace(ROBOT, rate=49.0), "arm acts 50 times a second, and two measures 49 times"),
         (replace(ROBOT, watchdog=0.01), "and two makes itself safe after 0.01 s without a command"),
         (replace(ROBOT, measures={}), "observes orientation, which the robot does not measure"),

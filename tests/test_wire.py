@@ -118,7 +118,7 @@ def connected() -> tuple[WireDriver, Endpoint, MemoryLine]:
     ours, theirs = MemoryLine.pair()
     endpoint, driver = Endpoint(theirs, ROBOT, clock), WireDriver(ours, "here", clock)
     clock.between = lambda until: deque(endpoint.commands(), maxlen=0).clear()
-    assert driver.connect(1.0) == ROBOT
+    assert driver.connect(1.0) == ROBOT and 0 < driver.trip < 0.001
     return driver, endpoint, theirs
 
 
@@ -128,9 +128,9 @@ def test_a_driver_takes_the_newest_state_and_drops_old_ones() -> None:
     for _ in range(3):
         endpoint.state(a_state())
     state = driver.read()
-    assert state is not None and state.sequence == 4  # the description was the first message
+    assert state is not None and state.sequence == 9  # descriptions were the first messages
     theirs.send(wire.pack_state(a_state(2), ROBOT, ROBOT.digest))
-    theirs.send(wire.pack_state(a_state(9), ROBOT, bytes(8)))
+    theirs.send(wire.pack_state(a_state(19), ROBOT, bytes(8)))
     assert driver.read() is None and driver.dropped == {"sequence": 1, "description": 1}
 
 
@@ -142,7 +142,7 @@ def test_a_driver_commands_what_the_robot_understands() -> None:
     driver.drive(state, np.array([0.5, -0.5]), np.array([20.0, 30.0]), np.array([0.5, 0.6]))
     driver.make_safe(state)
     drive, safe = endpoint.commands()
-    assert (drive.mode, drive.origin, drive.episode, drive.target.tolist()) == (wire.DRIVE, 2, 3, [0.5, -0.5])
+    assert (drive.mode, drive.origin, drive.episode, drive.target.tolist()) == (wire.DRIVE, 7, 3, [0.5, -0.5])
     assert (safe.mode, safe.target.tolist()) == (wire.SAFE, [0, 0]) and safe.sequence == drive.sequence + 1
 
 

@@ -128,6 +128,8 @@ def run(arguments: Sequence[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     outcome = deploy(bundle, controller, robot, out, _say)
     print("\n".join(_lines(outcome)))
+    if not outcome.controller:  # it was interrupted before it began
+        return 130
     page = write_page(bundle, outcome, out, None, robot)
     if options.record and robot is not None:  # after the numbers, which must not be lost where nothing can be drawn
         from ctrlrl.deploy.filming import film

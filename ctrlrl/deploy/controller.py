@@ -13,12 +13,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ctrlrl.deploy import wire
 from ctrlrl.deploy.actor import Actor
 from ctrlrl.deploy.bundle import Bundle
 from ctrlrl.deploy.driver import Driver, require_fits
 from ctrlrl.deploy.features import FeatureBuilder, Reading
 from ctrlrl.deploy.realtime import Time
-from ctrlrl.deploy.safety import Checks, Clock, Fault, Lateness, Limits, SafetyConfig, driven_of
+from ctrlrl.deploy.safety import FAULTS, Checks, Clock, Fault, Lateness, Limits, SafetyConfig, driven_of
 from ctrlrl.deploy.tensors import Array
 from ctrlrl.deploy.ticks import PHASES, TickLog, read_ticks, record_type
 from ctrlrl.deploy.wire import HELD, State
@@ -26,6 +27,11 @@ from ctrlrl.errors import UsageError
 
 WAIT, RAMP, RUN, FAULT, STOP = range(len(PHASES))
 SAFE, DRIVEN, REFLEX = 0, 1, 2
+LAST_WORDS = 5
+"""Safe commands that are sent where the program ends for a reason of its own."""
+OLD_STATES = 10
+OBEYS = 1.0
+"""Seconds in which a robot that is driven must say so."""
 WARM_UP = 50
 """Inferences before the loop begins: the first ones are slow."""
 
@@ -90,6 +96,7 @@ class Controller:
         runtime: of the policy.
         reflex: looks at each tick, if there is one; ticks come at its rate then.
         log: a new folder for the log of all ticks.
+        told: is called once, with the fault that stops the robot; must not wait.
 
     Raises:
         UsageError: the policy is not for this robot, or the bundle does not run here.
@@ -115,6 +122,7 @@ class Controller:
         runtime: str | None = None,
         reflex: Reflex | None = None,
         log: Path | None = None,
+        told: Callable[[str], None] = lambda text: None,
     ) -> None:
         m = bundle.manifest
         if not m.is_robot or m.control_dt is None:
@@ -129,7 +137,7 @@ class Controller:
         if config.command is not None and len(config.command) != len(m.command):
             wanted = "; ".join(m.command) or "nothing"
             raise UsageError(f"--command takes {len(m.command)} numbers ({wanted}), got {list(config.command)}")
-        self.driver, self.config, self.clock, self.reflex = driver, config, clock, reflex
+        self.driver, self.config, self.clock, self.reflex, self.told = driver, config, clock, reflex, told
         self.actor = Actor(bundle, runtime)
         self._names = [joint.name for joint in robot.joints]
         self._builder = FeatureBuilder(m, self._names)
@@ -137,9 +145,14 @@ class Controller:
         self.period = m.control_dt / self._every
         self.safety = config.safety
         self._max_age = self.safety.max_age if self.safety.max_age is not None else 2 * m.control_dt
-        self._clock = Clock(self._max_age)
+        if driver.trip > self._max_age:
+            raise UsageError(
+                f"a message to the robot and its answer take {driver.trip * 1e3:.0f} ms, and states may be "
+                f"{self._max_age * 1e3:.0f} ms old (--safety.max-age)"
+            )
+        self._clock = Clock(self._max_age, driver.trip)
         self._checks = Checks(m, robot, self.safety)
-        self.limits = Limits(m, self.safety, self.period)
+        self.limits = Limits(m, self.safety, self.period, m.control_dt)
         self.lateness = Lateness(self.period, self.safety)
         self._measured, self._commanded = driven_of(robot, m.action.joints)
         known = {joint.name: joint for joint in m.joints}
@@ -153,12 +166,14 @@ class Controller:
         self._reading: Reading | None = None
         self._command = np.zeros(len(driven))
         self._from = np.zeros(len(driven))
-        self._ticks, self._since, self._began, self._believed = 0, 0, 0.0, 0
+        self._ticks = self._since = self._believed = self._steady = self._driven = 0
         self._episode: int | None = None
+        self._ramped, self._obeyed = False, 0.0
         self._countdown = 0
         self.phase, self.fault = WAIT, None
         self.episodes = self.acted = self.taken_over = 0
         self.log: TickLog | None = None
+        self._broken_log: TickLog | None = None
         self._missed = 0
         self._warm_up(bundle)
         if log is not None:
@@ -195,11 +210,24 @@ class Controller:
         except Exception as error:  # whatever it is, the robot must be safe
             self._fail(Fault("program", f"{type(error).__name__}: {error}"))
         if sent is None:
-            self.driver.make_safe(self._state)
+            self._make_safe()
         if self.log is not None:
-            self._note(tick=self._ticks, ended=self.clock.now())
-            self.log.commit()
+            try:
+                self._note(tick=self._ticks, ended=self.clock.now(), fault=self._fault_number())
+                self.log.commit()
+            except Exception as error:  # a full disk: the log is over, the robot is not
+                self._broken_log, self.log = self.log, None
+                self._fail(Fault("program", f"the log cannot be written: {error}"))
         self._ticks += 1
+
+    def _make_safe(self) -> None:
+        try:
+            self.driver.make_safe(self._state)
+        except Exception as error:  # tried again at the next tick
+            self._fail(Fault("program", f"the safe action cannot be commanded: {error}"))
+
+    def _fault_number(self) -> int:
+        return 0 if self.fault is None else 1 + list(FAULTS).index(self.fault.kind)
 
     def _read(self) -> None:
         """Take the newest state, if there is one; after a fault only for the log."""
@@ -228,8 +256,20 @@ class Controller:
             self._checks.take(state)
             self._reading = Reading(self._names, state.position, state.velocity, state.others)
             self._believed += 1
-            if state.mode == HELD and self.phase in (RAMP, RUN) and state.episode == self._episode:
-                raise Fault("robot", "it holds itself safe")
+            self._require_obeyed(state)
+
+    def _require_obeyed(self, state: State) -> None:
+        """
+        Raises:
+            Fault: the robot holds itself safe, or says that nobody drives it.
+        """
+        moves = self.phase in (RAMP, RUN)
+        if moves and state.mode == HELD and state.episode == self._episode:
+            raise Fault("robot", "it holds itself safe")
+        if not moves or state.mode == wire.DRIVEN:
+            self._obeyed = state.time
+        elif state.time - self._obeyed > OBEYS:
+            raise Fault("robot", f"for {OBEYS:g} s it says that nobody drives it: commands do not arrive")
 
     def _require_fresh(self) -> None:
         """
@@ -245,23 +285,27 @@ class Controller:
         """What was sent; None: the safe action is to be."""
         if self.phase == WAIT:
             waited = self._ticks * self.period
+            self._steady = self._steady + 1 if self._believed else 0
             if self._state is None or self._reading is None or self._believed < 2:
                 if waited > self.config.patience:
                     raise Fault("no state", f"none within {self.config.patience:g} s")
                 return None
-            if waited < self.config.settle:
+            if self._steady * self.period < self.config.settle:
                 return None
             self._begin_ramp()
         state, reading = self._state, self._reading
         assert state is not None and reading is not None
         position, velocity = reading.position[self._measured], reading.velocity[self._measured]
         if self.phase == RAMP:
+            if state.episode != self._episode:
+                self._begin_ramp()
             return self._ramp(state, position, velocity)
         if state.episode != self._episode or self._since == 0:
             self._begin_episode(state, reading)
-        if self.config.seconds is not None and self._since * self.period > self.config.seconds - self.period / 2:
+        if self.config.seconds is not None and self._driven * self.period > self.config.seconds - self.period / 2:
             self.stop()
             return None
+        self._driven += 1
         if self._since % self._every == 0:
             self._act(reading)
         self._since += 1
@@ -274,9 +318,9 @@ class Controller:
         return self._send(state, wanted, position, velocity, by)
 
     def _begin_ramp(self) -> None:
-        assert self._reading is not None
+        assert self._reading is not None and self._state is not None
         self._from = np.array(self._reading.position[self._measured], np.float64)
-        self._since = 0
+        self._since, self._episode = 0, self._state.episode
         ramps = self._positions and self.config.ramp > 0
         self.limits.reset(self._from.copy() if ramps else None)
         self.phase = RAMP if ramps else RUN
@@ -292,7 +336,7 @@ class Controller:
                 raise Fault(
                     "outside", f"{self.limits.names[i]} is {far:.3f} off where it was told to go: does it follow?"
                 )
-            self.phase, self._since = RUN, 0
+            self.phase, self._since, self._ramped = RUN, 0, True
         smooth = share * share * (3 - 2 * share)
         return self._send(state, self._from + smooth * (self._default - self._from), position, velocity, DRIVEN)
 
@@ -300,7 +344,9 @@ class Controller:
         self._episode, self._since = state.episode, 0
         self._builder.reset(reading)
         self.actor.reset()
-        self.limits.reset(None if self.phase != RUN or not self._positions else self._builder.target.copy())
+        if not self._ramped:  # else the ramp's last target is what the joints hang on
+            self.limits.reset(np.array(reading.position[self._measured], np.float64) if self._positions else None)
+        self._ramped = False
         self._command = np.zeros(len(self._command))
         if self.reflex is not None:
             self.reflex.reset()
@@ -313,22 +359,23 @@ class Controller:
             self._builder.command[:] = told
         observation = self._builder.observe(reading)
         action = self.actor.run(observation)
+        self._note(acted=1, action=action, told=self._builder.command)
+        for name in self._fields:
+            self._note(**{f"observation {name}": observation[name][0]})
         if not np.isfinite(action).all():
             raise Fault("action", f"the policy gave {action.tolist()}")
         self.limits.clips(action)
         self._command = self._builder.act(action, reading)
         self.acted += 1
-        if self.log is not None:
-            self._note(acted=1, action=action, told=self._builder.command)
-            for name in self._fields:
-                self._note(**{f"observation {name}": observation[name][0]})
 
     def _send(self, state: State, wanted: Array, position: Array, velocity: Array, by: int) -> Array:
+        if wanted.shape != self._command.shape or not np.isfinite(wanted).all():
+            raise Fault("reflex" if by == REFLEX else "action", f"{wanted.tolist()} was to be commanded")
         command = self.limits(wanted, position, velocity)
+        if not np.isfinite(command).all():
+            raise Fault("program", f"limits made {command.tolist()} of {wanted.tolist()}")
         if self.phase == RUN and self._positions:
             self._builder.target[:] = command  # what the joints were told to, not what they would have been
-            if by == DRIVEN:  # the reflex goes on to judge what the policy wants
-                self._command = command
         self._require_fresh()  # again: computing took its time
         self.driver.drive(state, self._for_robot(command), self._kp, self._kd)
         self._checks.told(command)
@@ -342,7 +389,10 @@ class Controller:
         return out
 
     def _fail(self, fault: Fault) -> None:
-        self.fault, self.phase, self._countdown = fault, FAULT, 0
+        self.fault = self.fault or fault
+        if self.phase < FAULT:
+            self.phase, self._countdown = FAULT, 0
+            self.told(f"FAULT {fault}; the robot is kept safe")
 
     def _note(self, **values: Any) -> None:
         if self.log is not None:
@@ -359,6 +409,17 @@ class Controller:
     def run(self, stopped: Callable[[], bool] = lambda: False) -> None:
         """Tick until the time is over, or `stopped` says so; afterwards the robot is safe. Ticks that were missed are
         not made up for."""
+        try:
+            self._run(stopped)
+        except BaseException:  # what ends the program must not leave the robot to itself
+            for _ in range(LAST_WORDS):
+                self._make_safe()
+            raise
+
+    def _run(self, stopped: Callable[[], bool]) -> None:
+        for _ in range(OLD_STATES):  # what came while this program was starting
+            if self.driver.read() is None:
+                break
         start, number = self.clock.now() + self.period, 0
         while True:
             due = start + number * self.period
@@ -379,9 +440,12 @@ class Controller:
 
     def close(self) -> None:
         """Close log and driver. Safe to call twice."""
-        if self.log is not None:
-            self.log.close()
-        self.driver.close()
+        try:
+            for log in (self.log, self._broken_log):
+                if log is not None:
+                    log.close()
+        finally:
+            self.driver.close()
 
     def _warm_up(self, bundle: Bundle) -> None:
         goldens = bundle.goldens()
@@ -440,7 +504,7 @@ def replay(bundle: Bundle, folder: str | Path, *, runtime: str | None = None) ->
     m, actor = bundle.manifest, Actor(bundle, runtime or str(head["runtime"]))
     builder = FeatureBuilder(m, names)
     off = {"observation": 0.0, "action": 0.0, "wanted": 0.0}
-    count, positions = 0, "position" in m.action.kind
+    count, positions, begun = 0, "position" in m.action.kind, False
 
     def differs(what: str, made: Array, logged: Array) -> None:
         off[what] = max(off[what], float(np.abs(made.astype(np.float64) - logged).max(initial=0.0)))
@@ -452,7 +516,8 @@ def replay(bundle: Bundle, folder: str | Path, *, runtime: str | None = None) ->
         if row["first"]:
             builder.reset(reading)
             actor.reset()
-        if row["acted"]:
+            begun = True
+        if row["acted"] and np.isfinite(row["action"]).all():
             count += 1
             builder.command[:] = row["told"]
             observation = builder.observe(reading)
@@ -463,6 +528,6 @@ def replay(bundle: Bundle, folder: str | Path, *, runtime: str | None = None) ->
             wanted = builder.act(action, reading)
             if row["sent"] == DRIVEN:
                 differs("wanted", wanted, row["wanted"])
-        if row["sent"] != SAFE and PHASES[row["phase"]] == "run" and positions:
+        if row["sent"] != SAFE and begun and positions:
             builder.target[:] = row["command"]
     return Replay(count, off["observation"], off["action"], off["wanted"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -78,6 +79,7 @@ def deploy(
             controller = replace(controller, address=body.line()["address"])
         mind = _Child("controller", "ctrlrl.deploy.process", process.to_options(controller))
         children.append(mind)
+        mind.line()  # it has started, or says why not
         if robot is not None:
             while (line := body.line())["kind"] != "end":
                 episodes.append(line)
@@ -87,7 +89,9 @@ def deploy(
             account = line
         summary = mind.line()
     except KeyboardInterrupt:  # the controller got it, too, and makes the robot safe
-        summary = mind.line() if len(children) > (robot is not None) else {}
+        summary = mind.line() if len(children) > (robot is not None) else {"kind": "end"}
+        if summary["kind"] == "started":
+            summary = mind.line()
     finally:
         for child in reversed(children):
             child.end()
@@ -141,8 +145,9 @@ class _Child:
 
 
 def free_folder(name: str, root: Path = Path("deployments")) -> Path:
-    """`deployments/NAME-TIME`, which is not there yet."""
-    return root / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """`deployments/NAME-TIME`, which is not there yet; the name is a bundle's, and no path."""
+    plain = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:100] or "policy"
+    return root / f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def task_of(bundle: Bundle, task: str | None, env_kwargs: Mapping[str, Any] | None) -> tuple[str, dict[str, Any]]:
@@ -158,9 +163,11 @@ def task_of(bundle: Bundle, task: str | None, env_kwargs: Mapping[str, Any] | No
             f"say --task {m.task}"
         )
     kwargs = dict(m.provenance.get("env_kwargs") or {}) if env_kwargs is None else dict(env_kwargs)
-    if env_kwargs is None and any(isinstance(value, str) and "/" in value for value in kwargs.values()):
+    if env_kwargs is None and not all(
+        value is None or isinstance(value, bool | int | float) for value in kwargs.values()
+    ):
         raise UsageError(
-            f"{m.name} was trained with --env-kwargs '{json.dumps(kwargs)}': files are not read because a bundle says "
-            "so; if you trust it, say the same here"
+            f"{m.name} was trained with --env-kwargs '{json.dumps(kwargs)}': texts may be files, which are not read "
+            "because a bundle says so; if you trust it, say the same here"
         )
     return task or m.task, kwargs

@@ -24,8 +24,10 @@ class Driver(ABC):
     Attributes:
         description: what the robot says of itself; there after `connect`.
         dropped: messages that were not looked at, by the reason.
+        trip: s, that a message to the robot and its answer take, as far as it is known.
     """
 
+    trip = 0.0
     description: RobotDescription
 
     def __init__(self) -> None:
@@ -113,6 +115,9 @@ def require_fits(manifest: Manifest, robot: RobotDescription, *, operated: bool 
             f"the robot {robot.name} has motors that the policy does not command: {', '.join(undriven)}. The policy's: "
             f"{', '.join(manifest.action.joints)}"
         )
+    for name, size in (("orientation", 4), ("angular velocity", 3), ("linear velocity", 3), ("tool position", 3)):
+        if robot.measures.get(name, size) != size:
+            raise UsageError(f"the robot {robot.name} measures {name} in {robot.measures[name]} numbers, not {size}")
     rate = 1 / (manifest.control_dt or math.inf)
     if robot.rate < rate * (1 - EFFORT_TOLERANCE):
         raise UsageError(

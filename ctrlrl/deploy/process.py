@@ -5,10 +5,12 @@ It imports nothing of training. At its end it prints a line of JSON: what happen
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -63,8 +65,10 @@ def make_driver(kind: str, address: str, manifest: Manifest) -> Driver:
     raise UsageError(f"no driver {kind!r}; there are udp, zmq and lerobot")
 
 
-def control(config: ProcessConfig) -> dict[str, object]:
+def control(config: ProcessConfig, started: Callable[[], None] = lambda: None) -> dict[str, object]:
     """Drive a robot until the time is over, a signal comes, or after a fault; returns what happened.
+
+    `started` is called when all that could be refused was not.
 
     Raises:
         UsageError: the bundle, the robot, or both together are not fit for it. Nothing was commanded then.
@@ -74,7 +78,8 @@ def control(config: ProcessConfig) -> dict[str, object]:
     def stop(number: int, frame: FrameType | None) -> None:
         asked.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    parent = os.getppid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     bundle = Bundle.open(config.bundle)
     if bundle.seal != config.seal:
@@ -86,17 +91,23 @@ def control(config: ProcessConfig) -> dict[str, object]:
         reflex = None if config.reflex is None else read_reflex(config.reflex, bundle.manifest, joints)
         log = None if config.log is None else Path(config.log)
         controller = Controller(
-            bundle, driver, config.controller, Time(), runtime=config.runtime, reflex=reflex, log=log
+            bundle, driver, config.controller, Time(), runtime=config.runtime, reflex=reflex, log=log, told=_shout
         )
     except BaseException:
         driver.close()
         raise
     try:
         enter_realtime(config.priority, config.cpu)
-        controller.run(lambda: bool(asked))
+        started()
+        controller.run(lambda: bool(asked) or os.getppid() != parent)  # whoever started it may have gone
         return controller.summary()
     finally:
         controller.close()
+
+
+def _shout(text: str) -> None:
+    """Say it without waiting for a terminal that is stopped."""
+    threading.Thread(target=print, args=(text,), kwargs={"file": sys.stderr, "flush": True}, daemon=True).start()
 
 
 def to_options(config: ProcessConfig) -> bytes:
@@ -106,13 +117,17 @@ def to_options(config: ProcessConfig) -> bytes:
 
 def main() -> int:
     """Control what standard input asks for."""
+    lines = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a driver's own code prints is no line of ours
+
+    def say(line: dict[str, object]) -> None:
+        print(json.dumps(line), file=lines, flush=True)
+
     try:
         config = read_strictly(parse_json(sys.stdin.buffer.read(), "options"), ProcessConfig, "options")
-        with contextlib.redirect_stdout(sys.stderr):  # what a driver's own code prints is no line of ours
-            summary = control(config)
-        print(json.dumps({"kind": "end", **summary}), flush=True)
+        say({"kind": "end", **control(config, lambda: say({"kind": "started"}))})
     except CtrlrlError as error:
-        print(json.dumps({"kind": "error", "message": str(error)}), flush=True)
+        say({"kind": "error", "message": str(error)})
         return error.exit_code
     return 0
 

@@ -109,13 +109,14 @@ class Clock:
     """How old a robot's states are, though its clock has another zero and goes a little differently.
 
     The difference of both clocks at the state that came quickest is what they differ by; what another one is later
-    than that is its age. A drift of 200 millionths is followed.
+    than that is its age, and what even the quickest may have taken: at most `unseen` s, a message and its answer. A
+    drift of 200 millionths is followed.
     """
 
     DRIFT = 2e-4
 
-    def __init__(self, allowed: float) -> None:
-        self._allowed = allowed
+    def __init__(self, allowed: float, unseen: float = 0.0) -> None:
+        self._allowed, self._unseen = allowed, unseen
         self._offset, self._last, self._seen = math.inf, -math.inf, -math.inf
 
     def take(self, robot: float, now: float) -> None:
@@ -135,7 +136,7 @@ class Clock:
 
     def age(self, now: float) -> float:
         """s, of the state that was taken last; infinite before the first."""
-        return now - self._last - self._offset if self._seen > -math.inf else math.inf
+        return now - self._last - self._offset + self._unseen if self._seen > -math.inf else math.inf
 
 
 class Checks:
@@ -249,15 +250,16 @@ class Limits:
         manifest: of the policy.
         config: limits.
         period: s, between two commands.
+        control_dt: s, between two actions.
 
     Attributes:
         counts: of ticks and joints at which each limit held back, by `LIMITS`.
         bend: rad or m by which half of each motor's largest effort keeps a joint from its target, (A,).
     """
 
-    def __init__(self, manifest: Manifest, config: SafetyConfig, period: float) -> None:
+    def __init__(self, manifest: Manifest, config: SafetyConfig, period: float, control_dt: float) -> None:
         action = manifest.action
-        self._config, self._period = config, period
+        self._config, self._period, self._control_dt = config, period, control_dt
         self.names = action.joints
         known = {joint.name: joint for joint in manifest.joints}
         joints = [known[name] for name in action.joints]
@@ -289,7 +291,8 @@ class Limits:
         Raises:
             Fault: it is so for too long.
         """
-        self._held("clip", (action < self._bounds[0]) | (action > self._bounds[1]), self._config.clip_persist)
+        beyond = (action < self._bounds[0]) | (action > self._bounds[1])
+        self._held("clip", beyond, self._config.clip_persist, self._control_dt)
 
     def __call__(self, command: Array, position: Array, velocity: Array) -> Array:
         """The command that may be sent, (A,), for driven joints at `position` with `velocity`.
@@ -323,10 +326,10 @@ class Limits:
         self.last = within
         return within
 
-    def _held(self, name: str, joints: Array, persist: float | None = None) -> None:
+    def _held(self, name: str, joints: Array, persist: float | None = None, period: float | None = None) -> None:
         self.counts[name] += int(joints.sum())
         row = self._row[name]
-        row[joints] += self._period
+        row[joints] += self._period if period is None else period
         row[~joints] = 0.0
         allowed = self._config.persist if persist is None else persist
         if allowed and row.max(initial=0.0) > allowed:
@@ -347,7 +350,7 @@ class Lateness:
     BUCKETS = 24
 
     def __init__(self, period: float, config: SafetyConfig) -> None:
-        self._allowed, self._most = config.late_share * period, config.late
+        self._period, self._allowed, self._most = period, config.late_share * period, config.late
         self.counts = [0] * self.BUCKETS
         self.worst, self.late = 0.0, 0
         self._recent = [False] * self.WINDOW
@@ -362,8 +365,10 @@ class Lateness:
         for _ in range(min(missed, self.WINDOW)):
             self._count(True)
         self.late += max(0, missed - self.WINDOW)
-        self.counts[min(self.BUCKETS - 1, max(0, int(lateness * 1e6)).bit_length())] += 1
-        self.worst = max(self.worst, lateness)
+        hole = lateness + missed * self._period  # by which the first of those that were missed is late, at least
+        self.counts[_bucket(hole)] += missed
+        self.counts[_bucket(lateness)] += 1
+        self.worst = max(self.worst, hole)
         self._count(lateness > self._allowed)
         if self._sum > self._most:
             raise Fault("late", f"{self._sum} of the last {self.WINDOW} ticks, this one by {lateness * 1e3:.2f} ms")
@@ -382,6 +387,10 @@ class Lateness:
             if total and seen >= share * total:
                 return float(2**i) / 1e6
         return 0.0
+
+
+def _bucket(lateness: float) -> int:
+    return min(Lateness.BUCKETS - 1, max(0, int(lateness * 1e6)).bit_length())
 
 
 def driven_of(robot: RobotDescription, joints: Sequence[str]) -> tuple[Array, Array]:

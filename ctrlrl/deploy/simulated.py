@@ -126,11 +126,12 @@ class ImpairedLine(Line):
         self.line, self._clock = line, clock
         self._latency, self._jitter, self._loss = impairments.latency, impairments.jitter, impairments.loss
         self._random, self._count = random.Random(seed), itertools.count()
-        self._in: list[tuple[float, int, bytes]] = []
-        self._out: list[tuple[float, int, bytes]] = []
+        self._in: list[tuple[float, int, bytes, bool]] = []
+        self._out: list[tuple[float, int, bytes, bool]] = []
+        self._accepted = True
 
     def send(self, message: bytes) -> None:
-        self._late(self._out, message)
+        self._late(self._out, message, True)
         self.flush()
 
     def flush(self) -> None:
@@ -142,18 +143,24 @@ class ImpairedLine(Line):
     def receive(self) -> Iterator[bytes]:
         self.flush()
         for message in self.line.receive():
-            self._late(self._in, message)
+            self._late(self._in, message, self.line.accepted)
         now = self._clock.now()
         while self._in and self._in[0][0] <= now:
-            yield heapq.heappop(self._in)[2]
+            _, _, message, self._accepted = heapq.heappop(self._in)
+            yield message
 
-    def _late(self, queue: list[tuple[float, int, bytes]], message: bytes) -> None:
+    def _late(self, queue: list[tuple[float, int, bytes, bool]], message: bytes, accepted: bool) -> None:
         if self._random.random() >= self._loss:
             due = self._clock.now() + self._latency + self._jitter * self._random.random()
-            heapq.heappush(queue, (due, next(self._count), message))
+            heapq.heappush(queue, (due, next(self._count), message, accepted))
 
     def accept(self) -> None:
         self.line.accept()
+        self._accepted = True
+
+    @property
+    def accepted(self) -> bool:
+        return self._accepted
 
     def close(self) -> None:
         self.line.close()
@@ -334,10 +341,10 @@ class LiveSim(Sim):
 
     def log(self) -> dict[str, Array]:
         """All commands that came and states that were sent, with the moments on this computer's clock."""
-        kinds = ("time", "sequence", "mode", "episode", "origin", "target")
+        kinds = ("time", "sequence", "mode", "episode", "origin", "target", "kp", "kd")
         log = {f"command {kind}": np.array([row[i] for row in self.told]) for i, kind in enumerate(kinds)}
-        log |= {f"state {kind}": np.array([row[i] for row in self.sent]) for i, kind in enumerate(kinds[:2])}
-        log["state finite"] = np.array([row[2] for row in self.sent])
+        parts = ("time", "sequence", "finite", "position", "velocity")
+        log |= {f"state {part}": np.array([row[i] for row in self.sent]) for i, part in enumerate(parts)}
         log |= {
             f"mode {kind}": np.array([row[i] for row in self.modes]) for i, kind in enumerate(("time", "mode", "of"))
         }
@@ -362,11 +369,16 @@ class LiveSim(Sim):
         self.endpoint.busy = self.mode == DRIVEN
         for command in self.endpoint.commands():
             now = self._clock.now()
-            self.told.append((now, command.sequence, command.mode, command.episode, command.origin, command.target))
+            self.told.append(
+                (
+                    *(now, command.sequence, command.mode, command.episode, command.origin),
+                    *(command.target, command.kp, command.kd),
+                )
+            )
             if self.endpoint.greeted != self._greeted:
                 self._greeted, self.mode = self.endpoint.greeted, IDLE
-            if command.episode != self.episode or self.mode == HELD:
-                continue
+            if self.mode == HELD or (command.mode == DRIVE and command.episode != self.episode):
+                continue  # to be safe is for every episode
             self._heard = now
             if command.mode == DRIVE:
                 self.mode, self.target, self.safe_since = DRIVEN, command.target, None
@@ -419,7 +431,8 @@ class LiveSim(Sim):
             return
         self.endpoint.state(state)
         everything = (state.position, state.velocity, *state.others.values())
-        self.sent.append((self._clock.now(), state.sequence, all(np.isfinite(v).all() for v in everything)))
+        finite = all(np.isfinite(v).all() for v in everything)
+        self.sent.append((self._clock.now(), state.sequence, finite, state.position, state.velocity))
         if self.mode == DRIVEN and self.config.out is not None:
             self.places.append((self._due, np.array(data.qpos)))
 
@@ -533,6 +546,11 @@ def serve(config: SimulatedConfig) -> Iterator[dict[str, Any]]:
         line: Line = (server := UdpServer((host, port)))
         address = f"{host}:{server.port}"
     else:
+        scheme, _, rest = config.address.partition("://")
+        if scheme == "tcp":
+            require_loopback("0.0.0.0" if rest.startswith("*") else parse_udp(rest)[0], config.allow_remote)
+        elif scheme != "ipc":
+            raise UsageError(f"a ZeroMQ address begins with ipc:// or tcp://, got {config.address!r}")
         line, address = ZmqLine(config.address, serve=True), config.address
     try:
         robot = SimulatedRobot(config, line, Time())

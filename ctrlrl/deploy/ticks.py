@@ -21,9 +21,8 @@ from ctrlrl.errors import UsageError
 from ctrlrl.files import write_errors_explained
 
 FORMAT = "ctrlrl.ticks/1"
-GROW = 16_384
-"""Records by which the file grows; what is not written yet takes no room on the disk."""
-LARGEST = 4 << 30
+GROW = 1_024
+"""Records by which the file grows."""
 PHASES = ("wait", "ramp", "run", "fault", "stop")
 """What a controller does: waits for states, goes to where the policy begins, follows the policy, keeps safe."""
 
@@ -40,6 +39,7 @@ def record_type(manifest: Manifest, robot: RobotDescription) -> np.dtype[Any]:
         ("acted", "<u1"),  # 1 where the policy was asked
         ("first", "<u1"),  # 1 where its episode began
         ("sent", "<u1"),  # 0 safe, 1 driven, 2 by the reflex
+        ("fault", "<u1"),  # 0 none, else 1 and its place in FAULTS
         ("fresh", "<u1"),  # 1 where a state had come since the tick before
         ("episode", "<u4"),
         ("sequence", "<u8"),  # of the state
@@ -85,9 +85,10 @@ class TickLog:
             self._grow()
 
     def _grow(self) -> None:
-        """More room; a controller that runs for hours does this rarely, and it takes microseconds."""
+        """More room, on the disk: where there is none is known now, and not when a page is written."""
+        size = self._kind.itemsize
+        os.posix_fallocate(self._file, self._room * size, GROW * size)
         self._room += GROW
-        os.ftruncate(self._file, self._room * self._kind.itemsize)
         if self._map is None:
             self._map = mmap.mmap(self._file, self._room * self._kind.itemsize)
         else:
@@ -133,10 +134,7 @@ def read_ticks(folder: str | Path) -> tuple[dict[str, Any], Array]:
         raise UsageError(f"{folder / 'ticks.json'} does not say what a record is: {error}") from None
     if kind.hasobject or not kind.itemsize:
         raise UsageError(f"{folder / 'ticks.json'} does not say what a record is")
-    size = (folder / "ticks.bin").stat().st_size
-    if size > LARGEST:
-        raise UsageError(f"{folder / 'ticks.bin'} has {size:,} bytes; {LARGEST:,} are read at most")
-    content = (folder / "ticks.bin").read_bytes()
-    records = np.frombuffer(content[: size // kind.itemsize * kind.itemsize], kind)
+    count = (folder / "ticks.bin").stat().st_size // kind.itemsize
+    records = np.memmap(folder / "ticks.bin", kind, "r", shape=(count,)) if count else np.zeros(0, kind)
     written = np.flatnonzero(records["began"]) if "began" in (kind.names or ()) else np.zeros(0, np.int64)
     return head, records[: int(written[-1]) + 1 if len(written) else 0]

@@ -24,11 +24,14 @@ from ctrlrl.deploy.tensors import Array
 from ctrlrl.deploy.wire import BadMessage, Command, RobotDescription, State
 from ctrlrl.errors import UsageError
 
+TRIPS = 5
+"""Hellos by which it is measured how long a message and its answer take."""
 AT_ONCE = 1000
 """Messages that are looked at in one go: whoever floods a controller must not stop its loop."""
 HELLO_EVERY = 0.1  # s
+ANSWER = 0.0005  # s, between two looks for it
 MEMORY = 64 * 1024
-"""Bytes of messages that the operating system keeps: old ones are of no use."""
+"""Bytes of messages that the operating system keeps, the oldest ones: what does not look for long must look again."""
 
 
 class Line(ABC):
@@ -123,14 +126,14 @@ class UdpServer(Line):
 
 
 class ZmqLine(Line):
-    """Messages over ZeroMQ, one pair of sockets; old ones are dropped where the other side does not take them."""
+    """Messages over ZeroMQ, one pair of sockets; where the other side does not take them, new ones are dropped."""
 
     def __init__(self, address: str, *, serve: bool) -> None:
         zmq = _zmq()
         self._zmq, self._context = zmq, zmq.Context()
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 100)
+        self._socket.setsockopt(zmq.SNDHWM, 2)
         self._socket.setsockopt(zmq.RCVHWM, 1000)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.LARGEST_MESSAGE)
         try:
@@ -175,27 +178,40 @@ class WireDriver(Driver):
     def connect(self, timeout: float) -> RobotDescription:
         end, echo = self._clock.now() + timeout, os.urandom(wire.ECHO)
         while self._clock.now() < end:
-            self._sequence += 1
-            self._line.send(wire.pack_hello(self._sequence, self._clock.now(), echo))
-            until = self._clock.now() + HELLO_EVERY
-            while self._clock.now() < until:
-                for message in self._line.receive():
-                    try:
-                        if wire.kind_of(message) != wire.DESCRIPTION:
-                            raise BadMessage("before the description")
-                        self.description, self._digest = wire.unpack_description(message, echo, self._where)
-                    except BadMessage as bad:
-                        self.dropped[str(bad)] += 1
-                        continue
-                    self._newest = -1
-                    self._nothing = np.zeros(len(self.description.driven))
-                    return self.description
-                self._clock.wait_until(self._clock.now() + 0.002)
-        counted = ", ".join(f"{count} dropped for their {why}" for why, count in self.dropped.items())
-        raise UsageError(
-            f"no robot answers at {self._where} within {timeout:g} s: is it on, and is the address right?"
-            + (f" What came was none of its messages: {counted}" if counted else "")
-        )
+            if self._greet(echo, HELLO_EVERY) is not None:
+                break
+        else:
+            counted = ", ".join(f"{count} dropped for their {why}" for why, count in self.dropped.items())
+            raise UsageError(
+                f"no robot answers at {self._where} within {timeout:g} s: is it on, and is the address right?"
+                + (f" What came was none of its messages: {counted}" if counted else "")
+            )
+        trips = [self._greet(echo, min(timeout, 1.0)) for _ in range(TRIPS)]  # the same hello changes nothing
+        self.trip = min((trip for trip in trips if trip is not None), default=0.0)
+        self._newest = -1
+        self._nothing = np.zeros(len(self.description.driven))
+        return self.description
+
+    def _greet(self, echo: bytes, patience: float) -> float | None:
+        """Say hello, and take the description; returns the seconds that it took, None where nothing came."""
+        self._sequence += 1
+        began = self._clock.now()
+        self._line.send(wire.pack_hello(self._sequence, began, echo))
+        while self._clock.now() < began + patience:
+            for message in self._line.receive():
+                try:
+                    kind = wire.kind_of(message)
+                    if kind == wire.STATE:
+                        continue  # of a robot that has been greeted
+                    if kind != wire.DESCRIPTION:
+                        raise BadMessage("kind")
+                    self.description, self._digest = wire.unpack_description(message, echo, self._where)
+                except BadMessage as bad:
+                    self.dropped[str(bad)] += 1
+                    continue
+                return self._clock.now() - began
+            self._clock.wait_until(self._clock.now() + ANSWER)
+        return None
 
     def read(self) -> State | None:
         newest = None

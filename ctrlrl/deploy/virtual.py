@@ -93,10 +93,9 @@ class VirtualDeployment:
         self.controller = Controller(bundle, self.driver, config, self.clock, runtime=runtime, reflex=reflex, log=log)
         self._due = self.clock.moment + self.controller.period
         self.clock.between = self._tick
-        self.ended = False
 
     def _tick(self, until: float) -> None:
-        while self._due <= until and not self.ended:
+        while self._due <= until:
             self.clock.moment = max(self.clock.moment, self._due)
             self.controller.tick(self._due)
             self._due += self.controller.period
