@@ -32,7 +32,7 @@ pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 from ctrlrl.training.export_run import export_run, quiet
 
-RIG, WALKER = "PendulumSwingUp-v0", "Go1VelocityFlat-v0"
+RIG, WALKER, ARM = "PendulumSwingUp-v0", "Go1VelocityFlat-v0", "PandaReach-v0"
 CALM = SafetyConfig(tilt=0.0, outside=3.0, persist=0.0)  # a policy that has learned nothing falls
 
 
@@ -40,7 +40,7 @@ CALM = SafetyConfig(tilt=0.0, outside=3.0, persist=0.0)  # a policy that has lea
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Bundle]:
     """Of policies that have learned next to nothing."""
     folder, out = tmp_path_factory.mktemp("bundles"), {}
-    for env in (RIG, WALKER):
+    for env in (RIG, WALKER, ARM):
         run = ctrlrl.train(
             "sac", env=env, preset=None, out=str(folder / env), **{**SMALL, "steps": 70, "eval_every": 70}
         )
@@ -108,6 +108,18 @@ def test_every_tick_is_logged_and_can_be_computed_again(bundles: dict[str, Bundl
         assert (np.diff(ticks["due"]) > 0).all() and set(ticks["phase"]) <= set(range(len(PHASES)))
     with pytest.raises(UsageError, match="is the log of another bundle"):
         replay(bundles[RIG], tmp_path / WALKER)
+
+
+def test_an_arm_goes_on_from_what_it_was_told(bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    """Its targets are steps from the last ones, it knows where its tool is, and is told the goal."""
+    one = deployment(bundles[ARM], tmp_path / "log", seconds=1.0)
+    one.run()
+    assert one.controller.fault is None and one.controller.acted == 25
+    _, ticks = read_ticks(tmp_path / "log")
+    acted = ticks[ticks["acted"] == 1]
+    assert np.abs(np.diff(acted["command"], axis=0)).max() < 0.2 and (acted["told"] != 0).any()
+    assert (np.abs(acted["command"] - acted["position"][:, :7]) < 0.5).all()
+    assert replay(bundles[ARM], tmp_path / "log").wanted < 1e-6
 
 
 def test_a_log_that_was_not_closed_or_is_none(bundles: dict[str, Bundle], tmp_path: Path) -> None:
