@@ -339,7 +339,9 @@ class Drills:
     def _processes(self, what: str) -> Drill:
         drill = Drill()
         with tempfile.TemporaryDirectory() as folder:
-            config = replace(self._robot(0), seeds=tuple(range(10_000, 10_000 + self.times)), out=folder, again=True)
+            config = replace(
+                self._robot(0), seeds=tuple(range(10_000, 10_000 + self.times)), out=folder, again=True, patience=12.0
+            )
             config = replace(config, priority=40 if os.geteuid() == 0 else None)  # a robot has a computer of its own
             robot = _start("ctrlrl.deploy.simulated", simulated.to_options(config))
             assert robot.stdout is not None

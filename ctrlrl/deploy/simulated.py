@@ -593,11 +593,12 @@ class SimulatedRobot:
         self.sim.endpoint = Endpoint(line, describe(task, config.watchdog, sizes), clock)
 
     def episodes(self) -> Iterator[dict[str, Any]]:
-        """Each as it ends, and at last what was counted. Ends early where one is given up, unless `again`."""
+        """Each as it ends, and at last what was counted. Ends early where no controller comes, and where an episode is
+        given up, unless `again`."""
         try:
             for seed in self.config.seeds:
                 yield (episode := self._episode(seed))
-                if episode["given up"] and not self.config.again:
+                if episode["nobody"] or (episode["given up"] and not self.config.again):
                     break
             self.sim.linger(LINGER)
             yield self._end()
