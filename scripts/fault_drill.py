@@ -400,8 +400,8 @@ class Drills:
                 burner.wait()
         if relay is not None:
             relay.wait()
-        if said:
-            summary = json.loads(said.splitlines()[-1])
+        summary = json.loads(said.splitlines()[-1]) if said else {"kind": "nothing"}
+        if summary["kind"] in ("end", "error"):  # not of one that was killed
             fault = summary.get("fault")
             drill.ends[f"fault: {fault['kind']}" if fault else summary.get("message", "none: went on")] += 1
         return moment
