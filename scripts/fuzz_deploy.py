@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import json
 import random
@@ -197,13 +198,9 @@ class Manifests:
         elif how == 1:
             del node[key]
         elif how == 2:
-            node[key] = draw.choice(places)[0]
-            with contextlib.suppress(ValueError, RecursionError):
-                json.dumps(tree)
-                return
-            node[key] = None  # it was within itself
+            node[key] = copy.deepcopy(draw.choice(places)[0])
         else:
-            node[key] = draw.choice(HARMFUL)
+            node[key] = copy.deepcopy(draw.choice(HARMFUL))
 
 
 def main() -> int:
