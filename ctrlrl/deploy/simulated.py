@@ -527,10 +527,7 @@ def impaired(task: SimTask, impairments: Impairments) -> SimTask:
             raise UsageError(f"--sim.friction: nothing of {task.name} touches a floor")
         first = float(model.geom("floor").friction[0])
         more["deployed friction"] = Event("startup", events.friction(["floor"], (first * impairments.friction,) * 2))
-    replaced = {"strength", "friction"} if more else set()
-    kept = {
-        name: event for name, event in task.events.items() if name not in replaced or f"deployed {name}" not in more
-    }
+    kept = {name: event for name, event in task.events.items() if f"deployed {name}" not in more}
     return replace(task, events=kept | more)
 
 
