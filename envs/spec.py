@@ -213,6 +213,16 @@ class SimTask:
                     f"events[{name!r}].every", 0 < low <= high, "must be seconds above 0, the fewest first", event.every
                 )
 
+    @property
+    def policy_group(self) -> str:
+        """The group of observations that the policy has: `policy`, or the only one."""
+        return "policy" if "policy" in self.observations else next(iter(self.observations))
+
+    @property
+    def policy_terms(self) -> Mapping[str, Obs]:
+        """The terms of that group."""
+        return self.observations[self.policy_group]
+
     def _require(self, field_name: str, ok: bool, rule: str, value: object) -> None:
         if not ok:
             raise UsageError(f"the task {self.name}: {field_name} {rule}, got {value}")

@@ -29,9 +29,10 @@ from ctrlrl.deploy import process, simulated
 from ctrlrl.deploy.actor import Actor
 from ctrlrl.deploy.bundle import Bundle
 from ctrlrl.deploy.controller import ControllerConfig
+from ctrlrl.deploy.deployment import start
 from ctrlrl.deploy.process import ProcessConfig
 from ctrlrl.deploy.safety import SafetyConfig
-from ctrlrl.deploy.simulated import SimulatedConfig
+from ctrlrl.deploy.simulated_config import SimulatedConfig
 from ctrlrl.deploy.ticks import read_ticks
 from ctrlrl.errors import CtrlrlError
 
@@ -65,7 +66,7 @@ def lateness(
             again=True,
             priority=None if priority is None else priority - 1,
         )
-        body = _start("ctrlrl.deploy.simulated", simulated.to_options(robot))
+        body = start("ctrlrl.deploy.simulated", simulated.to_options(robot))
         assert body.stdout is not None
         address = json.loads(body.stdout.readline())["address"]
         config = ProcessConfig(
@@ -78,7 +79,7 @@ def lateness(
             controller=ControllerConfig(ramp=0.0, settle=0.1, hold=0.0, safety=PATIENT),
         )
         try:
-            mind = _start("ctrlrl.deploy.process", process.to_options(config))
+            mind = start("ctrlrl.deploy.process", process.to_options(config))
             time.sleep(3.0)  # until all is imported
             with neighbours(busy):
                 began = time.monotonic()
@@ -109,14 +110,6 @@ def naive(bundle: Bundle, seconds: float, busy: int) -> float:
             actor.run(given)
             time.sleep(period)
         return time.monotonic() - began - seconds
-
-
-def _start(module: str, options: bytes) -> subprocess.Popen[bytes]:
-    child = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert child.stdin is not None
-    child.stdin.write(options)
-    child.stdin.close()
-    return child
 
 
 def main() -> int:

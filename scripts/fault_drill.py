@@ -40,9 +40,11 @@ import numpy as np
 from ctrlrl.deploy import process, simulated
 from ctrlrl.deploy.bundle import Bundle
 from ctrlrl.deploy.controller import ControllerConfig
+from ctrlrl.deploy.deployment import start
 from ctrlrl.deploy.driver import require_fits
+from ctrlrl.deploy.live_sim import LiveSim
 from ctrlrl.deploy.process import ProcessConfig
-from ctrlrl.deploy.simulated import Impairments, LiveSim, SimulatedConfig
+from ctrlrl.deploy.simulated_config import Impairments, SimulatedConfig
 from ctrlrl.deploy.ticks import read_ticks
 from ctrlrl.deploy.virtual import VirtualDeployment
 from ctrlrl.deploy.wire import RobotDescription
@@ -343,7 +345,7 @@ class Drills:
                 self._robot(0), seeds=tuple(range(10_000, 10_000 + self.times)), out=folder, again=True, patience=12.0
             )
             config = replace(config, priority=40 if os.geteuid() == 0 else None)  # a robot has a computer of its own
-            robot = _start("ctrlrl.deploy.simulated", simulated.to_options(config))
+            robot = start("ctrlrl.deploy.simulated", simulated.to_options(config))
             assert robot.stdout is not None
             port = json.loads(robot.stdout.readline())["address"].rpartition(":")[2]
             moments = [self._one(what, port, Path(folder) / f"log{i}", drill) for i in range(self.times)]
@@ -382,7 +384,7 @@ class Drills:
             priority=50 if os.geteuid() == 0 and what != "busy" else None,
             controller=ControllerConfig(ramp=0.0, settle=0.1, hold=0.2, seconds=SECONDS - 1),
         )
-        mind = _start("ctrlrl.deploy.process", process.to_options(config))
+        mind = start("ctrlrl.deploy.process", process.to_options(config))
         _wait_until_driven(log, mind)
         moment = time.monotonic()
         burners = []
@@ -414,15 +416,6 @@ def _wait_until_driven(log: Path, mind: subprocess.Popen[bytes]) -> None:
             if read_ticks(log)[1]["acted"].sum() >= 20:
                 return
         time.sleep(0.02)
-
-
-def _start(module: str, options: bytes) -> subprocess.Popen[bytes]:
-    child = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert child.stdin is not None
-    child.stdin.write(options)
-    child.stdin.close()
-    child.stdin = None
-    return child
 
 
 def row(name: str, drill: Drill) -> str:

@@ -18,7 +18,7 @@ from ctrlrl.deploy.actor import Actor
 from ctrlrl.deploy.bundle import Bundle
 from ctrlrl.deploy.controller import RUN, Controller, ControllerConfig, replay
 from ctrlrl.deploy.safety import SafetyConfig
-from ctrlrl.deploy.simulated import INJECTIONS, Impairments, SimulatedConfig
+from ctrlrl.deploy.simulated_config import INJECTIONS, Impairments, SimulatedConfig
 from ctrlrl.deploy.ticks import PHASES, read_ticks
 from ctrlrl.deploy.virtual import VirtualDeployment
 from ctrlrl.deploy.wire import DRIVE, DRIVEN, HELD, SAFE
@@ -441,7 +441,7 @@ def test_what_ends_the_program_makes_the_robot_safe_first(bundles: dict[str, Bun
 
 
 def test_weak_motors_and_slippery_floors() -> None:
-    from ctrlrl.deploy.simulated import impaired
+    from ctrlrl.deploy.impaired import impaired
 
     task = impaired(make_robot_task(WALKER, {}), Impairments(strength=0.5, friction=0.5))
     env = SimVector(task, BatchSim(physics(task), 1, 1))

@@ -25,8 +25,9 @@ import pytest
 import ctrlrl
 from ctrlrl.deploy import Actor, Bundle, wire
 from ctrlrl.deploy.features import FeatureBuilder, Reading
-from ctrlrl.deploy.manifest import parse_json, read_strictly
-from ctrlrl.deploy.simulated import SimulatedConfig, to_options
+from ctrlrl.deploy.simulated import to_options
+from ctrlrl.deploy.simulated_config import SimulatedConfig
+from ctrlrl.deploy.strict_json import read_document
 from ctrlrl.deploy.tensors import Array
 from ctrlrl.deploy.wire import BadMessage, Command, RobotDescription, RobotJoint, State
 from ctrlrl.envs.tasks.registry import is_robot_task
@@ -432,7 +433,7 @@ def test_its_constants_are_those_of_the_manifest(bundle: Bundle) -> None:
 
 def test_the_robot_of_the_readme_is_one() -> None:
     (options,) = re.findall(r"^echo '(.*)' \| python -m ctrlrl\.deploy\.simulated &$", README, flags=re.MULTILINE)
-    config = read_strictly(parse_json(options.encode(), "README.md"), SimulatedConfig, "options")
+    config = read_document(options.encode(), SimulatedConfig, "README.md", "options")
     assert f"./controller {config.address} " in README and is_robot_task(config.task)
 
 

@@ -19,10 +19,10 @@ from ctrlrl.cli.main import run as command
 from ctrlrl.deploy import process, simulated
 from ctrlrl.deploy.bundle import Bundle
 from ctrlrl.deploy.controller import ControllerConfig, replay
-from ctrlrl.deploy.deployment import Outcome, free_folder, task_of
+from ctrlrl.deploy.deployment import Outcome, free_folder, start, task_of
 from ctrlrl.deploy.process import ProcessConfig
 from ctrlrl.deploy.safety import FAULTS, SafetyConfig
-from ctrlrl.deploy.simulated import SimulatedConfig
+from ctrlrl.deploy.simulated_config import SimulatedConfig
 from ctrlrl.deploy.ticks import read_ticks
 from ctrlrl.errors import UsageError
 from tests.runs import SMALL
@@ -83,15 +83,6 @@ def test_over_zeromq(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixtu
     words = ["deploy", str(bundle.path), "--episodes", "1", "--out", str(tmp_path / "out"), *PATIENT]
     assert command([*words, "--sim.transport", "zmq", "--seconds", "1"]) == 0
     assert json.loads((tmp_path / "out" / "deployment.json").read_text())["controller"]["acted"] == 50
-
-
-def start(module: str, options: bytes) -> subprocess.Popen[bytes]:
-    child = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert child.stdin is not None
-    child.stdin.write(options)
-    child.stdin.close()
-    child.stdin = None
-    return child
 
 
 def robot(out: Path, **options: Any) -> tuple[subprocess.Popen[bytes], str]:

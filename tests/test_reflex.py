@@ -24,7 +24,7 @@ from ctrlrl.deploy.manifest import Network as NetworkEntry
 from ctrlrl.deploy.network import Network, Node, Value
 from ctrlrl.deploy.reflex import ReadJoint, Recovery, ReflexSpec, RiskReflex, read_reflex, write_reflex
 from ctrlrl.deploy.safety import Fault
-from ctrlrl.deploy.simulated import SimulatedConfig
+from ctrlrl.deploy.simulated_config import SimulatedConfig
 from ctrlrl.deploy.ticks import read_ticks
 from ctrlrl.deploy.virtual import VirtualDeployment
 from ctrlrl.deploy.wire import DRIVEN

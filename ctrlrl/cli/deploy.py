@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +11,7 @@ from tyro.conf import Positional
 
 from ctrlrl.cli.parse import parse
 from ctrlrl.deploy.safety import FAULTS, SafetyConfig
+from ctrlrl.deploy.simulated_config import Impairments, SimulatedConfig
 from ctrlrl.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,23 +22,9 @@ FAULTED = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sim:
+class Sim(Impairments):
     """What the simulated robot has otherwise than training."""
 
-    latency: float = 0.0
-    """Seconds that a message takes, either way."""
-    jitter: float = 0.0
-    """Seconds that it may take longer, uniform."""
-    loss: float = 0.0
-    """Share of messages that are lost, either way."""
-    noise: float = 1.0
-    """Noise of measurements, as a multiple of that of training."""
-    freeze: float | None = None
-    """Seconds of an episode after which measurements stay as they are."""
-    strength: float = 1.0
-    """Largest effort of all motors, as a share of what they are said to give."""
-    friction: float = 1.0
-    """Friction with the ground, as a multiple."""
     watchdog: float = 0.1
     """Seconds without a command after which the robot makes itself safe."""
     transport: Literal["udp", "zmq"] = "udp"
@@ -157,7 +144,6 @@ def _simulated(options: Deploy, bundle: Any, out: Path) -> Any:
     import json
 
     from ctrlrl.deploy.deployment import task_of
-    from ctrlrl.deploy.simulated import Impairments, SimulatedConfig
     from ctrlrl.training.evaluation import evaluation_seeds
 
     try:
@@ -178,15 +164,7 @@ def _simulated(options: Deploy, bundle: Any, out: Path) -> Any:
         watchdog=sim.watchdog,
         out=str(out),
         priority=None if options.priority is None else max(1, options.priority - 1),
-        impairments=Impairments(
-            latency=sim.latency,
-            jitter=sim.jitter,
-            loss=sim.loss,
-            noise=sim.noise,
-            freeze=sim.freeze,
-            strength=sim.strength,
-            friction=sim.friction,
-        ),
+        impairments=Impairments(**{f.name: getattr(sim, f.name) for f in fields(Impairments)}),
     )
 
 

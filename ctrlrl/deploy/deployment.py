@@ -15,7 +15,7 @@ from typing import Any
 from ctrlrl.deploy import process, simulated
 from ctrlrl.deploy.bundle import Bundle
 from ctrlrl.deploy.process import ProcessConfig
-from ctrlrl.deploy.simulated import SimulatedConfig
+from ctrlrl.deploy.simulated_config import SimulatedConfig
 from ctrlrl.errors import EnvironmentFailure, UsageError
 from ctrlrl.files import write_atomically
 
@@ -101,17 +101,23 @@ def deploy(
     return outcome
 
 
+def start(module: str, options: bytes) -> subprocess.Popen[bytes]:
+    """`ctrlrl.deploy.process` or `ctrlrl.deploy.simulated`, with options on standard input; it answers with lines of
+    JSON on standard output."""
+    child = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin is not None
+    child.stdin.write(options)
+    child.stdin.close()
+    child.stdin = None  # or `communicate` would flush it
+    return child
+
+
 class _Child:
     """A process that is told options on its standard input, and answers with lines of JSON."""
 
     def __init__(self, what: str, module: str, options: bytes) -> None:
         self._what = what
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=False
-        )
-        assert self._process.stdin is not None
-        self._process.stdin.write(options)
-        self._process.stdin.close()
+        self._process = start(module, options)
 
     def line(self) -> dict[str, Any]:
         """What it says next.

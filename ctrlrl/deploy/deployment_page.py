@@ -15,7 +15,7 @@ from ctrlrl.deploy.bundle import Bundle
 from ctrlrl.deploy.deployment import Outcome
 from ctrlrl.deploy.report import summary
 from ctrlrl.deploy.safety import FAULTS
-from ctrlrl.deploy.simulated import SimulatedConfig
+from ctrlrl.deploy.simulated_config import SimulatedConfig
 from ctrlrl.deploy.tensors import Array
 from ctrlrl.deploy.ticks import PHASES, read_ticks
 from ctrlrl.files import write_atomically

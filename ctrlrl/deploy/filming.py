@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ctrlrl.deploy.simulated import SimulatedConfig, impaired
+from ctrlrl.deploy.impaired import impaired
+from ctrlrl.deploy.simulated_config import SimulatedConfig
 from ctrlrl.envs.sim_vector import simulate
 from ctrlrl.envs.tasks.registry import make_robot_task
 from ctrlrl.errors import UsageError

@@ -18,9 +18,10 @@ from types import FrameType
 from ctrlrl.deploy.bundle import Bundle
 from ctrlrl.deploy.controller import Controller, ControllerConfig
 from ctrlrl.deploy.driver import Driver
-from ctrlrl.deploy.manifest import Manifest, parse_json, read_strictly
+from ctrlrl.deploy.manifest import Manifest
 from ctrlrl.deploy.realtime import Time, enter_realtime
 from ctrlrl.deploy.reflex import read_reflex
+from ctrlrl.deploy.strict_json import read_document
 from ctrlrl.deploy.transport import UdpLine, WireDriver, ZmqLine, parse_udp
 from ctrlrl.errors import CtrlrlError, UsageError
 
@@ -124,7 +125,7 @@ def main() -> int:
         print(json.dumps(line), file=lines, flush=True)
 
     try:
-        config = read_strictly(parse_json(sys.stdin.buffer.read(), "options"), ProcessConfig, "options")
+        config = read_document(sys.stdin.buffer.read(), ProcessConfig, "standard input", "options")
         say({"kind": "end", **control(config, lambda: say({"kind": "started"}))})
     except CtrlrlError as error:
         say({"kind": "error", "message": str(error)})

@@ -21,7 +21,6 @@ A reflex is a folder, without anything in it that is run but arithmetic:
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -36,9 +35,10 @@ import numpy as np
 from ctrlrl.deploy.bundle import GOLDENS, LARGEST_FILE, NETWORK, WEIGHTS, file_entry
 from ctrlrl.deploy.driver import EFFORT_TOLERANCE, LIMIT_TOLERANCE
 from ctrlrl.deploy.features import Reading
-from ctrlrl.deploy.manifest import Manifest, parse_json, read_strictly
+from ctrlrl.deploy.manifest import Manifest
 from ctrlrl.deploy.network import Network
 from ctrlrl.deploy.safety import Fault
+from ctrlrl.deploy.strict_json import read_document, write_document
 from ctrlrl.deploy.tensors import Array, read_tensors, write_tensors
 from ctrlrl.errors import UsageError
 from ctrlrl.files import building_site, put_in_place, write_durably, write_errors_explained
@@ -141,7 +141,7 @@ class ReflexSpec:
 
     def to_json(self) -> bytes:
         """What `from_json` reads."""
-        return json.dumps(dataclasses.asdict(self), indent=2, allow_nan=False).encode() + b"\n"
+        return write_document(self)
 
     @classmethod
     def from_json(cls, content: bytes, where: str) -> ReflexSpec:
@@ -150,13 +150,7 @@ class ReflexSpec:
         Raises:
             UsageError: it is none: names the field, what is expected and what came.
         """
-        tree = parse_json(content, where)
-        if isinstance(tree, dict) and tree.get("format") != FORMAT:
-            raise UsageError(f"{where}: its format is {tree.get('format')!r}, and this version reads {FORMAT!r}")
-        try:
-            return read_strictly(tree, cls, "reflex")  # type: ignore[no-any-return]
-        except UsageError as error:
-            raise UsageError(f"{where}: {error}") from None
+        return read_document(content, cls, where, "reflex", FORMAT)
 
 
 class RiskReflex:

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ctrlrl.deploy.manifest import Manifest, parse_json
+from ctrlrl.deploy.manifest import Manifest
+from ctrlrl.deploy.strict_json import parse_json
 from ctrlrl.deploy.tensors import Array
 from ctrlrl.deploy.wire import RobotDescription
 from ctrlrl.errors import UsageError

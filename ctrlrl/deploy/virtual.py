@@ -11,7 +11,8 @@ from typing import Any
 from ctrlrl.deploy.bundle import Bundle
 from ctrlrl.deploy.controller import FAULT, Controller, ControllerConfig, Reflex
 from ctrlrl.deploy.realtime import Time
-from ctrlrl.deploy.simulated import SimulatedConfig, SimulatedRobot
+from ctrlrl.deploy.simulated import SimulatedRobot
+from ctrlrl.deploy.simulated_config import SimulatedConfig
 from ctrlrl.deploy.transport import Line, WireDriver
 
 

@@ -25,16 +25,14 @@ A message of another size, version or description is not looked at. That numbers
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import json
 import struct
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 
-from ctrlrl.deploy.manifest import parse_json, read_strictly
+from ctrlrl.deploy.strict_json import read_document, write_document
 from ctrlrl.deploy.tensors import Array
 from ctrlrl.errors import UsageError
 
@@ -105,7 +103,7 @@ class RobotDescription:
 
     def to_json(self) -> bytes:
         """What `from_json` reads."""
-        return json.dumps(dataclasses.asdict(self), allow_nan=False).encode()
+        return write_document(self, indent=None)
 
     @classmethod
     def from_json(cls, content: bytes, where: str) -> RobotDescription:
@@ -116,11 +114,7 @@ class RobotDescription:
         """
         if len(content) > LARGEST_DESCRIPTION:
             raise UsageError(f"{where} has {len(content):,} bytes; {LARGEST_DESCRIPTION:,} are read at most")
-        try:
-            described: RobotDescription = read_strictly(parse_json(content, where), cls, "description")
-        except UsageError as error:
-            raise UsageError(f"{where}: {error}") from None
-        return described
+        return read_document(content, cls, where, "description")
 
     @property
     def digest(self) -> bytes:

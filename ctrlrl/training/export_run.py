@@ -23,7 +23,7 @@ from ctrlrl.deploy.features import READINGS, FeatureBuilder
 from ctrlrl.deploy.lowering import Unsupported, lower
 from ctrlrl.deploy.manifest import Action, Entry, Joint, Manifest, Network, Term
 from ctrlrl.deploy.runtimes import RUNTIMES
-from ctrlrl.deploy.simulated import measured
+from ctrlrl.deploy.sensors import measured
 from ctrlrl.deploy.tensors import Array, write_tensors
 from ctrlrl.deploy.to_onnx import ACTION, BARE, OPSET, Exported, as_inputs, to_onnx
 from ctrlrl.envs.sim import BatchSim
@@ -369,8 +369,7 @@ def feature_goldens(task: SimTask, manifest: Manifest, policy: Policy) -> dict[s
     env = SimVector(plain, BatchSim(physics(plain), 1, 1))
     require_gains(env.sim.model, manifest)
     require_measures(env, plain, manifest)
-    group = "policy" if "policy" in plain.observations else next(iter(plain.observations))
-    terms = plain.observations[group]
+    terms = plain.policy_terms
     out: dict[str, list[Array]] = {}
 
     def keep(name: str, value: Any) -> None:
@@ -385,7 +384,7 @@ def feature_goldens(task: SimTask, manifest: Manifest, policy: Policy) -> dict[s
     names = [joint.name for joint in manifest.joints]
     order = [list(task.joints).index(name) for name in names]
     for _ in range(FEATURE_STEPS):
-        own = obs[group] if isinstance(obs, dict) else obs
+        own = obs[plain.policy_group] if isinstance(obs, dict) else obs
         keep("position", w.field("qpos")[0, w.joint_qpos].double().numpy()[order])
         keep("velocity", w.joint_vel[0].double().numpy()[order])
         keep("command", w.command[0])
@@ -446,7 +445,7 @@ def require_measures(env: SimVector, task: SimTask, manifest: Manifest) -> None:
     model, data, w = env.sim.model, mujoco.MjData(env.sim.model), env.world
     names = [joint.name for joint in manifest.joints]
     entry = manifest.observation[0]
-    group = task.observations["policy" if "policy" in task.observations else next(iter(task.observations))]
+    group = task.policy_terms
     random, rows = np.random.default_rng(0), torch.ones(1, dtype=torch.bool)
     env.reset(SEED)
     for _ in range(STATES):
