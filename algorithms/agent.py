@@ -141,6 +141,11 @@ class ReplayAgent(Agent):
         """Which optional entries of a batch its step reads: `next_action`, `mc_return`, names of `extras`."""
         return frozenset()
 
+    @property
+    def chunk(self) -> int:
+        """Of how many actions in a row its batches have to be (`Batch.mask`); 0: of single ones."""
+        return 0
+
     def update(self, batch: Batch) -> dict[str, Tensor]:
         """One gradient step for each of the G groups of `batch` [G, B, ...].
 

@@ -1,9 +1,10 @@
 """Behaviour cloning: supervised learning of the data's actions (Pomerleau 1988, ALVINN).
 
-Shapes: B batch, A action dimensions, D decisions, n choices.
+Shapes: B batch, H actions of a chunk, A action dimensions, D decisions, n choices.
 
     Box, deterministic     1/A sum_j (pi(s)_j - a_j)^2
     Box, Gaussian          -log pi(a|s)
+    Box, chunks            of a_t, ..., a_t+H-1, as far as the episode has them: what the head says (`ctrlrl.nn.chunk`)
     Discrete               -sum_d log pi(a_d|s), the cross-entropy, over the choices that exist (`ctrlrl.nn.discrete`)
 
 The loss is their mean over the batch, each row times `batch.weight` where there are weights: 0 leaves a row out.
@@ -29,6 +30,16 @@ from ctrlrl.algorithms.agent import Draws, ReplayAgent
 from ctrlrl.algorithms.bc_config import BCConfig
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.actor import CategoricalHead, GaussianHead, StochasticPolicy, make_head
+from ctrlrl.nn.chunk import (
+    ChunkHead,
+    ChunkNetwork,
+    ChunkPolicy,
+    FlowHead,
+    MixtureHead,
+    MLPChunkNetwork,
+    RegressionHead,
+    TransformerChunkNetwork,
+)
 from ctrlrl.nn.discrete import CategoricalPolicy
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
@@ -59,7 +70,7 @@ class BC(ReplayAgent):
     """
 
     config: BCConfig
-    policy: DeterministicPolicy | StochasticPolicy | SquashedGaussianPolicy | CategoricalPolicy
+    policy: DeterministicPolicy | StochasticPolicy | SquashedGaussianPolicy | CategoricalPolicy | ChunkPolicy
     title = "BC"
     config_class = BCConfig
 
@@ -84,8 +95,11 @@ class BC(ReplayAgent):
                 f"agent.policy {c.policy} is for Box actions; the environment has {action_space}, for which the policy "
                 "is a categorical distribution: leave agent.policy out"
             )
+        if isinstance(head, CategoricalHead) and c.chunk > 1:
+            raise UsageError(f"agent.chunk is for Box actions; the environment has {action_space}")
         with self._weights_from(seed):
-            networks = Networks(head.observation_space, c, network, encoder, action_space=action_space)
+            mirrored = None if c.plans else action_space
+            networks = Networks(head.observation_space, c, network, encoder, action_space=mirrored)
             self.normalizer, features = networks.normalizer, networks.policy_encoder
             if isinstance(head, CategoricalHead):
                 trunk = networks.trunk(head.outputs, actions=head.inputs)
@@ -95,7 +109,11 @@ class BC(ReplayAgent):
             else:
                 box = require_bounded_box(action_space, self.title)
                 dim = math.prod(box.shape)
-                if c.policy == "deterministic":
+                if c.plans:
+                    execute = c.execute or c.chunk
+                    planner = _planner(networks, c, dim)
+                    self.policy = ChunkPolicy(features, planner, box, c.chunk, execute, c.ensemble, self.normalizer)
+                elif c.policy == "deterministic":
                     self.policy = DeterministicPolicy(features, networks.trunk(dim), box, 0.0, self.normalizer)
                 else:
                     trunk = networks.trunk(2 * dim)
@@ -105,19 +123,27 @@ class BC(ReplayAgent):
         self._keep(policy=self.policy, optimizer=self.optimizer)
 
     def draw(self, groups: int, rows: int) -> Draws:
-        """The shift of images, (G, B, 2), down and to the right; None without images."""
+        """The shift of images, (G, B, 2), down and to the right, None without; and what the loss of chunks draws."""
         pad = self.config.random_shift
+        more: tuple[Tensor, ...] = ()
+        if isinstance(self.policy, ChunkPolicy):
+            more = self.policy.head.draw(groups, rows, self.generator)
         if not pad or not self.policy.encoder.sees:
-            return (None,)
+            return None, *more
         shape = (groups, rows, 2)
-        return (torch.randint(0, 2 * pad + 1, shape, generator=self.generator, device=self.device),)
+        return torch.randint(0, 2 * pad + 1, shape, generator=self.generator, device=self.device), *more
 
-    def step(self, batch: Batch, shift: Tensor | None = None, *, improve: bool = True) -> dict[str, Tensor]:
-        """One gradient step on `batch` [B, ...] with, for images, a shift (B, 2)."""
+    @property
+    def chunk(self) -> int:
+        return self.config.chunk if isinstance(self.policy, ChunkPolicy) else 0
+
+    def step(self, batch: Batch, shift: Tensor | None = None, *rest: Tensor, improve: bool = True) -> dict[str, Tensor]:
+        """One gradient step on `batch` [B, ...] with, for images, a shift (B, 2); the `rest` is what the loss of chunks
+        draws."""
         obs = batch.obs
         if shift is not None:
             obs = self.policy.encoder.shifted(obs, shift, self.config.random_shift)
-        loss, metrics = self.losses(obs, batch.action)  # (B,)
+        loss, metrics = self.losses(obs, batch.action, batch.mask, rest)  # (B,)
         if batch.weight is not None:
             loss = batch.weight * loss
         loss = loss.mean()
@@ -128,9 +154,15 @@ class BC(ReplayAgent):
                 self.policy.head.log_std.clamp_(*self.config.log_std_bounds)
         return {"actor_loss": loss.detach()} | metrics
 
-    def losses(self, obs: Obs, action: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each row, (B,), and metrics of the policy against the data's actions (B, ...)."""
+    def losses(
+        self, obs: Obs, action: Tensor, mask: Tensor | None = None, draws: tuple[Tensor, ...] = ()
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each row, (B,), and metrics of the policy against the data's actions (B, ...), or chunks of them
+        (B, H, ...), which are there where `mask` (B, H) is true."""
         policy = self.policy
+        if isinstance(policy, ChunkPolicy):
+            assert mask is not None
+            return policy.head.loss(policy.encoder(obs), policy.scaling.to_unit(action), mask, draws), {}
         if isinstance(policy, CategoricalPolicy):
             choices = policy.distribution(obs)
             choice = policy.choices.to_choice(action)  # (B, D)
@@ -155,3 +187,20 @@ class BC(ReplayAgent):
             loss, mode = -normal.log_prob(target).squeeze(-1), normal.mode
             metrics = {"log_std": policy.head.log_std.detach().mean()}
         return loss, {"action_error": (mode.detach() - target).abs().mean()} | metrics
+
+
+def _planner(networks: Networks, c: BCConfig, dim: int) -> ChunkHead:
+    """The head of a policy of chunks of `dim` numbers each, and its network."""
+    flow, modes = c.policy == "flow", c.modes if c.policy == "mixture" else 0
+    per_action, features = 2 * modes * dim or dim, networks.policy_encoder.out_features
+    net: ChunkNetwork
+    if c.trunk == "mlp":
+        trunk = networks.trunk(c.chunk * per_action + modes, actions=MLPChunkNetwork.inputs(c.chunk, dim, flow))
+        net = MLPChunkNetwork(trunk, c.chunk, per_action)
+    else:
+        net = TransformerChunkNetwork(features, c.chunk, dim if flow else 0, c.hidden, per_action, modes)
+    if flow:
+        return FlowHead(net, c.flow_steps, dim, c.chunk)
+    if modes:
+        return MixtureHead(net, modes, dim, c.chunk, (c.log_std_bounds[0], c.log_std_bounds[1]))
+    return RegressionHead(net)

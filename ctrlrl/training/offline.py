@@ -50,7 +50,11 @@ class OfflineLoop(Loop):
         groups = min(self._max_groups, left)
         agent = c.agent  # type: ignore[attr-defined]
         batch = self.memory.sample(
-            groups, agent.batch_size, gamma=getattr(agent, "gamma", 1.0), n_step=c.sampling.n_step
+            groups,
+            agent.batch_size,
+            gamma=getattr(agent, "gamma", 1.0),
+            n_step=c.sampling.n_step,
+            chunk=self.agent.chunk,
         )
         metrics = self.agent.update(batch)
         self._recent.append((self.updates, batch.index))
