@@ -17,6 +17,7 @@ import ctrlrl
 from ctrlrl.deploy.actor import Actor
 from ctrlrl.deploy.bundle import Bundle
 from ctrlrl.deploy.controller import RUN, Controller, ControllerConfig, replay
+from ctrlrl.deploy.report import saturation
 from ctrlrl.deploy.safety import SafetyConfig
 from ctrlrl.deploy.simulated_config import INJECTIONS, Impairments, SimulatedConfig
 from ctrlrl.deploy.ticks import PHASES, read_ticks
@@ -58,6 +59,21 @@ def deployment(
 
 def told(one: VirtualDeployment) -> list[tuple[float, int]]:
     return [(moment, mode) for moment, _, mode, *_ in one.robot.sim.told]
+
+
+def test_policies_that_learned_with_motors_at_their_limits_say_so(bundles: dict[str, Bundle]) -> None:
+    asked = bundles[ARM].asked_efforts()
+    joint, share = max(asked.items(), key=lambda pair: pair[1])
+    assert list(asked) == list(bundles[ARM].manifest.action.joints)
+    goldens = bundles[ARM].goldens()
+    place = [j.name for j in bundles[ARM].manifest.joints].index(joint)
+    own = bundles[ARM].manifest.joints[place]
+    lead = goldens["features/control"][:, list(asked).index(joint)] - goldens["features/position"][:, place]
+    effort = own.kp * lead - own.kd * goldens["features/velocity"][:, place]
+    assert own.max_effort is not None and share == pytest.approx(np.abs(effort).max() / own.max_effort)
+    hint = saturation(bundles[ARM])
+    assert share > 1 and hint is not None and joint in hint and f"--safety.effort {int(np.ceil(share))}" in hint
+    assert not bundles[RIG].asked_efforts() and saturation(bundles[RIG]) is None  # it commands efforts
 
 
 @pytest.mark.parametrize(("env", "steps", "tolerance"), [(RIG, 100, 2e-3), (WALKER, 10, 2e-2)])

@@ -15,6 +15,7 @@ from ctrlrl.deploy.simulated_config import Impairments, SimulatedConfig
 from ctrlrl.errors import UsageError
 
 if TYPE_CHECKING:
+    from ctrlrl.deploy.bundle import Bundle
     from ctrlrl.deploy.deployment import Outcome
 
 FAULTED = 4
@@ -114,7 +115,7 @@ def run(arguments: Sequence[str]) -> int:
     robot = _simulated(options, bundle, out) if simulates else None
     out.mkdir(parents=True, exist_ok=True)
     outcome = deploy(bundle, controller, robot, out, _say)
-    print("\n".join(_lines(outcome)))
+    print("\n".join(_lines(outcome, bundle)))
     if not outcome.controller:  # it was interrupted before it began
         return 130
     page = write_page(bundle, outcome, out, None, robot)
@@ -174,7 +175,8 @@ def _say(episode: dict[str, Any]) -> None:
     print(f"seed {episode['seed']}: return {episode['return']:,.2f}, {episode['length']:,} steps{how}", flush=True)
 
 
-def _lines(outcome: Outcome) -> list[str]:
+def _lines(outcome: Outcome, bundle: Bundle) -> list[str]:
+    from ctrlrl.deploy.report import saturation
     from ctrlrl.runs.statistics import mean_interval
 
     lines, c, ended = [], outcome.controller, [e for e in outcome.episodes if not e["given up"]]
@@ -201,4 +203,6 @@ def _lines(outcome: Outcome) -> list[str]:
         if fault := c["fault"]:
             lines.append(f"FAULT {fault['kind']}: {fault['detail']}")
             lines.append(f"      {FAULTS[fault['kind']]} (docs/deploy.md)")
+            if fault["kind"] == "effort" and (hint := saturation(bundle)) is not None:
+                lines.append(f"      {hint}")
     return lines

@@ -172,6 +172,21 @@ class Bundle:
                 worst = max(worst, float(off.max(initial=0.0)))
         return worst
 
+    def asked_efforts(self) -> dict[str, float]:
+        """By joint, the largest effort that the policy asked for in the goldens of measurements at the moment it acted,
+        as a share of what the motor gives: above 1 the motor was at its limit in training. Nothing is in it where
+        there are none, or where efforts are commanded."""
+        action = self.manifest.action
+        if not self.measured or "position" not in action.kind:
+            return {}
+        goldens, known = self.goldens(), {joint.name: joint for joint in self.manifest.joints}
+        places = [list(known).index(name) for name in action.joints]
+        joints = [known[name] for name in action.joints]
+        kp, kd, most = (np.array([getattr(j, n) for j in joints], float) for n in ("kp", "kd", "max_effort"))
+        target, position = goldens["features/control"], goldens["features/position"][:, places]
+        asked = np.abs(kp * (target - position) - kd * goldens["features/velocity"][:, places]).max(0) / most
+        return dict(zip(action.joints, asked.tolist(), strict=True))
+
     def replay_features(self) -> float:
         """The largest difference of what `FeatureBuilder` makes of the goldens' measurements to what the task made of
         them in training: observations, and what actions command.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from ctrlrl.deploy.bundle import Bundle
@@ -39,11 +40,26 @@ def _lines(bundle: Bundle) -> Iterator[str]:
             gains = f", kp {joint.kp:g}, kd {joint.kd:g}" if joint.kp else ""
             effort = "" if joint.max_effort is None else f", effort up to {joint.max_effort:g}"
             yield f"            {joint.name}: {limits}{gains}{effort}"
+    if (hint := saturation(bundle)) is not None:
+        yield f"            {hint}"
     n = m.network
     why = f" alone: {n.why_not}" if n.why_not else ""
     memory = f", memory {', '.join(n.state)}" if n.state else ""
     yield f"network     {n.dtype}, ONNX opset {n.opset}{memory}; runs with {', '.join(n.runtimes)}{why}"
     yield f"goldens     reproduced to {n.tolerance:g}" + (", and those of measurements" if bundle.measured else "")
+
+
+def saturation(bundle: Bundle) -> str | None:
+    """What to do about a policy that learned with motors at their limits, which the controller's check of efforts holds
+    back; None where it did not."""
+    asked = bundle.asked_efforts()
+    if not asked or max(asked.values()) <= 1:
+        return None
+    joint, share = max(asked.items(), key=lambda pair: pair[1])
+    return (
+        f"in training it asked for up to {share:.3g} times the effort of {joint}: --safety.effort {math.ceil(share)} "
+        "drives it as then, where the motors bear that"
+    )
 
 
 def _term(term: Term) -> str:
