@@ -156,12 +156,16 @@ class ReplayAgent(Agent):
         metrics: list[dict[str, Tensor]] = []
         for g in range(len(batch)):
             self.updates += 1
-            step = self._steps[self.updates % self.policy_delay == 0]
+            step = self._steps[self.improves()]
             metrics.append(step(batch[g], *(None if value is None else value[g] for value in draws)))
         if len(metrics) == 1:
             return metrics[0]
         names = dict.fromkeys(name for given in metrics for name in given)
         return {name: torch.stack([given[name] for given in metrics if name in given]).mean() for name in names}
+
+    def improves(self) -> bool:
+        """Whether the gradient step that is counted last improves the policy too."""
+        return self.updates % self.policy_delay == 0
 
     def observe(self, obs: Obs, valid: Tensor) -> None:
         """Take observations (N, ...) of valid rows into the running statistics; once per environment step."""
@@ -221,6 +225,7 @@ class OffPolicyAgent(ReplayAgent):
             return seen, map_obs(Tensor.detach, seen), for_policy, for_targets
 
     def actor_parameters(self) -> list[nn.Parameter]:
-        """The policy's, without the convolutions that it shares with the critics, whose loss trains them."""
+        """The policy's that are learned, without the convolutions that it shares with the critics, whose loss trains
+        them."""
         shared = set(self.critics.parameters())
-        return [parameter for parameter in self.policy.parameters() if parameter not in shared]
+        return [p for p in self.policy.parameters() if p.requires_grad and p not in shared]

@@ -41,8 +41,8 @@ class Algorithm:
     """`module:class` of the agent."""
     loop: Literal["off-policy", "on-policy", "offline"] = "off-policy"
     """How it collects and learns: from a replay memory, from each rollout once, or from a dataset alone."""
-    needs: Literal["", "data", "init_from"] = ""
-    """Which setting of the loop it cannot do without: a dataset besides, or a run to start from."""
+    needs: Literal["", "data", "init_from", "base"] = ""
+    """Which setting of the loop it cannot do without: a dataset besides, a run to start from, a policy to build on."""
     presets: tuple[Preset, ...] = field(default=())
 
     def load_config_class(self) -> type[Config]:
@@ -474,6 +474,47 @@ ALGORITHMS = {
                     "the authors' for sparse rewards",
                 ),
             ),
+        ),
+        Algorithm(
+            name="resfit",
+            title="A residual over a frozen policy, from the environment and demonstrations",
+            actions="Box",
+            data="both",
+            paper="Ankile et al. 2025, arXiv:2509.19301",
+            config="ctrlrl.algorithms.resfit_config:ResFiTConfig",
+            agent="ctrlrl.algorithms.resfit:ResFiT",
+            needs="base",
+            presets=(
+                Preset(
+                    "paper",
+                    r"",
+                    {"learning_starts": 10_000, "buffer": {"n_step": 3}},
+                    "the authors' for rewards that tell of success alone",
+                ),
+            ),
+        ),
+        Algorithm(
+            name="policy-decorator",
+            title="SAC over a frozen policy, which it may correct a little, and more often as time goes on",
+            actions="Box",
+            data="environment",
+            paper="Yuan et al. 2024, arXiv:2412.13630",
+            config="ctrlrl.algorithms.policy_decorator_config:PolicyDecoratorConfig",
+            agent="ctrlrl.algorithms.policy_decorator:PolicyDecorator",
+            needs="base",
+            presets=(
+                Preset("paper", r"", {"learning_starts": 8_000, "sampling": {"reward_shift": -1.0}}, "the authors'"),
+            ),
+        ),
+        Algorithm(
+            name="expo",
+            title="An expressive policy that goes on imitating, edited towards value; the best of several acts",
+            actions="Box",
+            data="both",
+            paper="Dong et al. 2025, arXiv:2507.07986",
+            config="ctrlrl.algorithms.expo_config:EXPOConfig",
+            agent="ctrlrl.algorithms.expo:EXPO",
+            needs="base",
         ),
         Algorithm(
             name="wsrl",

@@ -31,6 +31,7 @@ from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.nn.networks import Networks
 from ctrlrl.nn.optim import Adam, polyak
 from ctrlrl.nn.policy import SquashedGaussianPolicy, require_bounded_box
+from ctrlrl.nn.residual import GaussianResidualPolicy
 from ctrlrl.replay.batch import Batch
 from ctrlrl.tree import Obs
 
@@ -53,7 +54,7 @@ class SAC(OffPolicyAgent):
     """
 
     config: SACConfig
-    policy: SquashedGaussianPolicy
+    policy: SquashedGaussianPolicy | GaussianResidualPolicy
     title = "SAC"
     config_class: type[SACConfig] = SACConfig
     critic_outputs = 1
@@ -77,9 +78,7 @@ class SAC(OffPolicyAgent):
         with self._weights_from(seed):
             networks = Networks(observation_space, c, network, encoder, action_space=action_space)
             self.normalizer = networks.normalizer
-            bounds = (c.log_std_bounds[0], c.log_std_bounds[1])
-            trunk = self.make_trunk(networks, 2 * dim)
-            self.policy = SquashedGaussianPolicy(networks.policy_encoder, trunk, box, bounds, self.normalizer)
+            self.policy = self.make_policy(networks, self.make_trunk(networks, 2 * dim), box)
             outputs = self.critic_outputs
             self.critics = networks.critics(c.num_critics, actions=dim, outputs=outputs, layer_norm=c.layer_norm)
         self.policy.to(self.device).generator = self.generator
@@ -143,6 +142,13 @@ class SAC(OffPolicyAgent):
     def make_trunk(self, networks: Networks, outputs: int) -> nn.Module:
         """The policy's network, from its features to (B, outputs)."""
         return networks.trunk(outputs)
+
+    def make_policy(
+        self, networks: Networks, trunk: nn.Module, box: gym.spaces.Box
+    ) -> SquashedGaussianPolicy | GaussianResidualPolicy:
+        """The policy, of that network."""
+        low, high = self.config.log_std_bounds
+        return SquashedGaussianPolicy(networks.policy_encoder, trunk, box, (low, high), self.normalizer)
 
     def value(self, obs: Obs, action: Tensor, *rest: Tensor) -> Tensor:
         """Q(s, a) of each critic, (K, B), for their loss."""

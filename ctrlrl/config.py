@@ -289,6 +289,9 @@ class OffPolicyConfig(OnlineConfig):
     """Of each batch that comes from the dataset, exactly."""
     init_from: str | None = None
     """Run whose weights to start with, trained offline or online."""
+    base: str | None = None
+    """Frozen policy under the one that is learned: a run, a bundle, an ONNX file, or MODULE:FUNCTION, called with the
+    observation and action spaces, which gives a function of observations or a ctrlrl policy."""
     keep_statistics: bool = True
     """Where observations are standardized: keep the statistics that came with data or init_from as they are."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class CtrlrlError(Exception):
@@ -28,6 +29,20 @@ class NonFiniteError(CtrlrlError):
     """NaN or infinity in an observation, a reward, a loss or a weight."""
 
     exit_code = 3
+
+
+class BadBaseAction(CtrlrlError):
+    """A base policy gave an action that is none.
+
+    Attributes:
+        evidence: the observation and the action, as tensors by name.
+    """
+
+    exit_code = 3
+
+    def __init__(self, message: str, evidence: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.evidence = evidence
 
 
 class Interrupted(CtrlrlError):

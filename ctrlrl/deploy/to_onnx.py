@@ -89,6 +89,10 @@ def to_onnx(policy: Policy, obs: Obs) -> Exported:
         raise UsageError(f"{error.name} is not installed: pip install 'ctrlrl[deploy]'") from None
     observed = tuple(obs) if isinstance(obs, dict) else (BARE,)
     state = policy.initial_state(1)
+    if odd := [name for name, value in state.items() if bool((value != 0).any())]:
+        raise UsageError(
+            f"the policy's memory must be zeros at first, and {', '.join(odd)} is not: nothing else is told"
+        )
     exported = _export(policy, obs, observed, state)
     read = tuple(name for name in observed if name in _read_by(exported))
     if not read:

@@ -284,8 +284,8 @@ class ChunkPolicy(Policy):
     each step, and acts by the mean of all plans for this step, weighted by exp(-ensemble * i), i = 0 the oldest one
     (temporal ensembling, ACT's section IV.A).
 
-    Its memory is `plan` (N, H, A), what is left of it first, or with `ensemble` the last H plans (N, H, H, A), newest
-    first, each from this step on; and `age` (N,): how many actions of it were executed, or how many plans there are.
+    Its memory, zeros at first, is `plan` (N, H, A), from this step on, and `left` (N,), how many of its actions are to
+    be executed; or with `ensemble` the last H plans (N, H, H, A), newest first, and `count` (N,), how many there are.
 
     Args:
         encoder: of the observations.
@@ -315,10 +315,9 @@ class ChunkPolicy(Policy):
 
     def initial_state(self, n: int) -> PolicyState:
         plans = () if self.ensemble is None else (self.chunk,)
-        due = self.execute if self.ensemble is None else 0
         return {
             "plan": torch.zeros(n, *plans, self.chunk, self._dim, device=self.device),
-            "age": torch.full((n,), due, dtype=torch.int64, device=self.device),
+            "left" if self.ensemble is None else "count": torch.zeros(n, dtype=torch.int64, device=self.device),
         }
 
     @torch.no_grad()
@@ -329,21 +328,21 @@ class ChunkPolicy(Policy):
         extras are empty."""
         n = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
         state = state or self.initial_state(n)
-        plan, age = state["plan"], state["age"]
+        plan = state["plan"]
         if self.ensemble is not None:
             former = torch.cat([plan[:, :-1, 1:], torch.zeros_like(plan[:, :-1, :1])], 2)
             plan = torch.cat([self._planned(obs, n, explore)[:, None], former], 1)
-            age = (age + 1).clamp(max=self.chunk)
-            oldest_first = age[:, None] - 1 - torch.arange(self.chunk, device=age.device)  # (N, H)
+            count = (state["count"] + 1).clamp(max=self.chunk)
+            oldest_first = count[:, None] - 1 - torch.arange(self.chunk, device=count.device)  # (N, H)
             weights = torch.exp(-self.ensemble * oldest_first.float()) * (oldest_first >= 0).float()
             unit = (plan[:, :, 0] * (weights / weights.sum(1, keepdim=True))[..., None]).sum(1)
-            return self.scaling.to_environment(unit), {"plan": plan, "age": age}, {}
-        due = age >= self.execute
+            return self.scaling.to_environment(unit), {"plan": plan, "count": count}, {}
+        due, left = state["left"] <= 0, state["left"]
         if torch.compiler.is_compiling() or bool(due.any()):  # what is exported plans at each step
             plan = torch.where(due[:, None, None], self._planned(obs, n, explore), plan)
-            age = torch.where(due, 0, age)
+            left = torch.where(due, self.execute, left)
         following = torch.cat([plan[:, 1:], plan[:, -1:]], 1)
-        return self.scaling.to_environment(plan[:, 0]), {"plan": following, "age": age + 1}, {}
+        return self.scaling.to_environment(plan[:, 0]), {"plan": following, "left": left - 1}, {}
 
     def _planned(self, obs: Obs, n: int, explore: bool) -> Tensor:
         noise = None

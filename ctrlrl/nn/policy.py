@@ -56,6 +56,11 @@ class Policy(nn.Module, ABC):
             for name, value in state.items()
         }
 
+    def warm_up(self, extras: dict[str, Tensor], generator: torch.Generator) -> Tensor | None:
+        """What to do before learning starts, (N, ...) in the environment's units, where `act` gave `extras`; None:
+        uniformly random actions."""
+        return None
+
     def mask(self, obs: Obs) -> Tensor | None:
         """Which choices of a discrete action exist in each of `obs` (N, ...): (N, D, n), bool; None: all of them."""
         return None

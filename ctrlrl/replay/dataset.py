@@ -61,6 +61,8 @@ class DatasetSampler:
             if they take at most half of its memory; else they stay mapped, and batches are read from the disk's cache.
         memory: bytes of the device's memory.
         extras: columns of the dataset that come with each row (`Batch.extras`).
+        observed: tensors (T + E, ...) that have an entry for each observation of the T transitions of E episodes, in
+            their order; they come with each row, too, and as `Batch.next_extras` for the next observation.
         next_action: give `Batch.next_action`.
         mc_return: give `Batch.mc_return`, a lower bound of the return that followed: where an episode was cut, nothing
             is taken to follow if no reward is negative, and else the lowest for ever.
@@ -85,6 +87,7 @@ class DatasetSampler:
         resident: bool | None = None,
         memory: int | None = None,
         extras: Sequence[str] = (),
+        observed: Mapping[str, Tensor] | None = None,
         next_action: bool = False,
         mc_return: bool = False,
         temperature: float | None = None,
@@ -123,6 +126,7 @@ class DatasetSampler:
         if self.resident:
             self._columns["reward"] = self._scaled(self._columns["reward"])
         self._where = where
+        self._with_observations = {name: value.to(where) for name, value in (observed or {}).items()}
         self._ends = torch.from_numpy(dataset.starts + dataset.lengths).to(where)
         self._terminated = torch.from_numpy(dataset.terminated).to(where)
         self._wants_next_action, self._wants_mc_return = next_action, mc_return
@@ -176,10 +180,12 @@ class DatasetSampler:
             next_obs=self._wrap(next_obs),
             end=end,
             index=first,
-            extras={name.removeprefix("extras/"): self._take(name, first) for name in extras},
+            extras={name.removeprefix("extras/"): self._take(name, first) for name in extras}
+            | {name: value.index_select(0, seen) for name, value in self._with_observations.items()},
             next_extras={
                 name.removeprefix("extras/"): self._take(name, torch.minimum(last + 1, final)) for name in extras
-            },
+            }
+            | {name: value.index_select(0, last + episode + 1) for name, value in self._with_observations.items()},
             next_action=self._take("action", torch.minimum(last + 1, final)) if self._wants_next_action else None,
             mc_return=self._returns_to_go(gamma).index_select(0, first) if self._wants_mc_return else None,
             mask=mask,

@@ -39,6 +39,7 @@ class RunFolder:
     metrics.jsonl     every record; tensorboard/ the same for TensorBoard
     checkpoints/      step-000020000 (resumable, the newest few) and best-000010000 (weights)
     replay/           the buffer, in segments written once; checkpoints say how far to read
+    base/             a copy of the policy that this one is built on, if any
     videos/           report.html
     ```
     """
@@ -47,7 +48,7 @@ class RunFolder:
         self.path = path
         self.checkpoints, self.replay = path / "checkpoints", path / "replay"
         self.videos, self.tensorboard = path / "videos", path / "tensorboard"
-        self.metrics = path / "metrics.jsonl"
+        self.metrics, self.base = path / "metrics.jsonl", path / "base"
 
     @classmethod
     def create(cls, path: Path) -> RunFolder:

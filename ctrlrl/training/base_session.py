@@ -23,11 +23,13 @@ from ctrlrl.errors import CtrlrlError, Interrupted, UsageError
 from ctrlrl.nn.cpu import prepare_cpu
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
+from ctrlrl.nn.policy import Policy
 from ctrlrl.runs.checkpoint import pack
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.metrics import TensorBoard, Writer
 from ctrlrl.runs.progress import Progress
 from ctrlrl.runs.report import write_report
+from ctrlrl.training.base_policy import BaseLike
 from ctrlrl.training.callbacks import Callback
 from ctrlrl.training.evaluation import evaluation_seeds
 from ctrlrl.training.loading import Run, load_policy, record_video
@@ -58,6 +60,7 @@ class Session(ABC):
         action_space: of one environment.
         control_dt: seconds of a control step, where known.
         eval_env: to evaluate on, if at all.
+        base: the frozen policy under the agent's, if any.
         remark: what was decided for the user.
     """
 
@@ -68,6 +71,7 @@ class Session(ABC):
     observation_space: gym.Space[Any]
     action_space: gym.Space[Any]
     control_dt: float | None
+    base: Policy | None
 
     def __init__(
         self,
@@ -78,10 +82,12 @@ class Session(ABC):
         network: NetworkFactory | None,
         encoder: EncoderFactory | None,
         *,
+        base: BaseLike | None = None,
         quiet: bool,
         resumed: bool = False,
     ) -> None:
         algorithm = find_algorithm(algo)
+        self.base_source, self.base = base, None
         self.algo, self.config, self.quiet, self.resumed = algo, config, quiet, resumed
         self.device = pick_device(config.device)
         self.cores = config.threads or min(usable_cores(), 8)
@@ -110,7 +116,7 @@ class Session(ABC):
                 self.config.agent,  # type: ignore[attr-defined]
                 seed=config.seed,
                 device=self.device,
-                **given(network=network, encoder=encoder),
+                **given(network=network, encoder=encoder, base=self.base),
             )
             self.threads = self.cores
             if plain:

@@ -66,8 +66,11 @@ class Collector:
         with products_of(self.env.num_envs):
             action, state, extras = self.policy.act(obs_to(self.obs, device), self.policy_state, explore=True)
         if random:
-            mask = self.policy.mask(obs_to(self.obs, device))
-            action = random_actions(self.env.action_space, self.env.num_envs, self.generator, mask)
+            own = self.policy.warm_up(extras, self.generator)
+            if own is None:
+                mask = self.policy.mask(obs_to(self.obs, device))
+                own = random_actions(self.env.action_space, self.env.num_envs, self.generator, mask)
+            action = own
         step = self.env.step(action.to(self.env.device))
         require_finite(self.env, step, step.valid, self.lengths)
         next_extras: dict[str, Tensor] = {}

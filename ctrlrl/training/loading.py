@@ -26,6 +26,7 @@ from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.provenance import now
 from ctrlrl.runs.report import write_report
 from ctrlrl.runs.video import Frame, rendering_error, write_video
+from ctrlrl.training.base_policy import BaseLike, kept_base, open_base
 from ctrlrl.training.collector import require_finite
 from ctrlrl.training.evaluation import Evaluation, evaluate, evaluation_seeds
 from ctrlrl.training.setup import (
@@ -78,6 +79,7 @@ def load(
     device: str = "cpu",
     network: NetworkFactory | None = None,
     encoder: EncoderFactory | None = None,
+    base: BaseLike | None = None,
 ) -> Run:
     """Read a run and its policy back: `ctrlrl.load("runs/x").policy.act(obs)`.
 
@@ -87,23 +89,27 @@ def load(
         device: where the policy's weights lie.
         network: as given to `train`.
         encoder: as given to `train`.
+        base: as given to `train`, where that was an object.
 
     Raises:
-        UsageError: if there is no such run or checkpoint, it is damaged, or `network`/`encoder` are missing.
+        UsageError: if there is no such run or checkpoint, it is damaged, or `network`, `encoder` or `base` is missing.
     """
     folder = RunFolder.open(run.path if isinstance(run, Run) else Path(run))
     algo, config = read_config(folder)
     provenance = read_provenance(folder)
-    require_objects(provenance, network=network, encoder=encoder)
+    require_objects(provenance, network=network, encoder=encoder, base=base)
     where = pick_device(device)
     path = folder.find_checkpoint(checkpoint)
     spaces = provenance["environment"]["spaces"]
+    observation, action = build_space(spaces["observation"]), build_space(spaces["action"])
+    source = base if base is not None else kept_base(folder, getattr(config, "base", None))
     agent = find_algorithm(algo).load_agent_class()(
-        build_space(spaces["observation"]),
-        build_space(spaces["action"]),
+        observation,
+        action,
         config.agent,  # type: ignore[attr-defined]
         device=where,
         **given(network=network, encoder=encoder),
+        **({} if source is None else {"base": open_base(source, observation, action)}),
     )
     load_policy(agent.policy, path)
     return Run(folder.path, config, agent.policy.eval())

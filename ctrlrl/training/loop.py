@@ -22,7 +22,7 @@ from torch import Tensor
 from ctrlrl.algorithms.agent import Agent
 from ctrlrl.config import TrainConfig
 from ctrlrl.envs.vector import VectorEnv
-from ctrlrl.errors import CtrlrlError, Interrupted, NonFiniteError
+from ctrlrl.errors import BadBaseAction, CtrlrlError, Interrupted, NonFiniteError
 from ctrlrl.runs.checkpoint import pack, save_checkpoint
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.metrics import JsonLines, Record, Writer
@@ -185,7 +185,7 @@ class Loop(ABC):
 
     def _starts_trained(self) -> bool:
         """Whether the policy is one that has learned before, so that it is evaluated before anything else."""
-        return getattr(self.config, "init_from", None) is not None
+        return any(getattr(self.config, name, None) is not None for name in ("init_from", "base"))
 
     def _suspects(self) -> dict[str, Any]:
         """What is kept besides the weights for the post-mortem of a training that became non-finite."""
@@ -301,6 +301,9 @@ class Loop(ABC):
             try:
                 self.checkpoint(continue_episodes=continue_episodes)
                 ending = self._go_on()
+                if isinstance(error, BadBaseAction):
+                    kept = save_checkpoint(self.folder.path, f"bad-base-action-{self.env_steps:012d}", error.evidence)
+                    ending = f"Step {self.env_steps:,}; what it was asked: {kept}. {ending}"
             except CtrlrlError as another:
                 ending = f"Besides, no checkpoint could be written: {another}"
             if isinstance(error, CtrlrlError):

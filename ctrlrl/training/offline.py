@@ -14,7 +14,9 @@ from ctrlrl.data.store import Dataset
 from ctrlrl.envs.sim_vector import SimVector
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
+from ctrlrl.nn.residual import BASE
 from ctrlrl.replay.dataset import DatasetSampler, Hindsight
+from ctrlrl.training.base_policy import base_actions
 from ctrlrl.training.loop import Loop, memory_of
 from ctrlrl.training.off_policy import KEPT_BATCHES, bytes_of, groups_at_once
 from ctrlrl.training.spaces import alike
@@ -101,7 +103,8 @@ def make_sampler(
     Raises:
         UsageError: the dataset cannot be drawn from.
     """
-    extras = sorted(agent.reads - {"next_action", "mc_return"})
+    extras = sorted(agent.reads - {"next_action", "mc_return", BASE})
+    observed = {BASE: base_actions(dataset, agent.policy.base, agent.device)} if BASE in agent.reads else {}  # type: ignore[arg-type]
     if missing := [name for name in extras if name not in dataset.columns]:
         raise UsageError(
             f"the agent learns from what its policy said of each action ({', '.join(missing)}), which {dataset.path} "
@@ -113,6 +116,7 @@ def make_sampler(
         seed=seed,
         memory=memory_of(agent.device),
         extras=extras,
+        observed=observed,
         next_action="next_action" in agent.reads,
         mc_return="mc_return" in agent.reads,
         temperature=sampling.temperature,

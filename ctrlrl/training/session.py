@@ -24,6 +24,7 @@ from ctrlrl.runs.provenance import (
     differences,
     now,
 )
+from ctrlrl.training.base_policy import BaseLike, keep_base, kept_base
 from ctrlrl.training.base_session import Session
 from ctrlrl.training.callbacks import Callback
 from ctrlrl.training.loading import Run
@@ -39,6 +40,7 @@ def train(
     eval_env: EnvLike | None = None,
     network: NetworkFactory | None = None,
     encoder: EncoderFactory | None = None,
+    base: BaseLike | None = None,
     callbacks: Sequence[Callback] = (),
     writers: Sequence[Writer] = (),
     config: TrainConfig | None = None,
@@ -55,6 +57,8 @@ def train(
         eval_env: what to evaluate on, where `env` is an object that cannot be made a second time.
         network: `factory(in_features, out_features)`, in place of the multilayer perceptrons.
         encoder: `factory(observation_space)`, from observations (B, ...) to features (B, F), as a network of yours.
+        base: of algorithms that build on a policy (`resfit`): where that is, as `--base`; or the policy itself, or a
+            function from observations (N, ...) to actions (N, ...).
         callbacks: called between steps.
         writers: take every record, beside `metrics.jsonl` and TensorBoard.
         config: the whole configuration, instead of `fields`.
@@ -69,6 +73,8 @@ def train(
     """
     algorithm = find_algorithm(algo)
     cls = train_config_class(algo)
+    if isinstance(base, str | Path):
+        fields, base = {**fields, "base": str(base)}, None
     if config is None:
         required = {"env": "" if env is None else name_of(env)}
         if issubclass(cls, OfflineConfig):
@@ -83,14 +89,16 @@ def train(
     config = replace(config, out=str(out))
     require_vacant(out)
 
-    session = _session_class(algo)(algo, config, env, eval_env, network, encoder, quiet=quiet)
+    session = _session_class(algo)(algo, config, env, eval_env, network, encoder, base=base, quiet=quiet)
     try:
         asked, config = config, session.config
         session.begin(callbacks)
         require_space(out, session.disk_needed())
         folder = RunFolder.create(out)
         with folder.locked():
-            custom = {"env": env, "eval_env": eval_env, "network": network, "encoder": encoder}
+            custom = {"env": env, "eval_env": eval_env, "network": network, "encoder": encoder, "base": base}
+            if (kept := getattr(config, "base", None)) is not None:
+                keep_base(kept, folder)
             folder.write_json(
                 "provenance",
                 {"command": command_line(), "started": now()}
@@ -126,6 +134,7 @@ def resume(
     eval_env: EnvLike | None = None,
     network: NetworkFactory | None = None,
     encoder: EncoderFactory | None = None,
+    base: BaseLike | None = None,
     callbacks: Sequence[Callback] = (),
     writers: Sequence[Writer] = (),
     quiet: bool = False,
@@ -133,8 +142,8 @@ def resume(
     """Go on with a run exactly where its checkpoint left it; a larger `steps`, or `updates` of what learns from a
     dataset alone, extends it.
 
-    `env`, `eval_env`, `network`, `encoder` and `callbacks` must be given again where `train` got objects; they are not
-    saved. What was written after the checkpoint is deleted, once everything has been read back. A run that is
+    `env`, `eval_env`, `network`, `encoder`, `base` and `callbacks` must be given again where `train` got objects; they
+    are not saved. What was written after the checkpoint is deleted, once everything has been read back. A run that is
     extended keeps the evaluation at its former end.
 
     Raises:
@@ -159,7 +168,7 @@ def resume(
             )
         config = replace(config, **given(**{unit: budget}, device=device))
         provenance = read_provenance(folder)
-        require_objects(provenance, env=env, eval_env=eval_env, network=network, encoder=encoder)
+        require_objects(provenance, env=env, eval_env=eval_env, network=network, encoder=encoder, base=base)
         if len(state["callbacks"]) != len(callbacks):
             raise UsageError(
                 f"the run was trained with {len(state['callbacks'])} callbacks, now there are {len(callbacks)}; "
@@ -167,7 +176,10 @@ def resume(
             )
 
         source = env if env is not None else config.env or None
-        session = _session_class(algo)(algo, config, source, eval_env, network, encoder, quiet=quiet, resumed=True)
+        made = {"base": base if base is not None else kept_base(folder, getattr(config, "base", None))}
+        session = _session_class(algo)(
+            algo, config, source, eval_env, network, encoder, **made, quiet=quiet, resumed=True
+        )
         try:
             config = session.config
             _require_same_data(provenance, session)

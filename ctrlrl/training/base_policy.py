@@ -1,0 +1,381 @@
+"""Policies that another is built on: where they come from, whether they fit, and what they would do in a dataset."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from ctrlrl.data.store import Dataset
+from ctrlrl.envs.sim_vector import SimVector
+from ctrlrl.envs.spaces import build_space
+from ctrlrl.envs.spec import SimTask
+from ctrlrl.envs.tasks.registry import is_robot_task, make_robot_task
+from ctrlrl.envs.vector import VectorEnv
+from ctrlrl.errors import UsageError
+from ctrlrl.nn.policy import Policy, PolicyState
+from ctrlrl.nn.residual import Base, CallablePolicy
+from ctrlrl.runs.folder import RunFolder
+from ctrlrl.training.spaces import alike
+from ctrlrl.tree import Obs, obs_items
+
+if TYPE_CHECKING:
+    from ctrlrl.deploy.bundle import Bundle
+    from ctrlrl.deploy.manifest import Manifest
+
+BaseLike = str | Path | Policy | Callable[[Obs], Any]
+"""A run's folder, a bundle's, an ONNX file, MODULE:FUNCTION, a policy, or a function of observations."""
+
+ROWS = 1024
+"""Episodes of a dataset that are gone through together."""
+
+
+def open_base(
+    source: BaseLike, observation_space: gym.Space[Any], action_space: gym.Space[Any], task: SimTask | None = None
+) -> Policy:
+    """The policy at `source`, for environments of these spaces.
+
+    Args:
+        source: where it is.
+        observation_space: of one environment.
+        action_space: of one environment.
+        task: of the environment, where it is one of ours: terms of observations are compared by name.
+
+    Raises:
+        UsageError: there is none, or it observes or does something else; names each difference.
+    """
+    if isinstance(source, Policy):
+        return source
+    if not isinstance(source, str | Path):
+        return CallablePolicy(source, _box(action_space))
+    path = Path(source)
+    if (path / "manifest.json").is_file():
+        from ctrlrl.deploy.bundle import Bundle
+
+        bundle = Bundle.open(path)
+        _require_same(str(path), *_of_manifest(bundle.manifest, observation_space, action_space, task))
+        return BundlePolicy(bundle, action_space)
+    if (path / "config.json").is_file():
+        return _open_run(path, observation_space, action_space, task)
+    if path.suffix == ".onnx" and path.is_file():
+        return OnnxPolicy(path, observation_space, action_space)
+    if not path.exists() and ":" in str(source):
+        return _call(str(source), observation_space, action_space)
+    raise UsageError(
+        f"--base {source}: no run (config.json), bundle (manifest.json) or ONNX file is there; MODULE:FUNCTION is a "
+        "function that makes a policy"
+    )
+
+
+def keep_base(source: BaseLike, folder: RunFolder) -> None:
+    """Copy what is on disk into the run, which then needs nothing else to be used or resumed."""
+    if not isinstance(source, str | Path) or not Path(source).exists():
+        return  # a function is imported again, and an object given again
+    path, own = Path(source), folder.base
+    if path.is_file():
+        own.mkdir()
+        shutil.copy2(path, own / path.name)
+        return
+    if (path / "manifest.json").is_file():
+        shutil.copytree(path, own)
+        return
+    run = RunFolder(path)
+    own.mkdir()
+    for name in ("config.json", "provenance.json"):
+        shutil.copy2(path / name, own / name)
+    checkpoint = _checkpoint_of(run)
+    shutil.copytree(checkpoint, own / "checkpoints" / checkpoint.name)
+    if run.base.exists():
+        shutil.copytree(run.base, own / "base")
+
+
+def kept_base(folder: RunFolder, configured: str | None) -> str | None:
+    """Where the base of a run is: in the run, else where its configuration says."""
+    if not folder.base.is_dir():
+        return configured
+    files = list(folder.base.glob("*.onnx"))
+    single = files and not (folder.base / "manifest.json").is_file()
+    return str(files[0] if single else folder.base)
+
+
+def task_of(env: VectorEnv) -> SimTask | None:
+    """The task of environments of ours."""
+    return env.task if isinstance(env, SimVector) else None
+
+
+@torch.no_grad()
+def base_actions(dataset: Dataset, base: Base, device: torch.device) -> Tensor:
+    """What `base` would have done at each observation (T + E, A) of a dataset, in [-1, 1]: its memory begins anew with
+    each episode and goes on with what the episode showed.
+
+    Raises:
+        BadBaseAction: it would have done something that is no action.
+    """
+    lengths, starts = np.asarray(dataset.lengths), np.asarray(dataset.starts) + np.arange(dataset.num_episodes)
+    order = np.argsort(-lengths, kind="stable")  # the longest first, so that those that go on are the first rows
+    out: Tensor | None = None
+    for begin in range(0, len(order), ROWS):
+        own = order[begin : begin + ROWS]
+        state = base.policy.initial_state(len(own))
+        for t in range(int(lengths[own[0]]) + 1):
+            going = int((lengths[own] >= t).sum())
+            rows = starts[own[:going]] + t
+            state = {name: value[:going] for name, value in state.items()}
+            unit, state = base.act(_observations(dataset, rows, device), state)
+            if out is None:
+                out = torch.zeros(dataset.num_transitions + dataset.num_episodes, unit.shape[1], device=device)
+            out[torch.from_numpy(rows).to(device)] = unit
+    assert out is not None
+    return out
+
+
+def _observations(dataset: Dataset, rows: np.ndarray[Any, Any], device: torch.device) -> Obs:
+    def one(column: Any) -> Tensor:
+        value = torch.from_numpy(np.array(column[rows])).to(device)
+        return value.float() if value.is_floating_point() else value
+
+    own = dataset.observation
+    return {name: one(column) for name, column in own.items()} if isinstance(own, dict) else one(own)
+
+
+class BundlePolicy(Policy):
+    """The network of a bundle, run row by row in NumPy: bundles are for one robot.
+
+    Attributes:
+        bundle: it.
+    """
+
+    def __init__(self, bundle: Bundle, action_space: gym.Space[Any]) -> None:
+        super().__init__()
+        self.bundle, self._box = bundle, _box(action_space)
+        self._runtime = bundle.runtime()
+        network = bundle.manifest.network
+        self._memory = {name: network.state[name] for name in network.state}
+        goldens = bundle.goldens()
+        self._blank = {name: goldens[f"network/input/{name}"][:1] * 0 for name in self._memory}
+
+    def initial_state(self, n: int) -> PolicyState:
+        blank = self._blank.items()
+        return {name: torch.from_numpy(value).repeat(n, *[1] * (value.ndim - 1)) for name, value in blank}
+
+    def act(
+        self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
+    ) -> tuple[Tensor, PolicyState, dict[str, Tensor]]:
+        device = obs_items(obs)[0][1].device
+        entries = self.bundle.manifest.observation
+        given = {e.name: (obs[e.name] if isinstance(obs, dict) else obs).cpu().numpy().astype(e.dtype) for e in entries}
+        n = len(next(iter(given.values())))
+        state = state or self.initial_state(n)
+        given |= {name: value.cpu().numpy() for name, value in state.items()}
+        rows = []
+        for i in range(n):
+            out = self._runtime.run({name: value[i : i + 1] for name, value in given.items()})
+            rows.append({name: np.array(out[name]) for name in ("action", *self._memory.values())})
+        after = {
+            name: torch.from_numpy(np.concatenate([row[out] for row in rows])).to(device)
+            for name, out in self._memory.items()
+        }
+        action = torch.from_numpy(np.concatenate([row["action"] for row in rows])).float().to(device)
+        return action.view(n, *self._box.shape), after, {}
+
+
+class OnnxPolicy(Policy):
+    """An ONNX file with one input for each entry of the observation, named as it (any name, where there is one alone),
+    and one output, actions in the environment's units.
+
+    Raises:
+        UsageError: onnxruntime is missing or cannot read it, or its inputs and output are others; names both sides.
+    """
+
+    def __init__(self, path: Path, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
+        super().__init__()
+        try:
+            import onnxruntime
+        except ImportError:
+            raise UsageError(f"--base {path} needs onnxruntime: pip install 'ctrlrl[deploy]'") from None
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = options.inter_op_num_threads = 1
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # its own exceptions have no common base but this
+            raise UsageError(f"onnxruntime cannot read {path}: {error}") from None
+        box, inputs = _box(action_space), self._session.get_inputs()
+        self._shape = box.shape
+        spaces = observation_space.spaces if isinstance(observation_space, gym.spaces.Dict) else {"": observation_space}
+        names = [one.name for one in inputs]
+        if len(inputs) == len(spaces) == 1:
+            self._names = {names[0]: next(iter(spaces))}
+        elif set(names) <= set(spaces):
+            self._names = {name: name for name in names}
+        else:
+            raise UsageError(f"{path} reads {', '.join(names)}; the environment gives {', '.join(spaces)}")
+        told = {one.name: tuple(one.shape) for one in inputs}
+        differences = [
+            f"{name}: it reads {told[name][1:]}, the environment gives {spaces[entry].shape}"
+            for name, entry in self._names.items()
+            if not _fits(told[name][1:], spaces[entry].shape or ())
+        ]
+        outputs = self._session.get_outputs()
+        if len(outputs) != 1 or not _fits(tuple(outputs[0].shape)[1:], box.shape):
+            found = ", ".join(f"{one.name} {tuple(one.shape)[1:]}" for one in outputs)
+            differences.append(f"action: it gives {found}, the environment takes {box.shape}")
+        _require_same(str(path), differences, [])
+        self._types = {
+            one.name: {"tensor(float)": np.float32, "tensor(double)": np.float64}.get(one.type) for one in inputs
+        }
+        self._single = any(told[name] and told[name][0] == 1 for name in told)
+
+    def act(
+        self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
+    ) -> tuple[Tensor, PolicyState, dict[str, Tensor]]:
+        first = obs_items(obs)[0][1]
+        given = {}
+        for name, entry in self._names.items():
+            value = (obs[entry] if isinstance(obs, dict) else obs).cpu().numpy()
+            kind = self._types[name]
+            given[name] = value if kind is None else value.astype(kind)
+        rows = [slice(i, i + 1) for i in range(len(first))] if self._single else [slice(None)]
+        parts = [self._session.run(None, {name: value[row] for name, value in given.items()})[0] for row in rows]
+        action = torch.from_numpy(np.concatenate(parts)).float().to(first.device)
+        return action.view(len(first), *self._shape), state or {}, {}
+
+
+def _fits(told: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
+    """Whether a shape, in which what is no number is left open, is `shape`."""
+    return len(told) == len(shape) and all(not isinstance(a, int) or a == b for a, b in zip(told, shape, strict=True))
+
+
+def _call(source: str, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Policy:
+    module, _, name = source.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(
+            f"--base {source}: {error}. MODULE must be importable (PYTHONPATH), and have FUNCTION"
+        ) from None
+    if not callable(make):
+        raise UsageError(f"--base {source} is no function: it is called with the spaces, and gives a policy")
+    made = make(observation_space, action_space)
+    if isinstance(made, Policy):
+        return made
+    if not callable(made):
+        raise UsageError(
+            f"--base {source} gave a {type(made).__name__}; expected a function of observations, or a policy "
+            "(ctrlrl.nn.policy.Policy)"
+        )
+    return CallablePolicy(made, _box(action_space))
+
+
+def _open_run(
+    path: Path, observation_space: gym.Space[Any], action_space: gym.Space[Any], task: SimTask | None
+) -> Policy:
+    from ctrlrl.training.loading import load
+    from ctrlrl.training.setup import read_config, read_provenance
+
+    folder = RunFolder.open(path)
+    _, config = read_config(folder)
+    spaces = read_provenance(folder)["environment"]["spaces"]
+    differences = _of_spaces(build_space(spaces["observation"]), observation_space, bounds=False)
+    actions = _of_spaces(build_space(spaces["action"]), action_space, bounds=True)
+    if task is not None and is_robot_task(config.env) and not differences:
+        theirs = make_robot_task(config.env, config.env_kwargs)
+        differences = _of_terms(_terms(theirs), _terms(task))
+    _require_same(str(path), differences, actions)
+    return load(path, checkpoint=_checkpoint_of(folder).name).policy
+
+
+def _checkpoint_of(folder: RunFolder) -> Path:
+    """The best one, or the last where nothing was evaluated."""
+    return folder.find_checkpoint("best" if any(folder.checkpoints.glob("best-*")) else "last")
+
+
+def _of_manifest(
+    manifest: Manifest, observation_space: gym.Space[Any], action_space: gym.Space[Any], task: SimTask | None
+) -> tuple[list[str], list[str]]:
+    """Differences of what a bundle observes and does."""
+    bare = not isinstance(observation_space, gym.spaces.Dict)
+    spaces = {"observation": observation_space} if bare else dict(observation_space.spaces)  # type: ignore[attr-defined]
+    differences = []
+    for entry in manifest.observation:
+        if entry.name not in spaces:
+            differences.append(f"{entry.name}: the environment gives {', '.join(spaces)}")
+        elif entry.shape != spaces[entry.name].shape:
+            gives = spaces[entry.name].shape
+            differences.append(f"{entry.name}: it reads {entry.shape}, the environment gives {gives}")
+        if task is not None and entry.terms and entry.name in ("observation", "policy"):
+            told = {term.name: (term.size * term.history, term.unit) for term in entry.terms}
+            own = {name: (size, unit) for name, (size, unit) in _terms(task).items()}
+            differences += _of_terms(told, own)
+    low, high = ([np.nan if b is None else b for b in bounds] for bounds in (manifest.action.low, manifest.action.high))
+    shape, actions = _box(action_space).shape, []
+    if manifest.action.shape != shape:
+        actions.append(f"action: it gives {manifest.action.shape}, the environment takes {shape}")
+    elif low and not (
+        np.allclose(low, _box(action_space).low.ravel(), 1e-4)
+        and np.allclose(high, _box(action_space).high.ravel(), 1e-4)
+    ):
+        box = _box(action_space)
+        actions.append(
+            f"action: its bounds are {low} to {high}, the environment's {box.low.tolist()} to {box.high.tolist()}"
+        )
+    return differences, actions
+
+
+def _terms(task: SimTask) -> dict[str, tuple[int, str]]:
+    """Numbers and unit of each term that a policy observes, in their order."""
+    from ctrlrl.envs.sim import BatchSim
+    from ctrlrl.envs.sim_vector import physics
+
+    env = SimVector(task, BatchSim(physics(task), 1, 1))
+    places = env.groups[task.policy_group].names
+    units = {name: term.measure.unit if term.measure is not None else "" for name, term in task.policy_terms.items()}
+    return {name: (place.stop - place.start, units[name]) for name, place in places.items()}
+
+
+def _of_terms(theirs: dict[str, tuple[int, str]], own: dict[str, tuple[int, str]]) -> list[str]:
+    said = [f"{name}: the environment has no such term" for name in theirs if name not in own]
+    said += [f"{name}: the base does not read it" for name in own if name not in theirs]
+    said += [
+        f"{name}: it reads {theirs[name][0]} {theirs[name][1]}, the environment gives {own[name][0]} {own[name][1]}"
+        for name in theirs
+        if name in own and theirs[name] != own[name]
+    ]
+    if not said and list(theirs) != list(own):
+        said.append(f"the order is {', '.join(theirs)}, and the environment's {', '.join(own)}")
+    return said
+
+
+def _of_spaces(theirs: gym.Space[Any], own: gym.Space[Any], *, bounds: bool) -> list[str]:
+    """Differences, entry by entry."""
+    if alike(theirs, own, bounds=bounds):
+        return []
+    if not isinstance(theirs, gym.spaces.Dict) or not isinstance(own, gym.spaces.Dict):
+        return [f"it has {theirs}, the environment {own}"]
+    said = []
+    for name in dict.fromkeys([*theirs.spaces, *own.spaces]):
+        one, other = theirs.spaces.get(name), own.spaces.get(name)
+        if one is None or other is None:
+            said.append(f"{name}: {'the base does not have it' if one is None else 'the environment does not give it'}")
+        elif not alike(one, other, bounds=bounds):
+            said.append(f"{name}: the base has {one}, the environment {other}")
+    return said
+
+
+def _require_same(path: str, observations: list[str], actions: list[str]) -> None:
+    if observations or actions:
+        what = " and ".join(filter(None, ("observes" * bool(observations), "does" * bool(actions))))
+        listed = "".join(f"\n  {line}" for line in (*observations, *actions))
+        raise UsageError(f"the base {path} {what} something else than this environment:{listed}")
+
+
+def _box(space: gym.Space[Any]) -> gym.spaces.Box:
+    if not isinstance(space, gym.spaces.Box):
+        raise UsageError(f"a base policy is for Box actions; the environment has {space}")
+    return space

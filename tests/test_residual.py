@@ -1,0 +1,521 @@
+"""Policies over frozen ones: ResFiT, Policy Decorator and EXPO, where bases come from, and what is stored of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import ctrlrl
+from ctrlrl.algorithms.bc import BC
+from ctrlrl.algorithms.bc_config import BCConfig
+from ctrlrl.algorithms.expo import EXPO
+from ctrlrl.algorithms.expo_config import EXPOConfig
+from ctrlrl.algorithms.policy_decorator import PolicyDecorator
+from ctrlrl.algorithms.policy_decorator_config import PolicyDecoratorConfig
+from ctrlrl.algorithms.resfit import ResFiT
+from ctrlrl.algorithms.resfit_config import ResFiTConfig
+from ctrlrl.cli.main import run as command
+from ctrlrl.data.store import Dataset
+from ctrlrl.errors import BadBaseAction, UsageError
+from ctrlrl.nn.policy import Policy, PolicyState
+from ctrlrl.nn.residual import BASE, PID, Base, CallablePolicy, LinearFeedback
+from ctrlrl.replay.batch import Batch
+from ctrlrl.runs.checkpoint import load_checkpoint
+from ctrlrl.runs.folder import RunFolder
+from ctrlrl.training.base_policy import base_actions, open_base
+from ctrlrl.tree import Obs
+from tests.agents import assert_same_state
+from tests.datasets import pendulum_data
+from tests.runs import SMALL, assert_same
+from tests.test_execution import needs_compiler
+from tests.test_sac import ACT, OBS, Adam64, Reference, make_batch
+from tests.test_td3_bc import BehaviourReference
+
+A = ACT.shape[0]
+TORQUE = gym.spaces.Box(-2, 2, (1,))
+
+
+def no_base(obs: Obs) -> Tensor:
+    assert isinstance(obs, Tensor)
+    return torch.zeros(len(obs), *ACT.shape) + (torch.as_tensor(ACT.low) + torch.as_tensor(ACT.high)) / 2
+
+
+def resfit(**changes: Any) -> ResFiT:
+    numbers = {"hidden": (24, 16), "num_critics": 4, "policy_delay": 2, "critic_only": 3, "actor_lr": 3e-3} | changes
+    return ResFiT(OBS, ACT, ResFiTConfig(**numbers), base=CallablePolicy(no_base, ACT), seed=3)
+
+
+def batch_with_base(seed: int, groups: int = 1) -> Batch:
+    batch, g = make_batch(seed, groups=groups), torch.Generator().manual_seed(100 + seed)
+    bases = torch.rand(2, groups, 32, A, generator=g) * 2 - 1
+    return replace(batch, extras={BASE: bases[0]}, next_extras={BASE: bases[1]})
+
+
+def clipped(gradients: dict[str, Tensor], most: float) -> dict[str, Tensor]:
+    norm = torch.sqrt(sum((g**2).sum() for g in gradients.values()))  # type: ignore[arg-type]
+    return {name: g * min(1.0, float(most / (norm + 1e-6))) for name, g in gradients.items()}
+
+
+def test_updates_of_resfit_equal_the_float64_reference() -> None:
+    agent, twin = resfit(max_grad_norm=0.5, residual_penalty=0.3), resfit()
+    c, layers = agent.config, BehaviourReference.layers
+    actor = {k: v.detach().double() for k, v in agent.policy.trunk.state_dict().items()}
+    critics = [Reference._member(agent.critics, k) for k in range(4)]
+    targets, target_actor = copy.deepcopy(critics), dict(actor)
+    actor_adam, critic_adam = Adam64(c.actor_lr), Adam64(c.critic_lr)
+    low, high = torch.as_tensor(ACT.low).double(), torch.as_tensor(ACT.high).double()
+
+    def residual(p: dict[str, Tensor], obs: Tensor, base: Tensor) -> Tensor:
+        shaped = {k: v[None] if v.dim() == 1 and k.endswith("weight") else v for k, v in p.items()}
+        return c.residual_scale * torch.tanh(layers(shaped, torch.cat([base, obs], 1), True))
+
+    def value(p: dict[str, Tensor], obs: Tensor, action: Tensor) -> Tensor:
+        return layers(p, torch.cat([obs, action], 1), False)[:, 0]
+
+    for i in range(1, 9):
+        batch = batch_with_base(i)
+        noise, members, _ = twin.draw(1, 32)
+        agent.update(batch)
+        one = batch[0].map(lambda x: x.double())
+        assert isinstance(one.obs, Tensor) and isinstance(one.next_obs, Tensor) and noise is not None
+        base, next_base = one.extras[BASE], one.next_extras[BASE]
+        smoothing = (c.target_noise * noise[0].double()).clamp(-c.noise_clip, c.noise_clip)
+        action = (next_base + residual(target_actor, one.next_obs, next_base) + smoothing).clamp(-1, 1)
+        two = [value(targets[k], one.next_obs, action) for k in members[0].tolist()]  # type: ignore[index]
+        y = one.reward + one.discount * torch.minimum(*two)
+        whole = {f"{k}/{n}": v.clone().requires_grad_() for k, p in enumerate(critics) for n, v in p.items()}
+        stored = 2 * (one.action - low) / (high - low) - 1
+        loss = torch.zeros((), dtype=torch.float64)
+        for k in range(4):
+            p = {n.partition("/")[2]: v for n, v in whole.items() if n.startswith(f"{k}/")}
+            loss = loss + ((value(p, one.obs, stored) - y) ** 2).mean()
+        grads = clipped(dict(zip(whole, torch.autograd.grad(loss, list(whole.values())), strict=True)), 0.5)
+        stepped = critic_adam.step({n: v.detach() for n, v in whole.items()}, grads)
+        critics = [{n.partition("/")[2]: v for n, v in stepped.items() if n.startswith(f"{k}/")} for k in range(4)]
+        if i > 3 and i % 2 == 0:
+            own = {n: v.clone().requires_grad_() for n, v in actor.items()}
+            more = residual(own, one.obs, base)
+            q = torch.stack([value(p, one.obs, (base + more).clamp(-1, 1)) for p in critics])
+            loss = -q.mean() + 0.3 * ((more / c.residual_scale) ** 2).mean()
+            grads = clipped(dict(zip(own, torch.autograd.grad(loss, list(own.values())), strict=True)), 0.5)
+            actor = actor_adam.step(actor, grads)
+            target_actor = {n: v + c.tau * (actor[n] - v) for n, v in target_actor.items()}
+        targets = [
+            {n: v + c.tau * (critic[n] - v) for n, v in t.items()} for t, critic in zip(targets, critics, strict=True)
+        ]
+        for name, v in agent.policy.trunk.state_dict().items():
+            assert torch.allclose(v.double(), actor[name], atol=3e-6), (i, name)
+        for ours, theirs in ((agent.critics, critics), (agent.target_critics, targets)):
+            for k in range(4):
+                for name, v in Reference._member(ours, k).items():
+                    assert torch.allclose(v, theirs[k][name], atol=3e-6), (i, k, name)
+
+
+def test_it_begins_as_the_base_and_stays_so_while_only_critics_learn() -> None:
+    agent = resfit(critic_only=6, policy_delay=2)
+    obs = torch.randn(7, 5)
+    for i in range(6):
+        assert "actor_loss" not in agent.update(batch_with_base(i))
+        assert torch.equal(agent.policy.act(obs)[0], no_base(obs))
+    agent.update(batch_with_base(7))
+    assert "actor_loss" in agent.update(batch_with_base(8))
+    assert not torch.equal(agent.policy.act(obs)[0], no_base(obs))
+
+
+@needs_compiler
+@pytest.mark.parametrize("make", [ResFiT, PolicyDecorator, EXPO])
+def test_compiled_updates_equal_eager_ones(make: Any) -> None:
+    base = flow_base() if make is EXPO else CallablePolicy(no_base, ACT)
+    more = {"critic_only": 0} if make is ResFiT else {}
+    numbers = make.config_class(hidden=(16,), policy_delay=1, batch_size=32, **more)
+    eager, compiled = (
+        make(OBS, ACT, replace(numbers, execution=how), base=copy.deepcopy(base), seed=1)
+        for how in ("eager", "compiled")
+    )
+    for i in range(2):
+        ours, theirs = compiled.update(batch_with_base(i, 2)), eager.update(batch_with_base(i, 2))
+        assert all(torch.allclose(ours[name], theirs[name], rtol=1e-4, atol=1e-5) for name in theirs)
+    assert_same_state(compiled, eager, atol=1e-5)
+
+
+def test_a_decorator_explores_with_residuals_that_become_more_frequent() -> None:
+    config = PolicyDecoratorConfig(hidden=(16,), ramp=1_000)
+    agent = PolicyDecorator(OBS, ACT, config, base=CallablePolicy(no_base, ACT), seed=0)
+    obs, shares = torch.randn(500, 5), []
+    for _ in range(3):  # after 500, 1,000 and 1,500 steps
+        action = agent.policy.act(obs, explore=True)[0]
+        shares.append(float((action != no_base(obs)).any(-1).float().mean()))
+    assert 0.4 < shares[0] < 0.6 and shares[1] == shares[2] == 1.0
+    unit = agent.policy.scaling.to_unit(action)
+    assert unit.abs().max() <= config.residual_scale + 1e-6 and unit.abs().max() > 0.05
+    before = agent.policy.steps.clone()
+    agent.policy.act(obs)
+    assert torch.equal(agent.policy.steps, before)  # looking does not count
+
+
+def test_what_a_decorators_critics_see_is_the_whole_action() -> None:
+    agent = PolicyDecorator(OBS, ACT, PolicyDecoratorConfig(hidden=(16,)), base=CallablePolicy(no_base, ACT), seed=0)
+    batch = batch_with_base(0)[0]
+    assert isinstance(batch.obs, Tensor)
+    obs, residual = {"obs": batch.obs, BASE: batch.extras[BASE]}, torch.rand(32, A) * 2 - 1
+    whole = (batch.extras[BASE] + 0.1 * residual).clamp(-1, 1)
+    assert torch.equal(agent.policy_value(obs, residual), agent.critics(obs, whole).amin(0))
+    assert torch.equal(agent.next_value(obs, residual), agent.target_critics(obs, whole).amin(0))
+
+
+def flow_base(**changes: Any) -> Policy:
+    numbers = {"policy": "flow", "flow_steps": 3, "hidden": (16,), "normalize_obs": False} | changes
+    return BC(OBS, ACT, BCConfig(**numbers), seed=5).policy
+
+
+def test_expo_acts_by_the_best_of_its_samples() -> None:
+    agent = EXPO(OBS, ACT, EXPOConfig(hidden=(16,), samples=4, edit_scale=0.5), base=flow_base(), seed=0)
+    policy, obs = agent.policy, torch.randn(3, 5)
+    action = policy.act(obs)[0]
+    assert torch.equal(action, policy.act(obs)[0])  # one function, though it samples
+    unit = policy.scaling.to_unit(action)
+    for i in range(3):
+        best, value = None, -np.inf
+        for n in range(4):
+            own = policy.base.head.plan(policy.base.encoder(obs[i : i + 1]), policy.noise[n : n + 1])[:, 0]
+            edited = (own + 0.5 * policy.edits.distribution(obs[i : i + 1], own).mode).clamp(-1, 1)
+            for candidate in (own, edited):
+                q = float(agent.target_critics(obs[i : i + 1], candidate, members=slice(0, 2)).amin(0).detach())
+                best, value = (candidate[0], q) if q > value else (best, value)
+        assert best is not None and torch.allclose(unit[i], best, atol=1e-5)
+    explored = [policy.act(obs, explore=True)[0] for _ in range(2)]
+    assert not torch.equal(*explored)
+
+
+def test_expo_trains_its_base_by_imitation_and_moves_the_one_that_acts_behind_it() -> None:
+    config = EXPOConfig(hidden=(16,), samples=2, policy_delay=2, base_tau=0.25, base_lr=1e-2)
+    agent = EXPO(OBS, ACT, config, base=flow_base(), seed=0)
+    before = [p.clone() for p in agent._base]
+    agent.update(batch_with_base(0))
+    assert all(torch.equal(p, q) for p, q in zip(agent._base, before, strict=True))
+    metrics = agent.update(batch_with_base(1))
+    assert {"base_loss", "actor_loss", "edit_size"} <= metrics.keys()
+    for p, q, acting in zip(agent._base, before, agent._acting, strict=True):
+        assert torch.allclose(acting, q + 0.25 * (p - q), atol=1e-6)
+    losses = []
+    for _ in range(60):
+        agent.update(batch_with_base(1))
+        losses.append(float(agent.update(batch_with_base(1))["base_loss"]))
+    assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
+
+
+def test_expo_needs_a_base_that_samples() -> None:
+    with pytest.raises(UsageError, match="must sample single actions"):
+        EXPO(OBS, ACT, base=flow_base(chunk=2))
+    with pytest.raises(UsageError, match="must sample single actions"):
+        EXPO(OBS, ACT, base=CallablePolicy(no_base, ACT))
+
+
+# --- what is stored ---------------------------------------------------------------------------------------------------
+
+
+class Clock(Policy):
+    """Acts by how many steps its episode has had, and plans two at once: the second is that of the plan's beginning."""
+
+    def initial_state(self, n: int) -> PolicyState:
+        return {"t": torch.zeros(n, dtype=torch.int64), "planned": torch.zeros(n)}
+
+    def act(
+        self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
+    ) -> tuple[Tensor, PolicyState, dict[str, Tensor]]:
+        assert state is not None and isinstance(obs, Tensor)
+        planned = torch.where(state["t"] % 2 == 0, 0.001 * state["t"] + 0.01 * obs[:, 0].clamp(-1, 1), state["planned"])
+        return 2 * planned[:, None], {"t": state["t"] + 1, "planned": planned}, {}
+
+
+class Short(gym.Wrapper[Any, Any, Any, Any]):
+    """Pendulum-v1 whose episodes are cut after 5 steps, or end after 3."""
+
+    def reset(self, **how: Any) -> Any:
+        self.t = 0
+        return self.env.reset(**how)
+
+    def step(self, action: Any) -> Any:
+        obs, reward, _, _, info = self.env.step(action)
+        self.t += 1
+        self.ends = getattr(self, "ends", False)
+        terminated, truncated = self.t >= 3 and self.ends, self.t >= 5
+        if terminated or truncated:
+            self.ends = not self.ends
+        return obs, reward, terminated, truncated, info
+
+
+def test_the_bases_actions_are_stored_as_its_memory_was() -> None:
+    run = ctrlrl.train(
+        "resfit",
+        lambda: Short(gym.make("Pendulum-v1")),
+        base=Clock(),
+        preset=False,
+        **SMALL | {"steps": 90, "num_envs": 3, "eval_every": 0, "learning_starts": 30, "out": str(RUNS / "stored")},
+    )
+    folder = RunFolder.open(run.path)
+    state = load_checkpoint(folder.find_checkpoint("last"))
+    from ctrlrl.replay.buffer import ReplayBuffer
+
+    observed = gym.make("Pendulum-v1").observation_space
+    buffer = ReplayBuffer(observed, TORQUE, capacity=90, num_envs=3, extras={BASE: torch.zeros(3, 1)}, next_extras=True)
+    folder.load_replay(buffer, state["replay"]["segments"], state["replay"]["total_rows"])
+    batch = buffer.sample(1, 2000, gamma=0.9)[0]
+    rows = buffer.export_rows(0, 30)
+    ends = rows["terminated"] | rows["truncated"]
+    age = torch.zeros(3, dtype=torch.int64)
+    clock = Clock()
+    memory, checked = clock.initial_state(3), 0
+    for t in range(30):
+        expected, memory, _ = clock.act(rows["obs/"][t], memory)
+        torch.testing.assert_close(rows[f"extras/{BASE}"][t], expected / 2)
+        age += 1
+        if not ends[t].any():  # what it will do next is what it was said to do next
+            torch.testing.assert_close(rows[f"next_extras/{BASE}"][t], rows[f"extras/{BASE}"][min(t + 1, 29)])
+            checked += t < 29
+        memory = clock.reset(memory, ends[t])
+        age[ends[t]] = 0
+    assert checked > 5 and rows["terminated"].any() and rows["truncated"].any()
+    at_ends = batch.end
+    wanted = torch.where(batch.discount == 0, 3, 5)[at_ends]  # steps of the episode: an odd one goes on with its plan
+    odd = wanted % 2 == 1
+    assert bool(odd.all()) and torch.equal(
+        batch.next_extras[BASE][at_ends & False], batch.extras[BASE][at_ends & False]
+    )
+    torch.testing.assert_close(batch.next_extras[BASE][at_ends], batch.extras[BASE][at_ends])
+
+
+def test_what_the_base_would_have_done_in_a_dataset(tmp_path: Path) -> None:
+    data = pendulum_data(tmp_path / "data", episodes=3, length=7)
+    got = base_actions(data, Base(Clock(), TORQUE), torch.device("cpu"))
+    clock, expected = Clock(), []
+    for episode in range(3):
+        state, start = clock.initial_state(1), int(data.starts[episode]) + episode
+        for t in range(8):
+            obs = torch.from_numpy(np.array(data.observation[start + t : start + t + 1])).float()
+            action, state, _ = clock.act(obs, state)
+            expected.append(action[0] / 2)
+    torch.testing.assert_close(got, torch.stack(expected))
+
+
+# --- where bases come from --------------------------------------------------------------------------------------------
+
+
+RUNS = Path()
+
+
+@pytest.fixture(autouse=True)
+def _runs(tmp_path: Path) -> None:
+    global RUNS
+    RUNS = tmp_path
+
+
+@pytest.fixture(scope="module")
+def base_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Dataset]:
+    """A run of BC with chunks, and its data."""
+    folder = tmp_path_factory.mktemp("base")
+    data = pendulum_data(folder / "data")
+    ctrlrl.train(
+        "bc",
+        data=str(data.path),
+        updates=30,
+        agent={"hidden": [16], "chunk": 4, "execute": 3},
+        eval_every=30,
+        eval_episodes=2,
+        video=False,
+        quiet=True,
+        out=str(folder / "bc"),
+    )
+    return folder / "bc", data
+
+
+def test_runs_over_a_run_resume_need_it_no_more_and_are_exported_as_one(
+    base_run: tuple[Path, Dataset], tmp_path: Path
+) -> None:
+    source, data = base_run
+    shutil.copytree(source, tmp_path / "bc")
+    how = SMALL | {"eval_every": 60, "eval_episodes": 2, "checkpoint_every": 10_000, "data": str(data.path)}
+    how |= {"base": str(tmp_path / "bc"), "learning_starts": 30}
+    how["agent"] = how["agent"] | {"critic_only": 20, "num_critics": 3}
+    ctrlrl.train("resfit", "Pendulum-v1", out=str(tmp_path / "whole"), **how | {"steps": 90})
+    ctrlrl.train("resfit", "Pendulum-v1", out=str(tmp_path / "parts"), **how | {"steps": 60})
+    first = [json.loads(x) for x in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [record for record in first if record["kind"] == "eval"]
+    assert evaluations[0]["step"] == 0  # the base itself
+    assert evaluations[0]["returns"] == ctrlrl.evaluate(tmp_path / "bc", episodes=2).returns
+    shutil.rmtree(tmp_path / "bc")
+    ctrlrl.resume(tmp_path / "parts", steps=90, quiet=True)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    loaded = ctrlrl.load(tmp_path / "whole")
+    state = loaded.policy.initial_state(2)
+    assert state["plan"].shape == (2, 4, 1)
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from ctrlrl.training.export_run import export_run
+
+    bundle = export_run(tmp_path / "whole", tmp_path / "bundle", checkpoint="last")
+    assert bundle.manifest.network.runtimes == ("onnx", "numpy", "c")  # each of which gave the goldens
+    assert set(bundle.manifest.network.state) == {"state.plan", "state.left"}
+
+
+def test_a_bundle_is_the_base_that_its_run_is(base_run: tuple[Path, Dataset], tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from ctrlrl.training.export_run import export_run
+
+    env = gym.make("Pendulum-v1")
+    export_run(base_run[0], tmp_path / "bundle")
+    bases = [open_base(path, env.observation_space, TORQUE) for path in (base_run[0], tmp_path / "bundle")]
+    shutil.copy(tmp_path / "bundle" / "policy.onnx", tmp_path / "policy.onnx")
+    states = [base.initial_state(3) for base in bases]
+    for t in range(8):
+        obs, ended = torch.randn(3, 3), torch.tensor([False, t == 1, False])
+        actions = []
+        for i, base in enumerate(bases):
+            action, after, _ = base.act(obs, states[i])
+            states[i] = base.reset(after, ended)
+            actions.append(action)
+        torch.testing.assert_close(*actions, atol=1e-4, rtol=0)
+    with pytest.raises(UsageError, match=r"policy.onnx reads observation, state.plan, state.left"):
+        open_base(tmp_path / "policy.onnx", env.observation_space, TORQUE)  # a memory that nobody told of
+
+
+def test_an_onnx_file_and_a_function_are_bases(tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    layers = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1), nn.Tanh())
+    batch = torch.export.Dim("batch")
+    torch.onnx.export(
+        layers, (torch.zeros(2, 3),), str(tmp_path / "a.onnx"), dynamo=True, dynamic_shapes=({0: batch},), verbose=False
+    )
+    space, obs = gym.make("Pendulum-v1").observation_space, torch.randn(5, 3)
+    base = open_base(str(tmp_path / "a.onnx"), space, TORQUE)
+    torch.testing.assert_close(base.act(obs)[0], layers(obs).detach())
+    with pytest.raises(UsageError, match=r"(?s)observes something else.*it reads \(3,\), the environment gives \(4,\)"):
+        open_base(str(tmp_path / "a.onnx"), gym.spaces.Box(-1, 1, (4,)), TORQUE)
+    with pytest.raises(UsageError, match=r"(?s)action: it gives .*\(1,\), the environment takes \(2,\)"):
+        open_base(str(tmp_path / "a.onnx"), space, gym.spaces.Box(-1, 1, (2,)))
+    assert torch.equal(open_base("tests.test_residual:make_still", space, TORQUE).act(obs)[0], torch.zeros(5, 1))
+
+
+def make_still(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Any:
+    return lambda obs: np.zeros((len(obs), 1))
+
+
+@pytest.mark.parametrize(
+    ("base", "what"),
+    [
+        ("nowhere", "no run"),
+        ("tests.test_residual:nothing", "has no attribute 'nothing'"),
+        ("no_such_module:base", "No module named 'no_such_module'"),
+        ("tests.test_residual:RUNS", "is no function"),
+    ],
+)
+def test_bases_that_are_none(base: str, what: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    assert command(["train", "resfit", "--env", "Pendulum-v1", "--base", base, "--out", out]) == 2
+    assert what in capsys.readouterr().err
+    assert not Path(out).exists()
+
+
+def test_a_base_of_another_environment_is_refused_by_name(
+    base_run: tuple[Path, Dataset], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--base", str(base_run[0]), "--out", str(tmp_path / "run"), "--eval-every", "0"]
+    assert command(["train", "resfit", "--env", "Hopper-v5", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert "observes and does something else than this environment" in said and "(3,)" in said and "(11,)" in said
+    assert command(["train", "sac", "--env", "Pendulum-v1", *arguments]) == 2
+    assert "sac builds on no other policy: --base is for resfit, policy-decorator, expo" in capsys.readouterr().err
+    assert command(["train", "resfit", "--env", "Pendulum-v1"]) == 2
+    assert "resfit builds on a policy that is there: --base RUN" in capsys.readouterr().err
+
+
+def test_terms_of_our_tasks_are_compared_one_by_one() -> None:
+    from ctrlrl.envs.tasks.registry import make_robot_task
+    from ctrlrl.training.base_policy import _of_terms, _terms
+
+    own = _terms(make_robot_task("CartPoleSwingUp-v0", {}))
+    name = next(iter(own))
+    assert _of_terms(own, own) == []
+    other = {**own, name: (own[name][0] + 1, own[name][1])}
+    assert _of_terms(other, own)[0].startswith(f"{name}: it reads {own[name][0] + 1}")
+    del other[name]
+    assert _of_terms(other, own) == [f"{name}: the base does not read it"]
+    assert _of_terms(dict(reversed(own.items())), own)[0].startswith("the order is ")
+
+
+@pytest.mark.parametrize(("bad", "shown"), [(float("nan"), "nan"), (3.0, "3.0")])
+def test_a_base_that_gives_no_action_stops_the_run_with_what_it_was_asked(
+    bad: float, shown: str, tmp_path: Path
+) -> None:
+    calls = [0]
+
+    def base(obs: Tensor) -> Tensor:
+        calls[0] += 1
+        action = torch.zeros(len(obs), 1)
+        if calls[0] > 40:
+            action[1] = bad
+        return action
+
+    with pytest.raises(BadBaseAction, match=rf"action \[{shown}\] in environment 1; .*\[-2.0\] and \[2.0\]") as raised:
+        ctrlrl.train(
+            "resfit",
+            "Pendulum-v1",
+            base=base,
+            preset=False,
+            **SMALL | {"num_envs": 2, "eval_every": 0, "out": str(tmp_path / "run")},
+        )
+    assert raised.value.exit_code == 3 and "Go on with: ctrlrl resume" in str(raised.value)
+    (kept,) = (tmp_path / "run").glob("**/bad-base-action-*")
+    evidence = load_checkpoint(kept)
+    assert evidence["obs"].shape == (3,) and evidence["action"].shape == (1,)
+    assert f"Step {int(kept.name.rpartition('-')[2]):,}" in str(raised.value)
+
+
+# --- scripted controllers ---------------------------------------------------------------------------------------------
+
+
+def test_state_feedback_holds_a_pendulum_up() -> None:
+    """LQR by Riccati iteration, on the linearized pendulum of Gymnasium: theta'' = 15 theta + 3 u, dt = 0.05."""
+    a, b = np.array([[1.0, 0.05], [0.75, 1.0]]), np.array([[0.0], [0.15]])
+    p = np.eye(2)
+    for _ in range(500):
+        k = np.linalg.solve(0.1 + b.T @ p @ b, b.T @ p @ a)
+        p = np.eye(2) + a.T @ p @ (a - b @ k)
+    policy = LinearFeedback(k, TORQUE, columns=(1, 2))  # sin theta, theta'
+    env = gym.make("Pendulum-v1").unwrapped
+    env.reset(seed=0)
+    env.state = np.array([0.1, 0.0])  # type: ignore[attr-defined]
+    for _ in range(100):
+        theta, speed = env.state  # type: ignore[attr-defined]
+        obs = torch.tensor([[np.cos(theta), np.sin(theta), speed]], dtype=torch.float32)
+        env.step(policy.act(obs)[0][0].numpy())
+    assert abs(env.state[0]) < 0.01 and abs(env.state[1]) < 0.01  # type: ignore[attr-defined]
+
+
+def test_pid_against_its_sums() -> None:
+    policy = PID(0.5, 0.4, 0.1, 0.1, gym.spaces.Box(-1, 1, (1,)), columns=(0,), target=[1.0])
+    state, integral, last = policy.initial_state(1), 0.0, None
+    for measured in (0.0, 0.2, 0.5, 0.4, 0.9):
+        action, state, _ = policy.act(torch.tensor([[measured, 7.0]]), state)
+        error = 1.0 - measured
+        integral += error * 0.1
+        speed = 0.0 if last is None else (measured - last) / 0.1
+        assert action.item() == pytest.approx(0.5 * error + 0.4 * integral - 0.1 * speed, abs=1e-6)
+        last = measured
+    for _ in range(50):  # far away: it does not wind up
+        _, state, _ = policy.act(torch.tensor([[-50.0, 0.0]]), state)
+    assert state["integral"].item() == pytest.approx(integral, abs=1e-5)
+    fresh = policy.reset(state, torch.tensor([True]))
+    assert all(value.item() == 0 for value in fresh.values())
