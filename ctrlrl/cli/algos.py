@@ -18,5 +18,5 @@ def run(arguments: Sequence[str]) -> int:
     """Print one line per algorithm; returns the exit code."""
     parse(Algos, arguments, "algos")
     for a in ALGORITHMS.values():
-        print(f"{a.name:<13} {a.actions:<28} {a.data:<12} {a.title} ({a.paper})")
+        print(f"{a.name:<16} {a.actions:<28} {a.data:<12} {a.title} ({a.paper})")
     return 0

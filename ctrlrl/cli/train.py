@@ -33,7 +33,8 @@ class Options:
 def run(arguments: Sequence[str]) -> int:
     """Train; returns the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        names = "\n".join(f"  {a.name:<12} {a.title}" for a in ALGORITHMS.values())
+        width = max(map(len, ALGORITHMS))
+        names = "\n".join(f"  {a.name:<{width}} {a.title}" for a in ALGORITHMS.values())
         usage = "usage: ctrlrl train ALGO --env ID [--data DIR] [options]"
         print(f"{usage}\n\nalgorithms:\n{names}\n\nctrlrl train ALGO --help")
         return 0 if arguments else 2
