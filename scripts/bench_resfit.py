@@ -116,16 +116,10 @@ def main() -> int:
             rates.setdefault(f"ctrlrl, {', '.join(kind)}", []).append(options.updates / own)
     peer.stdin.close()
     peer.wait()
-    print(
-        f"| updates per second, {options.threads} threads | median | of the authors' (least to most) |\n|---|---|---|"
-    )
+    print(f"| updates per second, {options.threads} threads | median | times the authors' |\n|---|---|---|")
     for name, values in rates.items():
-        kind = next((k for k in kinds if name == f"ctrlrl, {', '.join(k)}"), None)
-        share = (
-            "1"
-            if kind is None
-            else f"{statistics.median(ratios[kind]):.2f} ({min(ratios[kind]):.2f} to {max(ratios[kind]):.2f})"
-        )
+        own = next((ratios[k] for k in kinds if name == f"ctrlrl, {', '.join(k)}"), [1.0])
+        share = f"{statistics.median(own):.2f} ({min(own):.2f} to {max(own):.2f})"
         print(f"| {name} | {statistics.median(values):.2f} | {share} |")
     return 0
 
