@@ -33,8 +33,9 @@ class Reading:
         joints: the names of `position` and `velocity`.
         position: rad or m, (J,).
         velocity: rad/s or m/s, (J,).
-        others: `linear velocity` (3,) m/s and `angular velocity` (3,) rad/s of the base in its frame, `orientation`
-            (4,) of the base in the world, `tool position` (3,) m; and what is `given`, by its term's name.
+        others: `linear velocity` (3,) m/s and `angular velocity` (3,) rad/s of the base, at its IMU where it has one
+            and in its frame, `orientation` (4,) of that in the world, `tool position` (3,) m; and what is `given`, by
+            its term's name.
     """
 
     joints: Sequence[str]

@@ -21,7 +21,7 @@ MEASURES = {
     "joint velocity": "velocity of each of `joints`",
     "joint direction": "sine and cosine of the position of each of `joints`",
     "joint lead": "from the position of each of `joints` to its target",
-    "base linear velocity": "of the base, in its own frame",
+    "base linear velocity": "of the base, at its IMU where it has one, in its own frame",
     "base angular velocity": "of the base, in its own frame",
     "base up": "where up is, in the base's frame",
     "tool position": "of the tool, in the base's frame",

@@ -21,10 +21,16 @@ from ctrlrl.robots.robot import Robot
 def measured(model: mujoco.MjModel, data: mujoco.MjData, robot: Robot, names: Sequence[str]) -> Reading:
     """What a robot in this state measures, by MuJoCo's own functions and none of the task's."""
     joints = [model.joint(name) for name in names]
-    base = model.body(robot.base).id
-    moves = np.zeros(6)
-    mujoco.mj_objectVelocity(model, data, mujoco.mjtObj.mjOBJ_XBODY, base, moves, 1)
-    others = {"angular velocity": moves[:3], "linear velocity": moves[3:], "orientation": data.xquat[base].copy()}
+    base, moves, turn = model.body(robot.base).id, np.zeros(6), np.zeros(4)
+    kind, _, name = robot.frames.get("imu", "").partition(":")
+    if kind == "site":  # which need not be where the base's frame is
+        imu = model.site(name).id
+        mujoco.mj_objectVelocity(model, data, mujoco.mjtObj.mjOBJ_SITE, imu, moves, 1)
+        mujoco.mju_mat2Quat(turn, data.site_xmat[imu])
+    else:
+        mujoco.mj_objectVelocity(model, data, mujoco.mjtObj.mjOBJ_XBODY, base, moves, 1)
+        turn = data.xquat[base].copy()
+    others = {"angular velocity": moves[:3], "linear velocity": moves[3:], "orientation": turn}
     kind, _, name = robot.frames.get("tool", "").partition(":")
     if kind == "site":
         others["tool position"] = data.xmat[base].reshape(3, 3).T @ (data.site(name).xpos - data.xpos[base])
