@@ -10,12 +10,13 @@ M target critics). The same choice gives the target's action:
 
 Each `policy_delay`-th step the base takes a step of its own loss on the batch's actions, edits go up the mean of the
 critics with an entropy bonus, at the batch's actions, and the temperature moves. What acts has a moving average of the
-base. Without exploration the N noises of the base are always the same ones, and edits are their modes, so that the
-policy is one function.
+base. Without exploration the N noises of the base are always the same ones, edits are their modes, and the minimum is
+over all K critics, so that the policy is one function.
 
 Deviations from the authors' code: the base is flow matching or a mixture, theirs diffusion; a + beta * e is clipped to
 the bounds everywhere, theirs in the environment; step sizes are constant, theirs fall by a cosine; their evaluation
-draws noise anew.
+draws noise anew. Their target entropy of beta * e, -A/2, cannot be reached below a beta of 0.3, so that the temperature
+grows for ever: here it is -A/2 of e, A log beta lower.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from ctrlrl.nn.networks import Critics, Networks
 from ctrlrl.nn.optim import Adam, polyak
 from ctrlrl.nn.policy import ActionScaling, Policy, PolicyState, require_bounded_box
 from ctrlrl.replay.batch import Batch
-from ctrlrl.tree import Obs, map_obs, obs_items
+from ctrlrl.tree import Obs, is_image, map_obs, obs_items
 
 
 class Edits(nn.Module):
@@ -99,17 +100,19 @@ class EXPOPolicy(Policy):
         """The best action, of fresh samples to explore; extras are empty."""
         n = len(obs_items(obs)[0][1])
         count, dim = self.samples, self.scaling.low.numel()
-        noise, edit, members = self.noise.repeat(n, 1), None, torch.arange(self.subset, device=self.device)
+        noise, edit, members = self.noise.repeat(n, 1), None, None
         if explore:
             g = self.require_generator()
             noise = torch.randn(noise.shape, generator=g, device=noise.device)
             edit = torch.randn(n * count, dim, generator=g, device=noise.device)
-            members = torch.rand(self.critics.ensemble.members, generator=g, device=noise.device).argsort()
-        unit = self.choose(obs, self.base, noise, edit, members[: self.subset])
+            order = torch.rand(self.critics.ensemble.members, generator=g, device=noise.device).argsort()
+            members = order[: self.subset]
+        unit = self.choose(obs, self.base, noise, edit, members)
         return self.scaling.to_environment(unit), state or {}, {}
 
-    def choose(self, obs: Obs, base: ChunkPolicy, noise: Tensor, edit: Tensor | None, members: Tensor) -> Tensor:
-        """The best action (B, A) at `obs`, with the base's noise (B N, ...) and the edits' (B N, A), None for modes."""
+    def choose(self, obs: Obs, base: ChunkPolicy, noise: Tensor, edit: Tensor | None, members: Tensor | None) -> Tensor:
+        """The best action (B, A) at `obs`, with the base's noise (B N, ...) and the edits' (B N, A), None for modes, by
+        the minimum of these critics, None for all."""
         count = self.samples
         repeated = map_obs(lambda x: x.repeat_interleave(count, 0), obs)
         actions = base.head.plan(base.encoder(repeated), noise)[:, 0]  # (B N, A)
@@ -167,8 +170,17 @@ class EXPO(OffPolicyAgent):
                 "--agent.policy flow (or mixture), with --agent.chunk 1"
             )
         dim = math.prod(box.shape)
-        self.target_entropy = -dim / 2 if c.target_entropy is None else c.target_entropy
+        highest = dim * math.log(2 * c.edit_scale)
+        self.target_entropy = highest - dim * math.log(2) - dim / 2 if c.target_entropy is None else c.target_entropy
+        if self.target_entropy >= highest:
+            raise UsageError(
+                f"agent.target_entropy must be below {highest:.3g}, the most that {dim} edits of at most "
+                f"{c.edit_scale:g} can have, got {self.target_entropy:g}"
+            )
         bounds = (c.log_std_bounds[0], c.log_std_bounds[1])
+        spaces = observation_space.spaces if isinstance(observation_space, gym.spaces.Dict) else {"": observation_space}
+        if any(map(is_image, spaces.values())):
+            raise UsageError("EXPO learns from vectors: base, edits and critics would each need a look at every image")
         with self._weights_from(seed):
             networks = Networks(observation_space, c, network, encoder)
             self.normalizer = networks.normalizer
@@ -179,7 +191,6 @@ class EXPO(OffPolicyAgent):
             self.policy = EXPOPolicy(acting, edits, self.target_critics, box, c.samples, c.subset, self.normalizer)
         self.policy.to(self.device).generator = self.generator
         self.base = copy.deepcopy(base).requires_grad_(True).to(self.device)
-        self.base.scaling.requires_grad_(False)
         self.log_alpha = torch.tensor(math.log(c.initial_alpha), device=self.device, requires_grad=True)
 
         learned = [p for p in nn.ModuleList([self.base.encoder, self.base.head]).parameters() if p.requires_grad]

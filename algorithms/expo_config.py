@@ -36,7 +36,8 @@ class EXPOConfig(OffPolicyAgentConfig):
     initial_alpha: float = 1.0
     """Temperature at the start."""
     target_entropy: float | None = None
-    """Of the edits, scaled as they are applied; by default minus half the action dimension."""
+    """Of the edits as they are applied; by default A (log edit_scale - 1/2), minus half the action dimension before
+    they are scaled."""
     log_std_bounds: tuple[float, ...] = (-20.0, 2.0)
     """Bounds of the edits' log standard deviation, before tanh."""
 

@@ -515,6 +515,9 @@ ALGORITHMS = {
             config="ctrlrl.algorithms.expo_config:EXPOConfig",
             agent="ctrlrl.algorithms.expo:EXPO",
             needs="base",
+            presets=(
+                Preset("pretrained", r"", {"learning_starts": 0}, "the authors', where the base was trained before"),
+            ),
         ),
         Algorithm(
             name="wsrl",

@@ -72,7 +72,7 @@ def test_policies_that_learned_with_motors_at_their_limits_say_so(bundles: dict[
     effort = own.kp * lead - own.kd * goldens["features/velocity"][:, place]
     assert own.max_effort is not None and share == pytest.approx(np.abs(effort).max() / own.max_effort)
     hint = saturation(bundles[ARM])
-    assert share > 1 and hint is not None and joint in hint and f"--safety.effort {int(np.ceil(share))}" in hint
+    assert share > 1 and hint is not None and joint in hint and f"--safety.effort {np.ceil(10 * share) / 10:g}" in hint
     assert not bundles[RIG].asked_efforts() and saturation(bundles[RIG]) is None  # it commands efforts
 
 

@@ -52,7 +52,7 @@ def no_base(obs: Obs) -> Tensor:
 
 def resfit(**changes: Any) -> ResFiT:
     numbers = {"hidden": (24, 16), "num_critics": 4, "policy_delay": 2, "critic_only": 3, "actor_lr": 3e-3} | changes
-    return ResFiT(OBS, ACT, ResFiTConfig(**numbers), base=CallablePolicy(no_base, ACT), seed=3)
+    return ResFiT(OBS, ACT, ResFiTConfig(**numbers), base=CallablePolicy(no_base), seed=3)
 
 
 def batch_with_base(seed: int, groups: int = 1) -> Batch:
@@ -133,9 +133,9 @@ def test_it_begins_as_the_base_and_stays_so_while_only_critics_learn() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("make", [ResFiT, PolicyDecorator, EXPO])
+@pytest.mark.parametrize("make", [ResFiT, EXPO])
 def test_compiled_updates_equal_eager_ones(make: Any) -> None:
-    base = flow_base() if make is EXPO else CallablePolicy(no_base, ACT)
+    base = flow_base() if make is EXPO else CallablePolicy(no_base)
     more = {"critic_only": 0} if make is ResFiT else {}
     numbers = make.config_class(hidden=(16,), policy_delay=1, batch_size=32, **more)
     eager, compiled = (
@@ -150,7 +150,7 @@ def test_compiled_updates_equal_eager_ones(make: Any) -> None:
 
 def test_a_decorator_explores_with_residuals_that_become_more_frequent() -> None:
     config = PolicyDecoratorConfig(hidden=(16,), ramp=1_000)
-    agent = PolicyDecorator(OBS, ACT, config, base=CallablePolicy(no_base, ACT), seed=0)
+    agent = PolicyDecorator(OBS, ACT, config, base=CallablePolicy(no_base), seed=0)
     obs, shares = torch.randn(500, 5), []
     for _ in range(3):  # after 500, 1,000 and 1,500 steps
         action = agent.policy.act(obs, explore=True)[0]
@@ -164,7 +164,7 @@ def test_a_decorator_explores_with_residuals_that_become_more_frequent() -> None
 
 
 def test_what_a_decorators_critics_see_is_the_whole_action() -> None:
-    agent = PolicyDecorator(OBS, ACT, PolicyDecoratorConfig(hidden=(16,)), base=CallablePolicy(no_base, ACT), seed=0)
+    agent = PolicyDecorator(OBS, ACT, PolicyDecoratorConfig(hidden=(16,)), base=CallablePolicy(no_base), seed=0)
     batch = batch_with_base(0)[0]
     assert isinstance(batch.obs, Tensor)
     obs, residual = {"obs": batch.obs, BASE: batch.extras[BASE]}, torch.rand(32, A) * 2 - 1
@@ -174,7 +174,7 @@ def test_what_a_decorators_critics_see_is_the_whole_action() -> None:
 
 
 def flow_base(**changes: Any) -> Policy:
-    numbers = {"policy": "flow", "flow_steps": 3, "hidden": (16,), "normalize_obs": False} | changes
+    numbers = {"policy": "flow", "flow_steps": 3, "hidden": (16,)} | changes
     return BC(OBS, ACT, BCConfig(**numbers), seed=5).policy
 
 
@@ -190,7 +190,7 @@ def test_expo_acts_by_the_best_of_its_samples() -> None:
             own = policy.base.head.plan(policy.base.encoder(obs[i : i + 1]), policy.noise[n : n + 1])[:, 0]
             edited = (own + 0.5 * policy.edits.distribution(obs[i : i + 1], own).mode).clamp(-1, 1)
             for candidate in (own, edited):
-                q = float(agent.target_critics(obs[i : i + 1], candidate, members=slice(0, 2)).amin(0).detach())
+                q = float(agent.target_critics(obs[i : i + 1], candidate).amin(0).detach())
                 best, value = (candidate[0], q) if q > value else (best, value)
         assert best is not None and torch.allclose(unit[i], best, atol=1e-5)
     explored = [policy.act(obs, explore=True)[0] for _ in range(2)]
@@ -214,11 +214,66 @@ def test_expo_trains_its_base_by_imitation_and_moves_the_one_that_acts_behind_it
     assert np.mean(losses[-10:]) < 0.8 * np.mean(losses[:10])
 
 
+def test_copies_of_a_base_have_statistics_of_their_own() -> None:
+    base = flow_base()
+    assert base.normalizer is not None
+    base.normalizer.update(torch.randn(50, 5) * 3 + 1, torch.ones(50, dtype=torch.bool))
+    agent = EXPO(OBS, ACT, EXPOConfig(hidden=(16,), samples=2), base=base, seed=0)
+    for copied in (agent.base, agent.policy.base):
+        assert copied.normalizer is not base.normalizer
+        assert copied.encoder._normalizer[0] is copied.normalizer  # which goes where its owner goes, and is saved
+    obs = torch.randn(3, 5)
+    torch.testing.assert_close(agent.base.encoder(obs), base.encoder(obs))
+
+
+def test_the_entropy_that_edits_are_to_have_is_one_they_can_have() -> None:
+    agent = EXPO(OBS, ACT, EXPOConfig(hidden=(16,), edit_scale=0.05), base=flow_base())
+    assert agent.target_entropy == pytest.approx(A * (np.log(0.05) - 0.5)) and agent.target_entropy < A * np.log(0.1)
+    with pytest.raises(
+        UsageError, match=r"target_entropy must be below -4\.61, the most that 2 edits of at most 0\.05"
+    ):
+        EXPO(OBS, ACT, EXPOConfig(edit_scale=0.05, target_entropy=-1.0), base=flow_base())
+
+
 def test_expo_needs_a_base_that_samples() -> None:
     with pytest.raises(UsageError, match="must sample single actions"):
         EXPO(OBS, ACT, base=flow_base(chunk=2))
     with pytest.raises(UsageError, match="must sample single actions"):
-        EXPO(OBS, ACT, base=CallablePolicy(no_base, ACT))
+        EXPO(OBS, ACT, base=CallablePolicy(no_base))
+
+
+def test_images_are_seen_by_critics_and_residual_alike() -> None:
+    """One convolution in both, which the critics' loss trains, and of the targets one, too; shifted at random."""
+    images = gym.spaces.Dict({"camera": gym.spaces.Box(0, 255, (3, 32, 32), np.uint8), "state": OBS})
+
+    def base(obs: Obs) -> Tensor:
+        assert isinstance(obs, dict)
+        return no_base(obs["state"])
+
+    config = ResFiTConfig(hidden=(16,), num_critics=3, policy_delay=1, critic_only=0)
+    agent = ResFiT(images, ACT, config, base=CallablePolicy(base), seed=0)
+    g = torch.Generator().manual_seed(0)
+    plain = batch_with_base(0)
+    cameras = torch.randint(0, 256, (2, 1, 32, 3, 32, 32), generator=g, dtype=torch.uint8)
+    assert isinstance(plain.obs, Tensor) and isinstance(plain.next_obs, Tensor)
+    batch = replace(
+        plain,
+        obs={"camera": cameras[0], "state": plain.obs},
+        next_obs={"camera": cameras[1], "state": plain.next_obs},
+    )
+    own = {id(p) for p in agent.critics.parameters()}
+    shared = [p for p in agent.policy.encoder.parameters() if id(p) in own]
+    assert shared and not {id(p) for p in agent._actor} & own
+    before = [p.clone() for p in shared]
+    targets = [p.clone() for p in agent._target_critic]
+    metrics = agent.update(batch)
+    assert all(np.isfinite(float(value)) for value in metrics.values())
+    assert not any(torch.equal(p, q) for p, q in zip(shared, before, strict=True))
+    online = dict(zip((id(p) for p in agent._target_critic), agent._critic, strict=True))
+    for p, q in zip(agent._target_critic, targets, strict=True):  # once, though the target policy has some of them too
+        torch.testing.assert_close(p, q + config.tau * (online[id(p)] - q), atol=1e-7, rtol=1e-5)
+    action = agent.policy.act({name: value[0] for name, value in batch.obs.items()})[0]  # type: ignore[union-attr]
+    assert action.shape == (32, A)
 
 
 # --- what is stored ---------------------------------------------------------------------------------------------------
@@ -239,7 +294,7 @@ class Clock(Policy):
 
 
 class Short(gym.Wrapper[Any, Any, Any, Any]):
-    """Pendulum-v1 whose episodes are cut after 5 steps, or end after 3."""
+    """Pendulum-v1 whose episodes are cut after 4 steps, or end after 3."""
 
     def reset(self, **how: Any) -> Any:
         self.t = 0
@@ -249,7 +304,7 @@ class Short(gym.Wrapper[Any, Any, Any, Any]):
         obs, reward, _, _, info = self.env.step(action)
         self.t += 1
         self.ends = getattr(self, "ends", False)
-        terminated, truncated = self.t >= 3 and self.ends, self.t >= 5
+        terminated, truncated = self.t >= 3 and self.ends, self.t >= 4
         if terminated or truncated:
             self.ends = not self.ends
         return obs, reward, terminated, truncated, info
@@ -286,13 +341,15 @@ def test_the_bases_actions_are_stored_as_its_memory_was() -> None:
         memory = clock.reset(memory, ends[t])
         age[ends[t]] = 0
     assert checked > 5 and rows["terminated"].any() and rows["truncated"].any()
-    at_ends = batch.end
-    wanted = torch.where(batch.discount == 0, 3, 5)[at_ends]  # steps of the episode: an odd one goes on with its plan
-    odd = wanted % 2 == 1
-    assert bool(odd.all()) and torch.equal(
-        batch.next_extras[BASE][at_ends & False], batch.extras[BASE][at_ends & False]
-    )
-    torch.testing.assert_close(batch.next_extras[BASE][at_ends], batch.extras[BASE][at_ends])
+    ends_of_three = batch.end & (batch.discount == 0)  # goes on with the plan of its third step
+    torch.testing.assert_close(batch.next_extras[BASE][ends_of_three], batch.extras[BASE][ends_of_three])
+    cut = (
+        batch.end & (batch.discount > 0) & (batch.index < 87)
+    )  # not the newest ones; it plans anew for its fifth step, which it does not have
+    assert isinstance(batch.next_obs, Tensor)
+    wanted = 0.004 + 0.01 * batch.next_obs[cut][:, :1].clamp(-1, 1)
+    torch.testing.assert_close(batch.next_extras[BASE][cut], wanted)
+    assert ends_of_three.any() and cut.any()
 
 
 def test_what_the_base_would_have_done_in_a_dataset(tmp_path: Path) -> None:
@@ -366,6 +423,70 @@ def test_runs_over_a_run_resume_need_it_no_more_and_are_exported_as_one(
     bundle = export_run(tmp_path / "whole", tmp_path / "bundle", checkpoint="last")
     assert bundle.manifest.network.runtimes == ("onnx", "numpy", "c")  # each of which gave the goldens
     assert set(bundle.manifest.network.state) == {"state.plan", "state.left"}
+
+
+@pytest.mark.parametrize("algo", ["policy-decorator", "expo"])
+def test_the_others_resume_and_are_exported_as_well(algo: str, base_run: tuple[Path, Dataset], tmp_path: Path) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from ctrlrl.training.export_run import export_run
+
+    source, data = base_run
+    agent: dict[str, Any] = SMALL["agent"] | ({"ramp": 30} if algo == "policy-decorator" else {"samples": 2})
+    if algo == "expo":
+        how = {"updates": 20, "eval_every": 0, "quiet": True, "data": str(data.path)}
+        numbers = {"policy": "flow", "flow_steps": 2, "hidden": [16]}
+        source = ctrlrl.train("bc", out=str(tmp_path / "flow"), agent=numbers, **how).path
+        agent |= {"utd": 1.0, "policy_delay": 2}
+    how = SMALL | {"eval_every": 0, "checkpoint_every": 10_000, "data": str(data.path), "base": str(source)}
+    how |= {"agent": agent, "learning_starts": 20, "preset": False}
+    ctrlrl.train(algo, "Pendulum-v1", out=str(tmp_path / "whole"), **how | {"steps": 60})
+    ctrlrl.train(algo, "Pendulum-v1", out=str(tmp_path / "parts"), **how | {"steps": 37})
+    ctrlrl.resume(tmp_path / "parts", steps=60, quiet=True)
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    assert "onnx" in export_run(tmp_path / "whole", tmp_path / "bundle", checkpoint="last").manifest.network.runtimes
+
+
+def test_nothing_is_imported_because_a_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    how = SMALL | {"steps": 20, "learning_starts": 20, "eval_every": 0, "preset": False}
+    run = ctrlrl.train("resfit", "Pendulum-v1", base="tests.test_residual:make_still", out=str(tmp_path / "r"), **how)
+    with pytest.raises(UsageError, match="would be imported and called: if you trust it, say --base tests"):
+        ctrlrl.load(run.path, checkpoint="last")
+    arguments = ["eval", str(run.path), "--checkpoint", "last", "--episodes", "1"]
+    assert command(arguments) == 2 and "if you trust it" in capsys.readouterr().err
+    assert command([*arguments, "--base", "tests.test_residual:make_still"]) == 0
+
+
+def test_a_run_whose_copy_of_the_base_is_gone_says_so(base_run: tuple[Path, Dataset], tmp_path: Path) -> None:
+    how = SMALL | {"steps": 20, "learning_starts": 20, "eval_every": 0, "preset": False}
+    run = ctrlrl.train("resfit", "Pendulum-v1", base=base_run[0], out=str(tmp_path / "r"), **how)
+    shutil.rmtree(run.path / "base")
+    with pytest.raises(UsageError, match="the copy of the policy that the run builds on, is missing"):
+        ctrlrl.load(run.path, checkpoint="last")
+
+
+def test_weights_are_not_taken_over_from_one_base_to_another(base_run: tuple[Path, Dataset], tmp_path: Path) -> None:
+    how = SMALL | {"steps": 20, "learning_starts": 20, "eval_every": 0, "preset": False}
+    run = ctrlrl.train("policy-decorator", "Pendulum-v1", base=base_run[0], out=str(tmp_path / "a"), **how)
+    with pytest.raises(UsageError, match="its policy builds on another, and the other one does not"):
+        ctrlrl.train("sac", "Pendulum-v1", init_from=str(run.path), out=str(tmp_path / "b"), **how)
+    other = ctrlrl.train(
+        "bc",
+        data=str(base_run[1].path),
+        updates=5,
+        eval_every=0,
+        quiet=True,
+        out=str(tmp_path / "bc"),
+        agent={"hidden": [16], "chunk": 4, "execute": 3},
+    )
+    with pytest.raises(UsageError, match="it builds on another base"):
+        ctrlrl.train(
+            "policy-decorator", "Pendulum-v1", base=other.path, init_from=str(run.path), out=str(tmp_path / "c"), **how
+        )
+    again = how | {"learning_starts": 10}
+    ctrlrl.train(
+        "policy-decorator", "Pendulum-v1", base=base_run[0], init_from=str(run.path), out=str(tmp_path / "d"), **again
+    )
 
 
 def test_a_bundle_is_the_base_that_its_run_is(base_run: tuple[Path, Dataset], tmp_path: Path) -> None:
@@ -519,3 +640,15 @@ def test_pid_against_its_sums() -> None:
     assert state["integral"].item() == pytest.approx(integral, abs=1e-5)
     fresh = policy.reset(state, torch.tensor([True]))
     assert all(value.item() == 0 for value in fresh.values())
+
+
+def test_controllers_of_the_wrong_size_are_refused() -> None:
+    with pytest.raises(UsageError, match="a PID measures as many numbers as it commands, 2; columns are"):
+        PID(1, 0, 0, 0.1, gym.spaces.Box(-1, 1, (2,)), columns=(0,))
+    wide = Base(CallablePolicy(lambda obs: torch.zeros(len(obs), 1)), ACT)
+    with pytest.raises(UsageError, match=r"the base policy gave actions \(4, 1\); expected \(4, 2\)"):
+        wide.act(torch.zeros(4, 5), {})
+    square = LinearFeedback(torch.ones(4, 3), gym.spaces.Box(-1, 1, (2, 2)))
+    assert square.act(torch.ones(5, 3))[0].shape == (5, 2, 2)
+    with pytest.raises(UsageError, match="which of a, b is the state"):
+        square.act({"a": torch.ones(5, 3), "b": torch.ones(5, 3)})

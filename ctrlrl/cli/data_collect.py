@@ -32,6 +32,8 @@ class Collect:
     """Environments stepped together."""
     reference_episodes: int = 20
     """Episodes of the random and of the best policy, whose mean returns scores are normalized by."""
+    base: str | None = None
+    """MODULE:FUNCTION that the run's policy builds on: it is imported only if named here too."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -48,6 +50,7 @@ def run(arguments: Sequence[str]) -> int:
         seed=options.seed,
         num_envs=options.num_envs,
         reference_episodes=options.reference_episodes,
+        base=options.base,
     )
     mean = float(data.returns.mean())
     low, high = data.reference["random"], data.reference["expert"]

@@ -29,6 +29,8 @@ class Eval:
     """Record so many of its environments side by side, ROWSxCOLUMNS such as 4x6, for 10 simulated seconds."""
     device: str = "cpu"
     """Where the policy runs."""
+    base: str | None = None
+    """MODULE:FUNCTION that the run's policy builds on: it is imported only if named here too."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -46,6 +48,7 @@ def run(arguments: Sequence[str]) -> int:
         episodes=options.episodes,
         video=options.video,
         device=options.device,
+        base=options.base,
     )
     for seed, ret, length in zip(result.seeds, result.returns, result.lengths, strict=True):
         print(f"seed {seed}: return {ret:,.2f}, {length:,} steps")
@@ -56,7 +59,8 @@ def run(arguments: Sequence[str]) -> int:
     for name, value in result.figures.items():
         print(f"{name.removeprefix('episode/')} {value:,.4g}")
     if grid is not None:  # after the numbers, which must not be lost where nothing can be drawn
-        print(f"video: {film_grid(options.run, *grid, checkpoint=options.checkpoint, device=options.device)}")
+        film = film_grid(options.run, *grid, checkpoint=options.checkpoint, device=options.device, base=options.base)
+        print(f"video: {film}")
     return 0
 
 

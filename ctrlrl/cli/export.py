@@ -25,6 +25,8 @@ class Export:
     """What the policy was trained with."""
     checkpoint: str = "best"
     """Of a run: best, last, or a checkpoint's name."""
+    base: str | None = None
+    """MODULE:FUNCTION that the run's policy builds on: it is imported only if named here too."""
     name: str | None = None
     """What the bundle calls itself; by default what the run or the file is called."""
     vec_normalize: str | None = None
@@ -39,8 +41,8 @@ class Export:
 def run(arguments: Sequence[str]) -> int:
     """Export; returns the exit code."""
     options = parse(Export, arguments, "export")
-    own = {"run": {"checkpoint", "name"}, "sb3": {"name", "vec_normalize", "control_dt"}, "onnx": {"spec"}}
-    for field in ("checkpoint", "name", "vec_normalize", "control_dt", "spec"):
+    own = {"run": {"checkpoint", "name", "base"}, "sb3": {"name", "vec_normalize", "control_dt"}, "onnx": {"spec"}}
+    for field in ("checkpoint", "base", "name", "vec_normalize", "control_dt", "spec"):
         default = Export.__dataclass_fields__[field].default
         if getattr(options, field) != default and field not in own[options.origin]:
             raise UsageError(f"--{field.replace('_', '-')} does nothing with --from {options.origin}")
@@ -57,6 +59,6 @@ def run(arguments: Sequence[str]) -> int:
     elif options.origin == "onnx":
         bundle = export_onnx(options.source, str(options.spec), out)
     else:
-        bundle = export_run(options.source, out, checkpoint=options.checkpoint, name=options.name)
+        bundle = export_run(options.source, out, checkpoint=options.checkpoint, name=options.name, base=options.base)
     print("\n".join(summary(bundle)))
     return 0

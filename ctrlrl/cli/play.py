@@ -37,6 +37,8 @@ class Play:
     """Where the environment runs: auto, native, native-fast or gymnasium; by default as in training."""
     device: str = "cpu"
     """Where the policy runs."""
+    base: str | None = None
+    """MODULE:FUNCTION that the run's policy builds on: it is imported only if named here too."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -54,6 +56,7 @@ def run(arguments: Sequence[str]) -> int:
         speed=options.speed,
         backend=options.backend,
         device=options.device,
+        base=options.base,
         on_episode=_tell,
     )
     return 0

@@ -56,8 +56,9 @@ def saturation(bundle: Bundle) -> str | None:
     if not asked or max(asked.values()) <= 1:
         return None
     joint, share = max(asked.items(), key=lambda pair: pair[1])
+    needed = math.ceil(10 * share) / 10
     return (
-        f"in training it asked for up to {share:.3g} times the effort of {joint}: --safety.effort {math.ceil(share)} "
+        f"in training it asked for up to {share:.3g} times the effort of {joint}: --safety.effort {needed:g} "
         "drives it as then, where the motors bear that"
     )
 

@@ -18,8 +18,10 @@ The mode of a flow policy begins at zero noise, that of a mixture is its likelie
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
+from typing import Any
 
 import gymnasium as gym
 import torch
@@ -312,6 +314,12 @@ class ChunkPolicy(Policy):
         self.encoder, self.head, self.scaling = encoder, head, ActionScaling(space)
         self.chunk, self.execute, self.ensemble = chunk, execute, ensemble
         self._dim = math.prod(space.shape)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ChunkPolicy:
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        copied.encoder.refer_to(copied.normalizer)  # and not to that of the one it is a copy of
+        return copied
 
     def initial_state(self, n: int) -> PolicyState:
         plans = () if self.ensemble is None else (self.chunk,)

@@ -96,6 +96,9 @@ class Encoder(nn.Module, ABC):
         """`obs` with what the convolutions make of its images in their place."""
         return obs
 
+    def refer_to(self, normalizer: ObservationNormalizer | None) -> None:
+        """Normalize by another normalizer of the same space."""
+
 
 class FlatEncoder(Encoder):
     """Concatenates the (normalized) vectors of the groups it reads, and what it makes of images, to float32 (B, F).
@@ -130,6 +133,9 @@ class FlatEncoder(Encoder):
                 "trains the convolution. Name it in agent.critic_obs too, or pass a network of your own as encoder=..."
             )
         self._normalizer = [normalizer]  # in a list: it belongs to the agent, and is saved with it once
+
+    def refer_to(self, normalizer: ObservationNormalizer | None) -> None:
+        self._normalizer[0] = normalizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> FlatEncoder:
         normalizer = self._normalizer[0]

@@ -18,7 +18,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from ctrlrl.errors import BadBaseAction
+from ctrlrl.errors import BadBaseAction, UsageError
 from ctrlrl.nn.distributions import TanhNormal
 from ctrlrl.nn.encoder import Encoder, ObservationNormalizer
 from ctrlrl.nn.mlp import at_least_float32
@@ -39,6 +39,8 @@ def with_base(obs: Obs, base: Tensor) -> Obs:
 def with_base_space(space: gym.Space[Any], dim: int) -> gym.spaces.Dict:
     """The space of what `with_base` makes."""
     spaces = dict(space.spaces) if isinstance(space, gym.spaces.Dict) else {"obs": space}
+    if BASE in spaces:
+        raise UsageError(f"the environment has an observation {BASE!r}, which is what the base's action is called here")
     return gym.spaces.Dict({**spaces, BASE: gym.spaces.Box(-1, 1, (dim,))})
 
 
@@ -66,6 +68,9 @@ class Base(nn.Module):
             BadBaseAction: one is not finite, or beyond the bounds.
         """
         action, state, _ = self.policy.act(obs, state, explore=False)
+        wanted = (len(obs_items(obs)[0][1]), *self.scaling.low.shape)
+        if action.shape != wanted:
+            raise UsageError(f"the base policy gave actions {tuple(action.shape)}; expected {wanted}")
         unit = self.scaling.to_unit(action)
         if not torch.compiler.is_compiling() and not bool(unit.abs().max() <= 1 + BEYOND):
             row = int((~(unit.abs().amax(-1) <= 1 + BEYOND)).nonzero()[0])
@@ -149,6 +154,9 @@ class ResidualPolicy(OverBase):
         super().__init__(base, space, warm_up_noise)
         self.normalizer = normalizer  # what `encoder` refers to; here, so that it is saved with the policy
         self.encoder, self.trunk = encoder, zero_last_layer(trunk)
+        with torch.no_grad():
+            if bool(trunk(torch.randn(2, encoder.out_features)).any()):
+                raise UsageError("network=... must end in a linear layer, so that the residual can begin at zero")
         self.scale, self.noise, self.noise_clip = scale, noise, noise_clip
 
     def residual(self, obs: Obs) -> Tensor:
@@ -237,22 +245,16 @@ def zero_last_layer(trunk: nn.Module, share: float = 0.0) -> nn.Module:
 
 class CallablePolicy(Policy):
     """A function of the user's as a policy: `function(obs)` gives actions (N, ...) in the environment's units for
-    observations (N, ...), tensors or a dict of them. It remembers nothing."""
+    observations (N, ...), tensors or a dict of them. It must remember nothing: it is asked more than once in a step."""
 
-    def __init__(self, function: Any, space: gym.spaces.Box) -> None:
+    def __init__(self, function: Any) -> None:
         super().__init__()
-        self.function, self._shape = function, space.shape
-        self.name = getattr(function, "__qualname__", type(function).__name__)
+        self.function = function
 
     def act(
         self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
     ) -> tuple[Tensor, PolicyState, dict[str, Tensor]]:
         action = torch.as_tensor(self.function(obs), dtype=torch.float32)
-        wanted = (len(obs_items(obs)[0][1]), *self._shape)
-        if action.shape != wanted:
-            raise BadBaseAction(
-                f"{self.name} gave actions {tuple(action.shape)} for observations that take {wanted}", {}
-            )
         return action.to(obs_items(obs)[0][1].device), state or {}, {}
 
 
@@ -291,6 +293,8 @@ class LinearFeedback(Policy):
     def state_of(self, obs: Obs) -> Tensor:
         """(N, S) of observations (N, ...)."""
         if isinstance(obs, dict):
+            if self.group is None and len(obs) > 1:
+                raise UsageError(f"which of {', '.join(obs)} is the state? group=... says it")
             obs = obs[self.group] if self.group is not None else next(iter(obs.values()))
         return obs.float() if self.columns is None else obs[:, self.columns].float()
 
@@ -298,7 +302,8 @@ class LinearFeedback(Policy):
         self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
     ) -> tuple[Tensor, PolicyState, dict[str, Tensor]]:
         action = self.offset - (self.state_of(obs) - self.target) @ self.gain.T
-        return action.clamp(self.scaling.low, self.scaling.high), state or {}, {}
+        low, high = self.scaling.low, self.scaling.high
+        return action.view(-1, *low.shape).clamp(low, high), state or {}, {}
 
 
 class PID(LinearFeedback):
@@ -335,6 +340,8 @@ class PID(LinearFeedback):
     ) -> None:
         super().__init__(torch.zeros(1, 1), space, target=target, offset=offset, group=group, columns=columns)
         self.dt, self._dim = dt, math.prod(space.shape)
+        if len(columns) != self._dim:
+            raise UsageError(f"a PID measures as many numbers as it commands, {self._dim}; columns are {columns}")
         gains = [torch.as_tensor(k, dtype=torch.float32).expand(self._dim) for k in (kp, ki, kd)]
         self.gains = nn.Parameter(torch.stack(gains), requires_grad=False)
 
@@ -353,7 +360,11 @@ class PID(LinearFeedback):
         speed = torch.where((state["steps"] > 0)[:, None], moved, 0.0)
         further = integral + error * self.dt
         wanted = self.offset + kp * error + ki * further - kd * speed
-        action = wanted.clamp(self.scaling.low, self.scaling.high)
+        action = wanted.clamp(self.scaling.low.flatten(), self.scaling.high.flatten())
         winds_up = (wanted != action) & ((wanted - action) * ki * error > 0)
         integral = torch.where(winds_up, integral, further)
-        return action, {"integral": integral, "last": measured, "steps": state["steps"] + 1}, {}
+        return (
+            action.view(-1, *self.scaling.low.shape),
+            {"integral": integral, "last": measured, "steps": state["steps"] + 1},
+            {},
+        )

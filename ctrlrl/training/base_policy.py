@@ -19,7 +19,7 @@ from ctrlrl.envs.spaces import build_space
 from ctrlrl.envs.spec import SimTask
 from ctrlrl.envs.tasks.registry import is_robot_task, make_robot_task
 from ctrlrl.envs.vector import VectorEnv
-from ctrlrl.errors import UsageError
+from ctrlrl.errors import BadBaseAction, UsageError
 from ctrlrl.nn.policy import Policy, PolicyState
 from ctrlrl.nn.residual import Base, CallablePolicy
 from ctrlrl.runs.folder import RunFolder
@@ -38,7 +38,11 @@ ROWS = 1024
 
 
 def open_base(
-    source: BaseLike, observation_space: gym.Space[Any], action_space: gym.Space[Any], task: SimTask | None = None
+    source: BaseLike,
+    observation_space: gym.Space[Any],
+    action_space: gym.Space[Any],
+    task: SimTask | None = None,
+    control_dt: float | None = None,
 ) -> Policy:
     """The policy at `source`, for environments of these spaces.
 
@@ -47,6 +51,7 @@ def open_base(
         observation_space: of one environment.
         action_space: of one environment.
         task: of the environment, where it is one of ours: terms of observations are compared by name.
+        control_dt: s between two of its actions, where that is known.
 
     Raises:
         UsageError: there is none, or it observes or does something else; names each difference.
@@ -54,19 +59,21 @@ def open_base(
     if isinstance(source, Policy):
         return source
     if not isinstance(source, str | Path):
-        return CallablePolicy(source, _box(action_space))
+        _box(action_space)
+        return CallablePolicy(source)
     path = Path(source)
     if (path / "manifest.json").is_file():
         from ctrlrl.deploy.bundle import Bundle
 
         bundle = Bundle.open(path)
-        _require_same(str(path), *_of_manifest(bundle.manifest, observation_space, action_space, task))
+        differences, actions = _of_manifest(bundle.manifest, observation_space, action_space, task)
+        _require_same(str(path), differences, actions + _of_periods(bundle.manifest.control_dt, control_dt))
         return BundlePolicy(bundle, action_space)
     if (path / "config.json").is_file():
-        return _open_run(path, observation_space, action_space, task)
+        return _open_run(path, observation_space, action_space, task, control_dt)
     if path.suffix == ".onnx" and path.is_file():
         return OnnxPolicy(path, observation_space, action_space)
-    if not path.exists() and ":" in str(source):
+    if _is_code(str(source)):
         return _call(str(source), observation_space, action_space)
     raise UsageError(
         f"--base {source}: no run (config.json), bundle (manifest.json) or ONNX file is there; MODULE:FUNCTION is a "
@@ -80,8 +87,10 @@ def keep_base(source: BaseLike, folder: RunFolder) -> None:
         return  # a function is imported again, and an object given again
     path, own = Path(source), folder.base
     if path.is_file():
+        import onnx
+
         own.mkdir()
-        shutil.copy2(path, own / path.name)
+        onnx.save(onnx.load(path), own / path.name)  # with weights that lay beside it
         return
     if (path / "manifest.json").is_file():
         shutil.copytree(path, own)
@@ -97,12 +106,37 @@ def keep_base(source: BaseLike, folder: RunFolder) -> None:
 
 
 def kept_base(folder: RunFolder, configured: str | None) -> str | None:
-    """Where the base of a run is: in the run, else where its configuration says."""
+    """Where the base of a run is: in the run, or what its configuration names to be imported.
+
+    Raises:
+        UsageError: it is gone.
+    """
     if not folder.base.is_dir():
+        if configured is not None and not _is_code(configured):
+            raise UsageError(f"{folder.base}, the copy of the policy that the run builds on, is missing; restore it")
         return configured
     files = list(folder.base.glob("*.onnx"))
     single = files and not (folder.base / "manifest.json").is_file()
     return str(files[0] if single else folder.base)
+
+
+def trusted_base(base: BaseLike | None, folder: RunFolder, configured: str | None) -> BaseLike | None:
+    """The base of a run that is only looked at, which may be somebody else's: nothing is imported because it says so.
+
+    Raises:
+        UsageError: its base is code, and the user has not named it; or it is gone.
+    """
+    kept = base if base is not None else kept_base(folder, configured)
+    if base is None and isinstance(kept, str) and _is_code(kept):
+        raise UsageError(
+            f"{folder.path} builds on {kept}, which would be imported and called: if you trust it, say --base {kept}"
+        )
+    return kept
+
+
+def _is_code(source: str) -> bool:
+    """Whether it is MODULE:FUNCTION, and nothing on disk."""
+    return ":" in source and not Path(source).exists()
 
 
 def task_of(env: VectorEnv) -> SimTask | None:
@@ -128,7 +162,11 @@ def base_actions(dataset: Dataset, base: Base, device: torch.device) -> Tensor:
             going = int((lengths[own] >= t).sum())
             rows = starts[own[:going]] + t
             state = {name: value[:going] for name, value in state.items()}
-            unit, state = base.act(_observations(dataset, rows, device), state)
+            try:
+                unit, state = base.act(_observations(dataset, rows, device), state)
+            except BadBaseAction as error:
+                error.args = (f"{error}; the rows are the episodes {own[:going].tolist()} of {dataset.path}, step {t}",)
+                raise
             if out is None:
                 out = torch.zeros(dataset.num_transitions + dataset.num_episodes, unit.shape[1], device=device)
             out[torch.from_numpy(rows).to(device)] = unit
@@ -157,13 +195,14 @@ class BundlePolicy(Policy):
         self.bundle, self._box = bundle, _box(action_space)
         self._runtime = bundle.runtime()
         network = bundle.manifest.network
-        self._memory = {name: network.state[name] for name in network.state}
-        goldens = bundle.goldens()
-        self._blank = {name: goldens[f"network/input/{name}"][:1] * 0 for name in self._memory}
+        self._memory, goldens = dict(network.state), bundle.goldens()
+        for name in self._memory:
+            blank = torch.zeros_like(torch.from_numpy(goldens[f"network/input/{name}"][:1]))
+            self.register_buffer(_plain(name), blank, persistent=False)
 
     def initial_state(self, n: int) -> PolicyState:
-        blank = self._blank.items()
-        return {name: torch.from_numpy(value).repeat(n, *[1] * (value.ndim - 1)) for name, value in blank}
+        blank = {name: self.get_buffer(_plain(name)) for name in self._memory}
+        return {name: value.repeat(n, *[1] * (value.dim() - 1)) for name, value in blank.items()}
 
     def act(
         self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
@@ -184,6 +223,10 @@ class BundlePolicy(Policy):
         }
         action = torch.from_numpy(np.concatenate([row["action"] for row in rows])).float().to(device)
         return action.view(n, *self._box.shape), after, {}
+
+
+def _plain(name: str) -> str:
+    return name.replace(".", "_")
 
 
 class OnnxPolicy(Policy):
@@ -227,10 +270,14 @@ class OnnxPolicy(Policy):
             found = ", ".join(f"{one.name} {tuple(one.shape)[1:]}" for one in outputs)
             differences.append(f"action: it gives {found}, the environment takes {box.shape}")
         _require_same(str(path), differences, [])
-        self._types = {
-            one.name: {"tensor(float)": np.float32, "tensor(double)": np.float64}.get(one.type) for one in inputs
-        }
-        self._single = any(told[name] and told[name][0] == 1 for name in told)
+        kinds = {"tensor(float)": np.float32, "tensor(double)": np.float64}
+        self._types = {one.name: kinds.get(one.type, np.float32) for one in inputs}
+        firsts = {told[name][0] for name in told}
+        self._single = 1 in firsts
+        if odd := [one.type for one in inputs if one.type not in kinds]:
+            raise UsageError(f"{path} reads {', '.join(odd)}; inputs must be of float or double")
+        if fixed := [first for first in firsts if isinstance(first, int) and first != 1]:
+            raise UsageError(f"{path} takes {fixed[0]} rows at a time; it must take one, or any number")
 
     def act(
         self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
@@ -239,8 +286,7 @@ class OnnxPolicy(Policy):
         given = {}
         for name, entry in self._names.items():
             value = (obs[entry] if isinstance(obs, dict) else obs).cpu().numpy()
-            kind = self._types[name]
-            given[name] = value if kind is None else value.astype(kind)
+            given[name] = value.astype(self._types[name])
         rows = [slice(i, i + 1) for i in range(len(first))] if self._single else [slice(None)]
         parts = [self._session.run(None, {name: value[row] for name, value in given.items()})[0] for row in rows]
         action = torch.from_numpy(np.concatenate(parts)).float().to(first.device)
@@ -270,24 +316,33 @@ def _call(source: str, observation_space: gym.Space[Any], action_space: gym.Spac
             f"--base {source} gave a {type(made).__name__}; expected a function of observations, or a policy "
             "(ctrlrl.nn.policy.Policy)"
         )
-    return CallablePolicy(made, _box(action_space))
+    _box(action_space)
+    return CallablePolicy(made)
 
 
 def _open_run(
-    path: Path, observation_space: gym.Space[Any], action_space: gym.Space[Any], task: SimTask | None
+    path: Path,
+    observation_space: gym.Space[Any],
+    action_space: gym.Space[Any],
+    task: SimTask | None,
+    control_dt: float | None,
 ) -> Policy:
     from ctrlrl.training.loading import load
     from ctrlrl.training.setup import read_config, read_provenance
 
     folder = RunFolder.open(path)
     _, config = read_config(folder)
-    spaces = read_provenance(folder)["environment"]["spaces"]
+    environment = read_provenance(folder)["environment"]
+    spaces = environment["spaces"]
     differences = _of_spaces(build_space(spaces["observation"]), observation_space, bounds=False)
     actions = _of_spaces(build_space(spaces["action"]), action_space, bounds=True)
     if task is not None and is_robot_task(config.env) and not differences:
         theirs = make_robot_task(config.env, config.env_kwargs)
         differences = _of_terms(_terms(theirs), _terms(task))
-    _require_same(str(path), differences, actions)
+        actions += _of_actions(
+            (list(theirs.action.names), theirs.action.effect), (list(task.action.names), task.action.effect)
+        )
+    _require_same(str(path), differences, actions + _of_periods(environment.get("control_dt"), control_dt))
     return load(path, checkpoint=_checkpoint_of(folder).name).policy
 
 
@@ -309,7 +364,7 @@ def _of_manifest(
         elif entry.shape != spaces[entry.name].shape:
             gives = spaces[entry.name].shape
             differences.append(f"{entry.name}: it reads {entry.shape}, the environment gives {gives}")
-        if task is not None and entry.terms and entry.name in ("observation", "policy"):
+        if task is not None and entry.terms and (bare or entry.name == task.policy_group):
             told = {term.name: (term.size * term.history, term.unit) for term in entry.terms}
             own = {name: (size, unit) for name, (size, unit) in _terms(task).items()}
             differences += _of_terms(told, own)
@@ -325,7 +380,31 @@ def _of_manifest(
         actions.append(
             f"action: its bounds are {low} to {high}, the environment's {box.low.tolist()} to {box.high.tolist()}"
         )
+    if task is not None and task.action.effect is not None and manifest.action.joints:
+        effect, given = task.action.effect, manifest.action
+        actions += _of_actions((list(given.joints), None), (list(task.action.names), None))
+        if given.kind != effect.kind:
+            actions.append(f"action: it is {given.kind}, the environment's {effect.kind}")
+        for what, one, other in (("scale", given.scale, effect.scale), ("offset", given.offset, effect.offset or ())):
+            if len(other) and not np.allclose(one, np.asarray(other), 1e-4):
+                actions.append(f"action: its {what} is {list(one)}, the environment's {list(other)}")
     return differences, actions
+
+
+def _of_periods(theirs: float | None, own: float | None) -> list[str]:
+    if theirs is None or own is None or abs(theirs - own) <= 1e-6:
+        return []
+    return [f"it acts every {theirs:g} s, in the environment every {own:g} s"]
+
+
+def _of_actions(theirs: tuple[list[str], Any], own: tuple[list[str], Any]) -> list[str]:
+    """Differences of what numbers of an action do: which joints they move, and how."""
+    said = []
+    if theirs[0] != own[0]:
+        said.append(f"action: the base moves {', '.join(theirs[0])}, the environment {', '.join(own[0])}")
+    if theirs[1] != own[1]:
+        said.append(f"action: for the base it is {theirs[1]}, in the environment {own[1]}")
+    return said
 
 
 def _terms(task: SimTask) -> dict[str, tuple[int, str]]:

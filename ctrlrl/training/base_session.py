@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ctrlrl.algorithms.agent import Agent, ReplayAgent
-from ctrlrl.algorithms.registry import find_algorithm
+from ctrlrl.algorithms.registry import ALGORITHMS, find_algorithm
 from ctrlrl.config import TrainConfig
 from ctrlrl.cores import usable_cores
 from ctrlrl.data.store import Dataset
@@ -87,7 +87,15 @@ class Session(ABC):
         resumed: bool = False,
     ) -> None:
         algorithm = find_algorithm(algo)
-        self.base_source, self.base = base, None
+        self.base_source = base if base is not None else getattr(config, "base", None)
+        self.base = None
+        if (self.base_source is None) == (algorithm.needs == "base"):
+            fitting = ", ".join(a.name for a in ALGORITHMS.values() if a.needs == "base")
+            raise UsageError(
+                f"{algo} builds on a policy that is there: --base RUN (of ctrlrl train bc, say), a bundle, an ONNX file"
+                if self.base_source is None
+                else f"{algo} builds on no other policy: --base is for {fitting}"
+            )
         self.algo, self.config, self.quiet, self.resumed = algo, config, quiet, resumed
         self.device = pick_device(config.device)
         self.cores = config.threads or min(usable_cores(), 8)

@@ -22,6 +22,7 @@ from ctrlrl.runs.checkpoint import load_checkpoint
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.provenance import describe_source, now
 from ctrlrl.runs.record import load_run
+from ctrlrl.training.base_policy import BaseLike
 from ctrlrl.training.collector import random_actions
 from ctrlrl.training.evaluation import evaluate, evaluation_seeds
 from ctrlrl.training.loading import load, load_policy, own_environment
@@ -60,6 +61,7 @@ def collect(
     num_envs: int = 10,
     reference_episodes: int = 20,
     env: EnvLike | None = None,
+    base: BaseLike | None = None,
 ) -> Dataset:
     """Make a dataset of one quality from a run.
 
@@ -76,6 +78,7 @@ def collect(
         num_envs: stepped together.
         reference_episodes: of the evaluations that give the reference returns.
         env: what the run was trained on, where that was an object.
+        base: as `load`.
 
     Raises:
         UsageError: there is no such tier; the run has no checkpoint, or no replay, for it.
@@ -88,7 +91,7 @@ def collect(
     config = read_config(folder)[1]
     if not isinstance(config, OnlineConfig):
         raise UsageError(f"{run} was trained on a dataset; collect from a run that was trained in its environment")
-    loaded = load(run)
+    loaded = load(run, base=base)
     source = own_environment(loaded, env)
     prepare_cpu()
     vector = make(source, on_cpu(config), num_envs, "cpu")

@@ -40,6 +40,7 @@ from ctrlrl.nn.policy import Policy
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.provenance import describe_source, now
 from ctrlrl.runs.record import Evaluation, load_run
+from ctrlrl.training.base_policy import BaseLike
 from ctrlrl.training.evaluation import evaluation_seeds
 from ctrlrl.training.loading import load, own_environment
 from ctrlrl.training.setup import EnvLike, make, on_cpu, read_config, read_provenance, step_of
@@ -64,6 +65,7 @@ def export_run(
     env: EnvLike | None = None,
     network: Any = None,
     encoder: Any = None,
+    base: BaseLike | None = None,
 ) -> Bundle:
     """Write a bundle of a run's policy to the new folder `out`, and open it: every runtime has reproduced the goldens.
 
@@ -75,13 +77,14 @@ def export_run(
         env: what the run was trained on, where that was an object.
         network: as given to `train`.
         encoder: as given to `train`.
+        base: as `load`.
 
     Raises:
         UsageError: there is no such run or checkpoint; the policy cannot be exported; `out` is taken.
     """
     out = Path(out)
     require_empty(out)
-    loaded = load(run, checkpoint=checkpoint, network=network, encoder=encoder)
+    loaded = load(run, checkpoint=checkpoint, network=network, encoder=encoder, base=base)
     folder = RunFolder(loaded.path)
     algo, config = read_config(folder)
     path = folder.find_checkpoint(checkpoint)

@@ -26,7 +26,7 @@ from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.provenance import now
 from ctrlrl.runs.report import write_report
 from ctrlrl.runs.video import Frame, rendering_error, write_video
-from ctrlrl.training.base_policy import BaseLike, kept_base, open_base
+from ctrlrl.training.base_policy import BaseLike, open_base, trusted_base
 from ctrlrl.training.collector import require_finite
 from ctrlrl.training.evaluation import Evaluation, evaluate, evaluation_seeds
 from ctrlrl.training.setup import (
@@ -89,7 +89,7 @@ def load(
         device: where the policy's weights lie.
         network: as given to `train`.
         encoder: as given to `train`.
-        base: as given to `train`, where that was an object.
+        base: as given to `train`, where that was an object, or MODULE:FUNCTION, which is imported only if named here.
 
     Raises:
         UsageError: if there is no such run or checkpoint, it is damaged, or `network`, `encoder` or `base` is missing.
@@ -102,7 +102,7 @@ def load(
     path = folder.find_checkpoint(checkpoint)
     spaces = provenance["environment"]["spaces"]
     observation, action = build_space(spaces["observation"]), build_space(spaces["action"])
-    source = base if base is not None else kept_base(folder, getattr(config, "base", None))
+    source = trusted_base(base, folder, getattr(config, "base", None))
     agent = find_algorithm(algo).load_agent_class()(
         observation,
         action,
@@ -138,6 +138,7 @@ def evaluate_run(
     device: str = "cpu",
     network: NetworkFactory | None = None,
     encoder: EncoderFactory | None = None,
+    base: BaseLike | None = None,
 ) -> Evaluation:
     """Deterministic returns of a checkpoint on the fixed list of seeds; the record goes into `evaluations.jsonl`.
 
@@ -146,7 +147,7 @@ def evaluate_run(
     Raises:
         UsageError: as `load`; or if a video was asked for and the environment cannot be rendered here.
     """
-    loaded = load(run, checkpoint=checkpoint, device=device, network=network, encoder=encoder)
+    loaded = load(run, checkpoint=checkpoint, device=device, network=network, encoder=encoder, base=base)
     config, folder = loaded.config, RunFolder(loaded.path)
     seeds = evaluation_seeds(episodes or config.eval_episodes)
     source = own_environment(loaded, env)
@@ -229,6 +230,7 @@ def film_grid(
     device: str = "cpu",
     network: NetworkFactory | None = None,
     encoder: EncoderFactory | None = None,
+    base: BaseLike | None = None,
 ) -> Path:
     """Film `rows` x `columns` environments side by side, stepped together with the mode of a run's policy.
 
@@ -243,7 +245,7 @@ def film_grid(
     for name, value in (("rows", rows), ("columns", columns)):
         if not 1 <= value <= MAX_GRID:
             raise UsageError(f"a grid of videos has 1 to {MAX_GRID} {name}, got {value}")
-    loaded = load(run, checkpoint=checkpoint, device=device, network=network, encoder=encoder)
+    loaded = load(run, checkpoint=checkpoint, device=device, network=network, encoder=encoder, base=base)
     folder, policy, seeds = RunFolder(loaded.path), loaded.policy, evaluation_seeds(rows * columns)
     step = step_of(folder.find_checkpoint(checkpoint))
     prepare_cpu()

@@ -302,9 +302,12 @@ class Loop(ABC):
                 self.checkpoint(continue_episodes=continue_episodes)
                 ending = self._go_on()
                 if isinstance(error, BadBaseAction):
-                    kept = save_checkpoint(self.folder.path, f"bad-base-action-{self.env_steps:012d}", error.evidence)
+                    name = f"bad-base-action-{self.env_steps:012d}"
+                    kept = self.folder.path / name
+                    if not kept.exists():  # by a session that stopped at the same step
+                        save_checkpoint(self.folder.path, name, error.evidence)
                     ending = f"Step {self.env_steps:,}; what it was asked: {kept}. {ending}"
-            except CtrlrlError as another:
+            except (CtrlrlError, OSError) as another:
                 ending = f"Besides, no checkpoint could be written: {another}"
             if isinstance(error, CtrlrlError):
                 error.args = (f"{error}\n{ending}",)

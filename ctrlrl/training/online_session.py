@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ctrlrl.algorithms.agent import OffPolicyAgent
-from ctrlrl.algorithms.registry import ALGORITHMS, find_algorithm
+from ctrlrl.algorithms.registry import find_algorithm
 from ctrlrl.config import OffPolicyConfig, OnlineConfig, TrainConfig
 from ctrlrl.envs.vector import EnvState, VectorEnv
 from ctrlrl.envs.workers import RegisteredHereOnly
@@ -30,7 +30,6 @@ _LOOPS: dict[str, type[CollectingLoop]] = {"off-policy": OffPolicyLoop, "on-poli
 
 _NEEDED = {
     "data": "learns from a dataset besides: --data DIR",
-    "base": "builds on a policy that is there: --base RUN (of ctrlrl train bc, say), a bundle, an ONNX file",
     "init_from": "goes on from a run that was trained on data: --init-from RUN (of ctrlrl train cql, say)",
 }
 
@@ -52,12 +51,6 @@ class OnlineSession(Session):
         needs = find_algorithm(self.algo).needs
         if needs and needs != "base" and getattr(config, needs) is None:
             raise UsageError(f"{self.algo} {_NEEDED[needs]}")
-        given = self.base_source if self.base_source is not None else getattr(config, "base", None)
-        if needs == "base" and given is None:
-            raise UsageError(f"{self.algo} {_NEEDED[needs]}")
-        if needs != "base" and given is not None:
-            fitting = ", ".join(a.name for a in ALGORITHMS.values() if a.needs == "base")
-            raise UsageError(f"{self.algo} builds on no other policy: --base is for {fitting}")
         self.env = self._make(self.source, config, config.num_envs, str(self.device))
         if steps_natively(self.source, config) and not self.resumed:
             self.remark = f"{self.env.name} is stepped natively; --backend gymnasium steps Gymnasium's own"
@@ -80,9 +73,11 @@ class OnlineSession(Session):
         self._dataset = dataset
         self.name, self.control_dt = self.env.name, self.env.control_dt
         self.observation_space, self.action_space = self.env.observation_space, self.env.action_space
-        if given is not None:
+        if self.base_source is not None:
             try:
-                self.base = open_base(given, self.observation_space, self.action_space, task_of(self.env))
+                self.base = open_base(
+                    self.base_source, self.observation_space, self.action_space, task_of(self.env), self.control_dt
+                )
             except BaseException:
                 self.close()
                 raise

@@ -17,6 +17,7 @@ from ctrlrl.nn.cpu import prepare_cpu, products_of
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.nn.policy import Policy
+from ctrlrl.training.base_policy import BaseLike
 from ctrlrl.training.collector import require_finite
 from ctrlrl.training.evaluation import FIRST_SEED
 from ctrlrl.training.loading import Run, load, own_environment
@@ -85,6 +86,7 @@ def play(
     device: str = "cpu",
     network: NetworkFactory | None = None,
     encoder: EncoderFactory | None = None,
+    base: BaseLike | None = None,
     on_episode: Callable[[Episode], None] = lambda episode: None,
     pace: Callable[[float], Pace] = Pace,
 ) -> None:
@@ -103,6 +105,7 @@ def play(
         device: where the policy runs.
         network: as given to `train`.
         encoder: as given to `train`.
+        base: as `load`.
         on_episode: called with every episode that ended.
         pace: makes what waits between two steps, given seconds between them.
 
@@ -117,7 +120,7 @@ def play(
     seed = FIRST_SEED if seed is None else seed
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed must be between 0 and 4294967295, got {seed}")
-    loaded = load(run, checkpoint=checkpoint, device=device, network=network, encoder=encoder)
+    loaded = load(run, checkpoint=checkpoint, device=device, network=network, encoder=encoder, base=base)
     source = own_environment(loaded, env)
     prepare_cpu()
     vector, window = _open(source, visible(loaded.config, backend))

@@ -111,6 +111,11 @@ def _meaning(config: TrainConfig, data: Dataset | dict[str, Any] | None) -> _Mea
 def _policy(policy: Policy, saved: dict[str, Tensor], run: str) -> list[str]:
     """Take over a policy's weights; returns what is to be said of it."""
     own = policy.state_dict()
+    theirs, ours = ({n: v for n, v in state.items() if n.startswith("base.")} for state in (saved, own))
+    if bool(theirs) != bool(ours):
+        raise _misfit(run, f"{'its' if theirs else 'this'} policy builds on another, and the other one does not")
+    if theirs and not (_same(theirs, ours) and all(torch.equal(theirs[n], ours[n].cpu()) for n in ours)):
+        raise _misfit(run, "it builds on another base")
     if own.keys() == saved.keys() and all(own[name].shape == saved[name].shape for name in own):
         policy.load_state_dict(saved)
         return ["policy: as it was"]
