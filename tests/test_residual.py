@@ -133,7 +133,7 @@ def test_it_begins_as_the_base_and_stays_so_while_only_critics_learn() -> None:
 
 
 @needs_compiler
-@pytest.mark.parametrize("make", [ResFiT, EXPO])
+@pytest.mark.parametrize("make", [ResFiT, pytest.param(EXPO, marks=pytest.mark.slow)])
 def test_compiled_updates_equal_eager_ones(make: Any) -> None:
     base = flow_base() if make is EXPO else CallablePolicy(no_base)
     more = {"critic_only": 0} if make is ResFiT else {}
