@@ -6,7 +6,6 @@ environment is made.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib.util
 import os
@@ -112,7 +111,6 @@ def make_env(
         raise UsageError(f"pixels must be 0 (the environment's own observation) or more, got {pixels}")
     if grayscale and not pixels:
         raise UsageError("grayscale goes with pixels: pictures of how many pixels a side?")
-    render_headless()
 
     if backend == "warp" and not is_robot_task(env):
         raise UsageError(f"backend 'warp' simulates tasks of ours ({', '.join(ROBOT_TASKS)}), and got {env!r}")
@@ -217,25 +215,6 @@ def _checked(maker: Callable[[], gym.Env[Any, Any]], pixels: int, grayscale: boo
         return PixelObservation(env, pixels, grayscale) if pixels else env
 
     return make
-
-
-def render_headless() -> None:
-    """Let MuJoCo draw without a display, through EGL where that is installed, and pygame into memory.
-
-    Both pick their way to draw when they are first imported, so this comes before any environment is made. Left alone
-    they would try to open a window, and fail or complain where there is no display.
-    """
-    os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
-    if not sys.platform.startswith("linux") or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"):
-        return
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
-    if "MUJOCO_GL" in os.environ:
-        return
-    try:
-        ctypes.CDLL("libEGL.so.1")
-    except OSError:
-        return
-    os.environ["MUJOCO_GL"] = "egl"
 
 
 def list_envs() -> list[EnvInfo]:

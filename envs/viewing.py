@@ -1,7 +1,7 @@
 """Looking at environments: MuJoCo's viewer, Gymnasium's own window, and many environments in one picture.
 
 Importing this file imports neither MuJoCo nor torch: MuJoCo picks its way to draw when it is first imported, so
-`make.render_headless` comes before.
+`ctrlrl.envs.headless` comes before.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from ctrlrl.envs.make import render_headless
 from ctrlrl.envs.worker import name_and_message
 from ctrlrl.errors import UsageError
 
@@ -45,7 +44,6 @@ def undrawable_here() -> str | None:
     `ctrlrl.runs.video.rendering_error` knows the remedy. Draws a picture of nothing, since libraries that can be
     loaded may still find no driver.
     """
-    render_headless()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what GLFW has to say comes as an error, too
         try:

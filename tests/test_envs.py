@@ -19,7 +19,8 @@ from gymnasium.vector import AutoresetMode
 
 from ctrlrl.envs import worker
 from ctrlrl.envs.gymnasium_backend import GymnasiumVector, GymnasiumVectorAdapter
-from ctrlrl.envs.make import list_envs, make_env, render_headless
+from ctrlrl.envs.headless import render_headless
+from ctrlrl.envs.make import list_envs, make_env
 from ctrlrl.envs.spaces import build_space
 from ctrlrl.envs.vector import EnvState, RenderFailure, Step, VectorEnv, derive_seeds
 from ctrlrl.errors import EnvironmentFailure, UsageError
@@ -663,6 +664,17 @@ def test_headless_rendering_leaves_the_users_choice(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("DISPLAY", ":0")
     render_headless()
     assert "MUJOCO_GL" not in os.environ
+
+
+@pytest.mark.skipif(ctypes.util.find_library("EGL") is None, reason="there is no EGL")
+@pytest.mark.parametrize("first", ["ctrlrl.training.session", "ctrlrl.training.loading", "ctrlrl.envs.sim_vector"])
+def test_what_imports_mujoco_has_chosen_how_it_draws_before(first: str) -> None:
+    """In a process of its own: here it was chosen before any test."""
+    hidden = ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")
+    code = f"import {first}, mujoco.gl_context; print(mujoco.gl_context.GLContext.__module__)"
+    plain = {key: value for key, value in os.environ.items() if key not in hidden}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=plain, check=True)
+    assert done.stdout.strip() == "mujoco.egl"
 
 
 def test_making_an_environment_gives_no_advice(recwarn: pytest.WarningsRecorder) -> None:

@@ -80,7 +80,7 @@ def run(arguments: Sequence[str]) -> int:
     """Deploy; returns the exit code: 4 where a fault stopped the robot."""
     options = parse(Deploy, arguments, "deploy")
     if options.record:
-        from ctrlrl.envs.make import render_headless
+        from ctrlrl.envs.headless import render_headless
 
         render_headless()  # before MuJoCo is imported
     from ctrlrl.deploy.bundle import Bundle
