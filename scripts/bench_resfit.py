@@ -3,8 +3,8 @@
     python scripts/bench_resfit.py --peer CLONE [--threads 1]    # a clone of amazon-science/residual-offpolicy-rl
 
 States of 39 numbers, 4 actions, batches of 256, ten critics of two layers of 1,024 units with LayerNorm, each fourth
-update of the policy, too. Of theirs what belongs to cameras is left out (`scripts/peers/resfit.py`). Both get batches
-that are ready, the same threads, and turns of the same number of updates, one after the other.
+update of the policy, too. Of theirs what belongs to cameras is left out (`scripts/peers/resfit_updates.py`). Both get
+batches that are ready, the same threads, and turns of the same number of updates, one after the other.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def agent_of(execution: str, precision: str) -> ResFiT:
         execution=execution,  # type: ignore[arg-type]
         precision=precision,  # type: ignore[arg-type]
     )
-    base = CallablePolicy(lambda obs: torch.zeros(len(obs), ACTION), box)
+    base = CallablePolicy(lambda obs: torch.zeros(len(obs), ACTION))
     return ResFiT(gym.spaces.Box(-9, 9, (OBS,)), box, config, base=base)
 
 
@@ -72,7 +72,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     environment = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
-    script = Path(__file__).parent / "peers" / "resfit.py"
+    script = Path(__file__).parent / "peers" / "resfit_updates.py"
     peer = subprocess.Popen(
         [options.peer_python, str(script), str(options.peer)],
         stdin=subprocess.PIPE,

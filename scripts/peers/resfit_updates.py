@@ -1,6 +1,6 @@
 """Gradient updates per second of ResFiT's released code, on made-up batches of states.
 
-    python resfit.py CLONE      # of github.com/amazon-science/residual-offpolicy-rl; needs torch, and einops
+    python resfit_updates.py CLONE    # of github.com/amazon-science/residual-offpolicy-rl; needs torch, and einops
 
 Released is an agent for cameras alone. What belongs to them is taken out of it: the vision transformer, the critics'
 spatial embedding and the actor's compression, so that critics read state and action, the residual state and base
@@ -11,6 +11,7 @@ their seconds.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 import types
@@ -44,7 +45,11 @@ def main() -> None:
     clone = sys.argv[1]
     names = ("hydra", "hydra.core", "hydra.core.config_store", "torchvision", "psutil", "tabulate")
     for name in names:
-        more = {"ConfigStore": _Store} if name.endswith("store") else {"tabulate": str, "transforms": None}
+        more = (
+            {"ConfigStore": _Store}
+            if name.endswith("store")
+            else {"tabulate": lambda *what, **how: "", "transforms": None}
+        )
         _stand_in(name, **more)
     sys.path.insert(0, clone)
     import torch
@@ -82,7 +87,8 @@ def main() -> None:
     agents.VitEncoder = NoCamera
     config.critic.spatial_emb = config.actor.feature_dim = 0
     critics.SpatialEmbQEnsemble._compute_trunk = lambda self, f, prop, act: torch.cat((prop, act), -1)
-    agent = agents.QAgent((3, 84, 84), (OBS,), ACTION, ["camera"], config, residual_actor=True)
+    with contextlib.redirect_stdout(sys.stderr):  # it tells of its networks
+        agent = agents.QAgent((3, 84, 84), (OBS,), ACTION, ["camera"], config, residual_actor=True)
     agent.aug = lambda x: x
     agent.actor.compress, agent.actor_target.compress = Nothing(), Nothing()
 
