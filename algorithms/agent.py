@@ -9,6 +9,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from ctrlrl.nn.execution import executed
 from ctrlrl.nn.networks import Critics
 from ctrlrl.nn.optim import Adam
 from ctrlrl.nn.policy import Policy
+from ctrlrl.nn.residual import BASE, with_base
 from ctrlrl.replay.batch import Batch
 from ctrlrl.replay.rollout import Rollout
 from ctrlrl.tree import Obs, map_obs
@@ -94,6 +96,15 @@ class OnPolicyAgent(Agent):
 
         Observation statistics may move when that is done, and at no other time.
         """
+
+
+def with_base_actions(batch: Batch) -> Batch:
+    """`batch` with what the base does at its observations among them (`ctrlrl.nn.residual`)."""
+    return replace(
+        batch,
+        obs=with_base(batch.obs, batch.extras[BASE]),
+        next_obs=with_base(batch.next_obs, batch.next_extras[BASE]),
+    )
 
 
 class ReplayAgent(Agent):

@@ -195,7 +195,7 @@ class EXPO(OffPolicyAgent):
 
         learned = [p for p in nn.ModuleList([self.base.encoder, self.base.head]).parameters() if p.requires_grad]
         acting_parameters = nn.ModuleList([acting.encoder, acting.head]).parameters()
-        self._base, self._acting = learned, list(acting_parameters)
+        self._learned, self._acting = learned, list(acting_parameters)
         self._critic, self._target = list(self.critics.parameters()), list(self.target_critics.parameters())
         shared = set(self._critic)
         self.actor_optimizer = Adam([p for p in edits.parameters() if p not in shared], c.actor_lr)
@@ -253,7 +253,7 @@ class EXPO(OffPolicyAgent):
             features = self.base.encoder(batch.obs)
             base_loss = self.base.head.loss(features, stored[:, None], whole, base_draws).mean()
             self.base_optimizer.descend(base_loss)
-            polyak(self._acting, self._base, c.base_tau)
+            polyak(self._acting, self._learned, c.base_tau)
             # Edits of the batch's actions: alpha log pi(e|s, a) - mean_K Q(s, a + beta e), entropy of beta * e.
             edits = self.policy.edits
             edit, log_prob, _ = edits.distribution(obs, stored).rsample(edit_noise[rows * c.samples :])

@@ -20,12 +20,12 @@ from typing import Any
 import gymnasium as gym
 from torch import Tensor, nn
 
+from ctrlrl.algorithms.agent import with_base_actions
 from ctrlrl.algorithms.policy_decorator_config import PolicyDecoratorConfig
 from ctrlrl.algorithms.sac import SAC
-from ctrlrl.nn.encoder import critic_groups, policy_groups
 from ctrlrl.nn.networks import Networks
 from ctrlrl.nn.policy import Policy, require_bounded_box
-from ctrlrl.nn.residual import BASE, Base, GaussianResidualPolicy, with_base, with_base_space
+from ctrlrl.nn.residual import BASE, Base, GaussianResidualPolicy, groups_of, with_base_space
 from ctrlrl.replay.batch import Batch
 from ctrlrl.tree import Obs
 
@@ -51,13 +51,8 @@ class PolicyDecorator(SAC):
         box = require_bounded_box(action_space, self.title)
         self._base = Base(base, box)
         space = with_base_space(observation_space, self._base.scaling.low.numel())
-        own = tuple(name for name in space.spaces if name != BASE)
-        groups = replace(
-            c,
-            policy_obs=c.policy_obs or policy_groups(observation_space) or own,
-            critic_obs=c.critic_obs or critic_groups(observation_space) or own,
-        )
-        super().__init__(space, action_space, groups, **others)
+        policy_obs, critic_obs = groups_of(observation_space, c.policy_obs, c.critic_obs)
+        super().__init__(space, action_space, replace(c, policy_obs=policy_obs, critic_obs=critic_obs), **others)
 
     @property
     def reads(self) -> frozenset[str]:
@@ -73,12 +68,7 @@ class PolicyDecorator(SAC):
         self, batch: Batch, noise: Tensor, shift: Tensor | None = None, *rest: Tensor, improve: bool = True
     ) -> dict[str, Tensor]:
         """One gradient step of SAC on `batch` [B, ...], with the base's actions among its observations."""
-        batch = replace(
-            batch,
-            obs=with_base(batch.obs, batch.extras[BASE]),
-            next_obs=with_base(batch.next_obs, batch.next_extras[BASE]),
-        )
-        return super().step(batch, noise, shift, *rest, improve=improve)
+        return super().step(with_base_actions(batch), noise, shift, *rest, improve=improve)
 
     def next_value(self, obs: Obs, action: Tensor, *rest: Tensor) -> Tensor:
         return super().next_value(obs, self.policy.add(obs, action), *rest)

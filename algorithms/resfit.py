@@ -28,14 +28,14 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
-from ctrlrl.algorithms.agent import Draws, OffPolicyAgent
+from ctrlrl.algorithms.agent import Draws, OffPolicyAgent, with_base_actions
 from ctrlrl.algorithms.resfit_config import ResFiTConfig
-from ctrlrl.nn.encoder import EncoderFactory, critic_groups, policy_groups
+from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.nn.networks import Networks
 from ctrlrl.nn.optim import Adam, polyak
 from ctrlrl.nn.policy import Policy, require_bounded_box
-from ctrlrl.nn.residual import BASE, Base, ResidualPolicy, with_base, with_base_space
+from ctrlrl.nn.residual import BASE, Base, ResidualPolicy, groups_of, with_base_space
 from ctrlrl.replay.batch import Batch
 
 
@@ -78,16 +78,12 @@ class ResFiT(OffPolicyAgent):
         box = require_bounded_box(action_space, self.title)
         dim = math.prod(box.shape)
         space = with_base_space(observation_space, dim)
-        own = tuple(name for name in space.spaces if name != BASE)
-        groups = replace(
-            c,
-            policy_obs=(*(c.policy_obs or policy_groups(observation_space) or own), BASE),
-            critic_obs=c.critic_obs or critic_groups(observation_space) or own,
-        )
+        policy_obs, critic_obs = groups_of(observation_space, c.policy_obs, c.critic_obs)
+        groups = replace(c, policy_obs=(*policy_obs, BASE), critic_obs=critic_obs)
         with self._weights_from(seed):
             networks = Networks(space, groups, network, encoder)
             self.normalizer = networks.normalizer
-            trunk = networks.trunk(dim, layer_norm=c.layer_norm) if network is None else networks.trunk(dim)
+            trunk = networks.trunk(dim, layer_norm=c.layer_norm)
             scales = (c.residual_scale, c.exploration_noise, c.noise_clip, c.warm_up_noise)
             features = networks.policy_encoder
             self.policy = ResidualPolicy(Base(base, box), features, trunk, box, *scales, self.normalizer)
@@ -132,11 +128,7 @@ class ResFiT(OffPolicyAgent):
         """One gradient step on `batch` [B, ...] with standard normal noise (B, A), critics (M,) and, for images, a
         shift (2, B, 2)."""
         c = self.config
-        batch = replace(
-            batch,
-            obs=with_base(batch.obs, batch.extras[BASE]),
-            next_obs=with_base(batch.next_obs, batch.next_extras[BASE]),
-        )
+        batch = with_base_actions(batch)
         critic_obs, obs, next_obs, _ = self.see(batch, shift, target_policy=True)
 
         # y = r + gamma^n min_M Q'(s', clip(b' + f'(s', b') + eps)), section IV of the paper.

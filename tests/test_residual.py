@@ -200,12 +200,12 @@ def test_expo_acts_by_the_best_of_its_samples() -> None:
 def test_expo_trains_its_base_by_imitation_and_moves_the_one_that_acts_behind_it() -> None:
     config = EXPOConfig(hidden=(16,), samples=2, policy_delay=2, base_tau=0.25, base_lr=1e-2)
     agent = EXPO(OBS, ACT, config, base=flow_base(), seed=0)
-    before = [p.clone() for p in agent._base]
+    before = [p.clone() for p in agent._learned]
     agent.update(batch_with_base(0))
-    assert all(torch.equal(p, q) for p, q in zip(agent._base, before, strict=True))
+    assert all(torch.equal(p, q) for p, q in zip(agent._learned, before, strict=True))
     metrics = agent.update(batch_with_base(1))
     assert {"base_loss", "actor_loss", "edit_size"} <= metrics.keys()
-    for p, q, acting in zip(agent._base, before, agent._acting, strict=True):
+    for p, q, acting in zip(agent._learned, before, agent._acting, strict=True):
         assert torch.allclose(acting, q + 0.25 * (p - q), atol=1e-6)
     losses = []
     for _ in range(60):
@@ -310,13 +310,13 @@ class Short(gym.Wrapper[Any, Any, Any, Any]):
         return obs, reward, terminated, truncated, info
 
 
-def test_the_bases_actions_are_stored_as_its_memory_was() -> None:
+def test_the_bases_actions_are_stored_as_its_memory_was(tmp_path: Path) -> None:
     run = ctrlrl.train(
         "resfit",
         lambda: Short(gym.make("Pendulum-v1")),
         base=Clock(),
         preset=False,
-        **SMALL | {"steps": 90, "num_envs": 3, "eval_every": 0, "learning_starts": 30, "out": str(RUNS / "stored")},
+        **SMALL | {"steps": 90, "num_envs": 3, "eval_every": 0, "learning_starts": 30, "out": str(tmp_path / "stored")},
     )
     folder = RunFolder.open(run.path)
     state = load_checkpoint(folder.find_checkpoint("last"))
@@ -363,15 +363,6 @@ def test_what_the_base_would_have_done_in_a_dataset(tmp_path: Path) -> None:
 
 
 # --- where bases come from --------------------------------------------------------------------------------------------
-
-
-RUNS = Path()
-
-
-@pytest.fixture(autouse=True)
-def _runs(tmp_path: Path) -> None:
-    global RUNS
-    RUNS = tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -536,7 +527,7 @@ def make_still(observation_space: gym.Space[Any], action_space: gym.Space[Any]) 
         ("nowhere", "no run"),
         ("tests.test_residual:nothing", "has no attribute 'nothing'"),
         ("no_such_module:base", "No module named 'no_such_module'"),
-        ("tests.test_residual:RUNS", "is no function"),
+        ("tests.test_residual:A", "is no function"),
     ],
 )
 def test_bases_that_are_none(base: str, what: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -80,9 +80,7 @@ def run(arguments: Sequence[str]) -> int:
     """Deploy; returns the exit code: 4 where a fault stopped the robot."""
     options = parse(Deploy, arguments, "deploy")
     if options.record:
-        from ctrlrl.envs.headless import render_headless
-
-        render_headless()  # before MuJoCo is imported
+        import ctrlrl.envs  # noqa: F401  (before MuJoCo: it settles how that draws)
     from ctrlrl.deploy.bundle import Bundle
     from ctrlrl.deploy.controller import ControllerConfig
     from ctrlrl.deploy.deployment import deploy, free_folder

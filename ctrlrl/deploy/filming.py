@@ -20,7 +20,7 @@ FPS = 25.0
 
 
 def film(out: Path, robot: SimulatedConfig, episodes: list[dict[str, Any]]) -> Path | None:
-    """Write `out/video.mp4` of the first episode; None where there was none. `render_headless` comes first.
+    """Write `out/video.mp4` of the first episode; None where there was none. `ctrlrl.envs` is imported before MuJoCo.
 
     Raises:
         UsageError: nothing can be drawn on this machine; the rest of the deployment is kept.

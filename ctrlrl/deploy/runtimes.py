@@ -48,6 +48,27 @@ class Runtime(ABC):
         """Outputs (1, ...) of inputs (1, ...), both by name. Outputs are valid until the next call."""
 
 
+def onnx_session(model: bytes | str, path: Path) -> Any:
+    """onnxruntime's session of a model, or of the file that it is in, with one thread; `path` names it in errors.
+
+    Raises:
+        UsageError: it is not installed, or cannot read the model.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise UsageError(f"{path} needs onnxruntime: pip install 'ctrlrl[deploy]'") from None
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own exceptions have no common base but this
+        raise UsageError(f"onnxruntime cannot read {path}: {error}") from None
+
+
 class OnnxRuntime(Runtime):
     """onnxruntime, with one thread: by default it takes one for each core, and the control loop waits for them."""
 
@@ -56,19 +77,7 @@ class OnnxRuntime(Runtime):
     def __init__(self, bundle: Bundle) -> None:
         if not self.available():
             raise UsageError("onnxruntime is not installed: pip install 'ctrlrl[deploy]', or take --runtime numpy")
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        try:
-            self._session = onnxruntime.InferenceSession(
-                bundle.content("policy.onnx"), options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # its own exceptions have no common base but this
-            raise UsageError(f"onnxruntime cannot read {bundle.path / 'policy.onnx'}: {error}") from None
+        self._session = onnx_session(bundle.content("policy.onnx"), bundle.path / "policy.onnx")
         self._outputs = [output.name for output in self._session.get_outputs()]
 
     @staticmethod

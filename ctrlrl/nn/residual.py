@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ctrlrl.errors import BadBaseAction, UsageError
 from ctrlrl.nn.distributions import TanhNormal
-from ctrlrl.nn.encoder import Encoder, ObservationNormalizer
+from ctrlrl.nn.encoder import Encoder, ObservationNormalizer, critic_groups, policy_groups
 from ctrlrl.nn.mlp import at_least_float32
 from ctrlrl.nn.policy import ActionScaling, Policy, PolicyState
 from ctrlrl.tree import Obs, obs_items
@@ -42,6 +42,16 @@ def with_base_space(space: gym.Space[Any], dim: int) -> gym.spaces.Dict:
     if BASE in spaces:
         raise UsageError(f"the environment has an observation {BASE!r}, which is what the base's action is called here")
     return gym.spaces.Dict({**spaces, BASE: gym.spaces.Box(-1, 1, (dim,))})
+
+
+def groups_of(
+    observation_space: gym.Space[Any], policy_obs: tuple[str, ...] | None, critic_obs: tuple[str, ...] | None
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Entries of `with_base`'s observations that a policy and critics read, without the base's action: those that are
+    named, else by group, else all."""
+    own = tuple(observation_space.spaces) if isinstance(observation_space, gym.spaces.Dict) else ("obs",)
+    policy = policy_obs or policy_groups(observation_space) or own
+    return policy, critic_obs or critic_groups(observation_space) or own
 
 
 class Base(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,16 +239,9 @@ class OnnxPolicy(Policy):
 
     def __init__(self, path: Path, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
         super().__init__()
-        try:
-            import onnxruntime
-        except ImportError:
-            raise UsageError(f"--base {path} needs onnxruntime: pip install 'ctrlrl[deploy]'") from None
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # its own exceptions have no common base but this
-            raise UsageError(f"onnxruntime cannot read {path}: {error}") from None
+        from ctrlrl.deploy.runtimes import onnx_session
+
+        self._session = onnx_session(str(path), path)
         box, inputs = _box(action_space), self._session.get_inputs()
         self._shape = box.shape
         spaces = observation_space.spaces if isinstance(observation_space, gym.spaces.Dict) else {"": observation_space}
@@ -271,11 +264,11 @@ class OnnxPolicy(Policy):
             differences.append(f"action: it gives {found}, the environment takes {box.shape}")
         _require_same(str(path), differences, [])
         kinds = {"tensor(float)": np.float32, "tensor(double)": np.float64}
-        self._types = {one.name: kinds.get(one.type, np.float32) for one in inputs}
-        firsts = {told[name][0] for name in told}
-        self._single = 1 in firsts
         if odd := [one.type for one in inputs if one.type not in kinds]:
             raise UsageError(f"{path} reads {', '.join(odd)}; inputs must be of float or double")
+        self._types = {one.name: kinds[one.type] for one in inputs}
+        firsts = {told[name][0] for name in told}
+        self._single = 1 in firsts
         if fixed := [first for first in firsts if isinstance(first, int) and first != 1]:
             raise UsageError(f"{path} takes {fixed[0]} rows at a time; it must take one, or any number")
 
@@ -339,9 +332,9 @@ def _open_run(
     if task is not None and is_robot_task(config.env) and not differences:
         theirs = make_robot_task(config.env, config.env_kwargs)
         differences = _of_terms(_terms(theirs), _terms(task))
-        actions += _of_actions(
-            (list(theirs.action.names), theirs.action.effect), (list(task.action.names), task.action.effect)
-        )
+        actions += _of_joints(theirs.action.names, task.action.names)
+        if theirs.action.effect != task.action.effect:
+            actions.append(f"action: for the base it is {theirs.action.effect}, here {task.action.effect}")
     _require_same(str(path), differences, actions + _of_periods(environment.get("control_dt"), control_dt))
     return load(path, checkpoint=_checkpoint_of(folder).name).policy
 
@@ -366,23 +359,18 @@ def _of_manifest(
             differences.append(f"{entry.name}: it reads {entry.shape}, the environment gives {gives}")
         if task is not None and entry.terms and (bare or entry.name == task.policy_group):
             told = {term.name: (term.size * term.history, term.unit) for term in entry.terms}
-            own = {name: (size, unit) for name, (size, unit) in _terms(task).items()}
-            differences += _of_terms(told, own)
+            differences += _of_terms(told, _terms(task))
     low, high = ([np.nan if b is None else b for b in bounds] for bounds in (manifest.action.low, manifest.action.high))
-    shape, actions = _box(action_space).shape, []
-    if manifest.action.shape != shape:
-        actions.append(f"action: it gives {manifest.action.shape}, the environment takes {shape}")
-    elif low and not (
-        np.allclose(low, _box(action_space).low.ravel(), 1e-4)
-        and np.allclose(high, _box(action_space).high.ravel(), 1e-4)
-    ):
-        box = _box(action_space)
+    box, actions = _box(action_space), []
+    if manifest.action.shape != box.shape:
+        actions.append(f"action: it gives {manifest.action.shape}, the environment takes {box.shape}")
+    elif low and not (np.allclose(low, box.low.ravel(), 1e-4) and np.allclose(high, box.high.ravel(), 1e-4)):
         actions.append(
             f"action: its bounds are {low} to {high}, the environment's {box.low.tolist()} to {box.high.tolist()}"
         )
     if task is not None and task.action.effect is not None and manifest.action.joints:
         effect, given = task.action.effect, manifest.action
-        actions += _of_actions((list(given.joints), None), (list(task.action.names), None))
+        actions += _of_joints(given.joints, task.action.names)
         if given.kind != effect.kind:
             actions.append(f"action: it is {given.kind}, the environment's {effect.kind}")
         for what, one, other in (("scale", given.scale, effect.scale), ("offset", given.offset, effect.offset or ())):
@@ -397,14 +385,10 @@ def _of_periods(theirs: float | None, own: float | None) -> list[str]:
     return [f"it acts every {theirs:g} s, in the environment every {own:g} s"]
 
 
-def _of_actions(theirs: tuple[list[str], Any], own: tuple[list[str], Any]) -> list[str]:
-    """Differences of what numbers of an action do: which joints they move, and how."""
-    said = []
-    if theirs[0] != own[0]:
-        said.append(f"action: the base moves {', '.join(theirs[0])}, the environment {', '.join(own[0])}")
-    if theirs[1] != own[1]:
-        said.append(f"action: for the base it is {theirs[1]}, in the environment {own[1]}")
-    return said
+def _of_joints(theirs: Sequence[str], own: Sequence[str]) -> list[str]:
+    if list(theirs) == list(own):
+        return []
+    return [f"action: the base moves {', '.join(theirs)}, the environment {', '.join(own)}"]
 
 
 def _terms(task: SimTask) -> dict[str, tuple[int, str]]:
