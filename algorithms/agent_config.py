@@ -19,6 +19,8 @@ class ReplayAgentConfig(Config):
     """Hidden layers of the policy and of each critic."""
     normalize_obs: bool = False
     """Standardize observations by running statistics; images are scaled by 255 in any case."""
+    min_obs_std: float = 0.0
+    """Smallest standard deviation that they are divided by, in their units: what hardly moves is not blown up."""
     random_shift: int = 4
     """Images: shift each sampled one by up to so many pixels, at random (DrQ, arXiv:2004.13649); 0 turns it off."""
     execution: Literal["auto", "eager", "compiled", "captured"] = "auto"
@@ -33,6 +35,7 @@ class ReplayAgentConfig(Config):
     def check(self) -> None:
         self.require("batch_size", 1 <= self.batch_size <= 1_000_000, "between 1 and 1,000,000")
         self.require("hidden", all(1 <= width <= 100_000 for width in self.hidden), "widths between 1 and 100,000")
+        self.require("min_obs_std", self.min_obs_std >= 0, "at least 0")
         self.require("random_shift", 0 <= self.random_shift <= 1024, "between 0 (off) and 1,024")
 
 

@@ -47,6 +47,8 @@ class PPOConfig(Config):
     """Standardize advantages within each minibatch."""
     normalize_obs: bool = True
     """Standardize observations by statistics of the rollouts before; images are scaled by 255 in any case (CleanRL)."""
+    min_obs_std: float = 0.0
+    """Smallest standard deviation that they are divided by, in their units: what hardly moves is not blown up."""
     normalize_reward: bool = True
     """Divide rewards by the running standard deviation of the discounted return, and clip them at 10 (CleanRL)."""
     ratio: Literal["joint", "per-decision"] = "joint"
@@ -77,6 +79,7 @@ class PPOConfig(Config):
         self.require("gamma", 0 < self.gamma <= 1, "in (0, 1]")
         self.require("gae_lambda", 0 <= self.gae_lambda <= 1, "in [0, 1]")
         self.require("epochs", 1 <= self.epochs <= 1000, "between 1 and 1,000")
+        self.require("min_obs_std", self.min_obs_std >= 0, "at least 0")
         self.require("minibatch_size", 2 <= self.minibatch_size <= 10**8, "between 2 and 100,000,000")
         self.require("lr", 0 < self.lr < 1, "in (0, 1)")
         adaptive = self.lr_schedule == "adaptive"

@@ -20,6 +20,11 @@ class ResFiTConfig(OffPolicyAgentConfig):
     """Adam step size of the residual; theirs is 1e-6, with networks four times as wide."""
     critic_lr: float = 3e-4
     """Adam step size of the critics; theirs is 1e-4."""
+    normalize_obs: bool = True
+    """Standardize observations: by the statistics of the data, where there is any. Critics that are given metres do
+    not see the millimetres that decide on a grasp."""
+    min_obs_std: float = 0.01
+    """Smallest standard deviation that they are divided by, in their units; theirs is 0.1."""
     layer_norm: bool = True
     """LayerNorm before each ReLU, of critics and residual."""
     num_critics: int = 10

@@ -62,7 +62,8 @@ def make_env(
 
     Args:
         env: an id (`HalfCheetah-v5`; or `module:ID`, where the module registers it, with Gymnasium or by
-            `tasks.registry.register_task`), an environment (one only), a function that makes one, a
+            `tasks.registry.register_task`), several with commas between them, which the environments play in turn (see
+            `multi_task`; to render, the first alone), an environment (one only), a function that makes one, a
             `gymnasium.vector.VectorEnv`, a batch of EnvPool, ManiSkill, Isaac Lab or mjlab (see `foreign`), or a
             `VectorEnv` of ours, which is returned as it is.
         backend: `native` steps ids of which there is a task of ours (`has_native`) as one batch, on threads, with the
@@ -74,7 +75,7 @@ def make_env(
             there is that, else gymnasium.
         cores: that step environments: threads of `native`, processes of `workers` and `parallel`; by default those
             there are.
-        env_kwargs: arguments of `gymnasium.make`; for ids only.
+        env_kwargs: arguments of `gymnasium.make`; for ids only. Of several tasks `{"tasks": [...]}`, those of each.
         env_python: interpreter that runs the environments in worker processes; it needs numpy and Gymnasium only.
         device: where the tensors lie. A `VectorEnv` of ours keeps its own.
         render: give pictures of environment 0 through `render()`; for ids (others are made with a render mode).
@@ -106,6 +107,20 @@ def make_env(
         raise UsageError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.{nearest(backend, BACKENDS)}")
     if env_python is not None and backend not in ("auto", "workers"):
         raise UsageError(f"backend {backend!r} steps in this process and cannot use env_python; use 'workers'")
+    if isinstance(env, str) and "," in env:
+        return _make_tasks(
+            env.split(","),
+            num_envs,
+            dict(env_kwargs or {}),
+            render=render,
+            backend=backend,
+            env_python=env_python,
+            cores=cores,
+            device=device,
+            worker_timeout=worker_timeout,
+            pixels=pixels,
+            grayscale=grayscale,
+        )
     workers = backend in ("workers", "parallel") or env_python is not None
     if pixels < 0:
         raise UsageError(f"pixels must be 0 (the environment's own observation) or more, got {pixels}")
@@ -196,6 +211,39 @@ def make_env(
     raise UsageError(
         f"env must be an id, a gymnasium.Env, a function that makes one, or a vector environment; got {env!r}"
     )
+
+
+def _make_tasks(
+    ids: list[str], num_envs: int, env_kwargs: dict[str, Any], *, render: bool, backend: str, **shared: Any
+) -> VectorEnv:
+    """Environments that play the tasks `ids` in turn."""
+    from ctrlrl.envs.multi_task import MultiTask
+
+    arguments = env_kwargs.pop("tasks", [{}] * len(ids))
+    if env_kwargs or not isinstance(arguments, list) or len(arguments) != len(ids):
+        raise UsageError(
+            f"{','.join(ids)} are {len(ids)} tasks: env_kwargs are {{'tasks': [...]}}, with the arguments of each, or "
+            "none"
+        )
+    if num_envs < len(ids):
+        if not render:
+            raise UsageError(
+                f"{','.join(ids)} are {len(ids)} tasks, which environments play in turn: make at least as many "
+                f"(num_envs, eval_episodes), not {num_envs}"
+            )
+        num_envs = len(ids)
+    made: list[VectorEnv] = []
+    try:
+        for k, (task, kwargs) in enumerate(zip(ids, arguments, strict=True)):
+            rows = len(range(k, num_envs, len(ids)))
+            how = "auto" if is_robot_task(task) and backend == "gymnasium" else backend
+            filmed = render and k == 0
+            made.append(make_env(task, num_envs=rows, env_kwargs=kwargs, render=filmed, backend=how, **shared))
+        return MultiTask(made)
+    except BaseException:
+        for env in made:
+            env.close()
+        raise
 
 
 def has_native(

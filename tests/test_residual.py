@@ -640,3 +640,15 @@ def test_controllers_of_the_wrong_size_are_refused() -> None:
     assert square.act(torch.ones(5, 3))[0].shape == (5, 2, 2)
     with pytest.raises(UsageError, match="which of a, b is the state"):
         square.act({"a": torch.ones(5, 3), "b": torch.ones(5, 3)})
+
+
+def test_what_hardly_moves_in_the_data_is_not_blown_up():
+    obs = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
+    config = ResFiTConfig(hidden=(16,), min_obs_std=0.05)
+    agent = ResFiT(obs, ACT, config, base=CallablePolicy(lambda o: torch.zeros(len(o), 2)))
+    rows = torch.tensor([[0.0, 1.0, -2.0], [0.0, 1.001, 2.0]])
+    agent.observe(rows, torch.ones(2, dtype=torch.bool))
+    seen = agent.normalizer.entry("obs").forward(torch.tensor([[0.1, 1.1, 4.0]]))
+    assert torch.allclose(seen, torch.tensor([[0.1 / 0.05, 0.0995 / 0.05, 2.0]]), atol=1e-4)
+    with pytest.raises(UsageError, match=r"agent\.min_obs_std"):
+        ResFiT(obs, ACT, ResFiTConfig(min_obs_std=-1.0), base=CallablePolicy(lambda o: torch.zeros(len(o), 2)))

@@ -1,4 +1,4 @@
-"""`ctrlrl data import`, `data inspect`, `data collect`, `data export`."""
+"""`ctrlrl data import`, `data inspect`, `data collect`, `data distill`, `data export`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ COMMANDS = {
     "import": "make a dataset of files in another format",
     "inspect": "what is in a dataset, and what may be wrong with it",
     "collect": "make a dataset of a run: random, medium, expert, or what it stored while it learned",
+    "distill": "make a dataset of several runs, to learn one policy of them from",
     "export": "write a dataset as Minari or LeRobot files",
 }
 

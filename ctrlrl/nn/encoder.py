@@ -49,11 +49,11 @@ def critic_groups(space: gym.Space[Any]) -> tuple[str, ...] | None:
 class ObservationNormalizer(nn.Module):
     """One `RunningNormalizer` per entry that is no image; the agent holds it, its encoders refer to it."""
 
-    def __init__(self, space: gym.Space[Any]) -> None:
+    def __init__(self, space: gym.Space[Any], floor: float = 0.0) -> None:
         super().__init__()
         spaces = space.spaces if isinstance(space, gym.spaces.Dict) else {"obs": space}
         self.entries = nn.ModuleDict(
-            {_key(name): RunningNormalizer(s.shape or ()) for name, s in spaces.items() if not is_image(s)}
+            {_key(name): RunningNormalizer(s.shape or (), floor=floor) for name, s in spaces.items() if not is_image(s)}
         )
 
     def entry(self, name: str) -> RunningNormalizer:

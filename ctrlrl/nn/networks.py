@@ -33,6 +33,8 @@ class NetworkSettings(Protocol):
     @property
     def normalize_obs(self) -> bool: ...
     @property
+    def min_obs_std(self) -> float: ...
+    @property
     def policy_obs(self) -> tuple[str, ...] | None: ...
     @property
     def critic_obs(self) -> tuple[str, ...] | None: ...
@@ -130,7 +132,9 @@ class Networks:
     ) -> None:
         self._one_loss = one_loss
         self._space, self._settings, self._network, self._make_encoder = observation_space, settings, network, encoder
-        self.normalizer = ObservationNormalizer(observation_space) if settings.normalize_obs else None
+        self.normalizer = None
+        if settings.normalize_obs:
+            self.normalizer = ObservationNormalizer(observation_space, settings.min_obs_std)
         space = group_space(observation_space, settings.policy_obs or policy_groups(observation_space))
         self.policy_encoder = make_encoder(space, encoder, self.normalizer)
         self._symmetry = Symmetry.of(space, action_space)

@@ -10,6 +10,7 @@ class RunningNormalizer(nn.Module):
     """Standardizes (..., *shape) by the mean and population variance of all rows seen so far.
 
     Statistics are float64 and combined batch by batch (Chan et al. 1979), so that 1e9 rows lose no precision.
+    A standard deviation counts as `floor` at least, so that what hardly moved so far is not blown up once it does.
     """
 
     mean: Tensor
@@ -18,9 +19,11 @@ class RunningNormalizer(nn.Module):
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, shape: tuple[int, ...], *, clip: float = 10.0, epsilon: float = 1e-8) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], *, floor: float = 0.0, clip: float = 10.0, epsilon: float = 1e-8
+    ) -> None:
         super().__init__()
-        self.clip, self.epsilon = clip, epsilon
+        self.floor, self.clip, self.epsilon = floor, clip, epsilon
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("variance", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -33,7 +36,7 @@ class RunningNormalizer(nn.Module):
     @torch.no_grad()
     def _derive(self, *loading: object) -> None:
         self.shift.copy_(self.mean)
-        self.scale.copy_((self.variance + self.epsilon).rsqrt())
+        self.scale.copy_((self.variance + self.epsilon).clamp(min=self.floor**2).rsqrt())
 
     @torch.no_grad()
     def update(self, rows: Tensor, valid: Tensor) -> None:

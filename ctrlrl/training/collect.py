@@ -164,23 +164,34 @@ def medium_checkpoint(folder: RunFolder, reference: dict[str, float]) -> Path:
     return there[min(there, key=lambda step: (abs(returns[step] - wanted), step))]
 
 
-def played(env: VectorEnv, policy: Policy, *, seed: int, explore: bool) -> Iterator[Episode]:
-    """Episodes of a policy, without end, in the order in which they end."""
+def played(
+    env: VectorEnv, policy: Policy, *, seed: int, explore: bool, teacher: Policy | None = None
+) -> Iterator[Episode]:
+    """Episodes of a policy, without end, in the order in which they end.
+
+    With a teacher their actions are what its mode would have done, and those that were done the column `executed`.
+    """
     n = env.num_envs
     obs = env.reset([_FIRST_SEED + 10_000 * seed + row for row in range(n)])
     state = policy.initial_state(n)
-    past: list[list[tuple[Any, np.ndarray[Any, Any], float]]] = [[] for _ in range(n)]
+    taught = {} if teacher is None else teacher.initial_state(n)
+    past: list[list[tuple[Any, ...]]] = [[] for _ in range(n)]
     while True:
         seen = _to_numpy(obs)
         with products_of(n), torch.no_grad():
             action, state, _ = policy.act(obs_to(obs, policy.device), state, explore=explore)
+            label: np.ndarray[Any, Any] | None = None
+            if teacher is not None:
+                said, taught, _ = teacher.act(obs_to(obs, teacher.device), taught, explore=False)
+                label = said.cpu().numpy().copy()
         step = env.step(action.to(env.device))
         applied, final = step.action.cpu().numpy().copy(), _to_numpy(step.final_obs)
+        labels = applied if label is None else label
         success = step.log.get("success")
         ends = (step.terminated | step.truncated | ~step.valid).cpu().numpy()
         for row in range(n):
             if bool(step.valid[row]):
-                past[row].append((_row(seen, row), applied[row], float(step.reward[row])))
+                past[row].append((_row(seen, row), labels[row], float(step.reward[row]), applied[row]))
             if not ends[row]:
                 continue
             if past[row] and bool(step.valid[row]):  # what diverged is no episode
@@ -188,16 +199,19 @@ def played(env: VectorEnv, policy: Policy, *, seed: int, explore: bool) -> Itera
                 reached = np.zeros(len(past[row]), np.bool_)
                 reached[-1] = known and success is not None and bool(success[row] > 0)
                 observations = [entry[0] for entry in past[row]] + [_row(final, row)]
+                executed = {} if teacher is None else {"executed": np.stack([entry[3] for entry in past[row]])}
                 yield Episode(
                     observation=_stacked(observations),
                     action=np.stack([entry[1] for entry in past[row]]),
                     reward=np.array([entry[2] for entry in past[row]], np.float32),
                     terminated=bool(step.terminated[row]),
                     truncated=bool(step.truncated[row]),
-                    columns={"success": reached},
+                    columns={"success": reached, **executed},
                 )
             past[row] = []
         state = policy.reset(state, torch.from_numpy(ends).to(policy.device))
+        if teacher is not None:
+            taught = teacher.reset(taught, torch.from_numpy(ends).to(teacher.device))
         obs = step.obs
 
 

@@ -40,7 +40,7 @@ class OfflineSession(Session):
             raise UsageError(
                 "--agent.learn policy extracts a policy from values that are there: --init-from RUN, which learned them"
             )
-        self.dataset = dataset = open_dataset(self.config.data)
+        self.dataset = dataset = open_dataset(self.config.data, imitates=self.algo == "bc")
         if self.eval_source is None:
             self.eval_source = self.config.env or dataset.env
         if self.eval_source is None and self.config.eval_every:
@@ -110,13 +110,18 @@ class OfflineSession(Session):
         return {"memory": self.memory}
 
 
-def open_dataset(path: str) -> Dataset:
-    """The dataset at `path`, which must hold a transition.
+def open_dataset(path: str, *, imitates: bool = False) -> Dataset:
+    """The dataset at `path`, which must hold a transition, for a learner that imitates its actions and no more, or not.
 
     Raises:
-        UsageError: there is none, it is damaged, or empty.
+        UsageError: there is none, it is damaged, or empty, or its actions are not what was done.
     """
     dataset = Dataset.open(Path(path))
+    if dataset.provenance.get("relabelled") and not imitates:
+        raise UsageError(
+            f"the actions of {path} are what specialists would have done there (ctrlrl data distill), not what led to "
+            "the rewards: only bc learns from it"
+        )
     if not dataset.num_transitions:
         raise UsageError(f"{path} has no transition to learn from")
     return dataset

@@ -68,7 +68,7 @@ def make(
 
 def _spreads(env: EnvLike, config: TrainConfig) -> bool:
     """Whether `env` can be made in worker processes of this interpreter, and is not better stepped natively."""
-    foreign = isinstance(env, str) and not config.env_python and not is_robot_task(env)
+    foreign = isinstance(env, str) and "," not in env and not config.env_python and not is_robot_task(env)
     return foreign and not steps_natively(env, config)
 
 
