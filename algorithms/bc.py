@@ -44,7 +44,7 @@ from ctrlrl.nn.discrete import CategoricalPolicy
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.nn.networks import Networks
-from ctrlrl.nn.optim import Adam
+from ctrlrl.nn.optim import Adam, trained
 from ctrlrl.nn.policy import DeterministicPolicy, SquashedGaussianPolicy, require_bounded_box
 from ctrlrl.replay.batch import Batch
 from ctrlrl.tree import Obs
@@ -119,7 +119,7 @@ class BC(ReplayAgent):
                     trunk = networks.trunk(2 * dim)
                     self.policy = SquashedGaussianPolicy(features, trunk, box, (low, high), self.normalizer)
         self.policy.to(self.device).generator = self.generator
-        self.optimizer = Adam(list(self.policy.parameters()), c.lr)
+        self.optimizer = Adam(trained(self.policy), c.lr)
         self._keep(policy=self.policy, optimizer=self.optimizer)
 
     def draw(self, groups: int, rows: int) -> Draws:

@@ -50,7 +50,7 @@ from ctrlrl.nn.distributions import DiagonalGaussian
 from ctrlrl.nn.encoder import Encoder, EncoderFactory, ObservationNormalizer
 from ctrlrl.nn.mlp import NetworkFactory, at_least_float32
 from ctrlrl.nn.networks import Critics, Networks
-from ctrlrl.nn.optim import Adam, polyak
+from ctrlrl.nn.optim import Adam, polyak, trained, trained_beside
 from ctrlrl.nn.policy import ActionScaling, Policy, PolicyState, require_bounded_box
 from ctrlrl.replay.batch import Batch
 from ctrlrl.tree import Obs, map_obs
@@ -75,13 +75,13 @@ class ImplicitQ(OffPolicyAgent):
         self.critics.to(self.device)
         self.value.to(self.device)
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
-        self._critic = list(self.critics.parameters())
-        self._target = list(self.target_critics.parameters())
+        self._critic = trained(self.critics)
+        self._target = trained_beside(self.critics, self.target_critics)
         self.actor_lr = torch.tensor(c.actor_lr, device=self.device)
         self.actor_optimizer = Adam(self.actor_parameters(), self.actor_lr if c.actor_lr_steps else c.actor_lr)
         self.critic_optimizer = Adam(self._critic, c.critic_lr)
         shared = set(self._critic)
-        own = [parameter for parameter in self.value.parameters() if parameter not in shared]
+        own = [parameter for parameter in trained(self.value) if parameter not in shared]
         self.value_optimizer = Adam(own, c.critic_lr)
         self._keep(policy=self.policy, critics=self.critics, target_critics=self.target_critics, value=self.value)
         self._keep(actor_optimizer=self.actor_optimizer, critic_optimizer=self.critic_optimizer)

@@ -32,7 +32,7 @@ from ctrlrl.nn.execution import executed
 from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.nn.networks import OnPolicyNetworks
 from ctrlrl.nn.normalizer import RunningNormalizer
-from ctrlrl.nn.optim import Adam
+from ctrlrl.nn.optim import Adam, trained
 from ctrlrl.nn.recurrence import State
 from ctrlrl.replay.advantages import ESTIMATORS, Decisions, ends, next_values
 from ctrlrl.replay.rollout import Rollout
@@ -135,7 +135,7 @@ class PPO(OnPolicyAgent):
         self.critic.to(self.device)
         self.returns = RunningNormalizer(()).to(self.device)
         self.lr = torch.tensor(c.lr, device=self.device)
-        weights = list(dict.fromkeys([*self.policy.parameters(), *self.critic.parameters()]))
+        weights = trained(self.policy, self.critic)
         self.optimizer = Adam(weights, c.lr if c.lr_schedule == "constant" else self.lr, eps=1e-5)
         self._keep(policy=self.policy, critic=self.critic, optimizer=self.optimizer, returns=self.returns, lr=self.lr)
         self._step = executed(self.step, c.execution, "float32", self.device, self._changing)

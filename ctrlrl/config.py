@@ -144,6 +144,53 @@ class OfflineSamplingConfig(SamplingConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LanguageConfig(Config):
+    """The language model of a training in a text environment, and how it answers; nothing elsewhere."""
+
+    section: ClassVar[str] = "language"
+    model: str | None = None
+    """Folder, or name, of a causal model of transformers, with its tokenizer."""
+    normalize: Literal["sum", "token", "word"] = "sum"
+    """Logit of a candidate: the sum of its tokens' log-probabilities, or their mean over tokens or words (TWOSOME,
+    arXiv:2401.14151)."""
+    temperature: float = 1.0
+    """By which the model's logits are divided, where it acts and where it learns."""
+    critic: Literal["separate", "shared", "frozen"] = "separate"
+    """What critics read: a copy of the model, trained by their loss; the policy's own features, of which they train
+    nothing; or those without the adapter."""
+    critic_hidden: int = 128
+    """Units of the hidden layer between these features and a value."""
+    lora_rank: int = 0
+    """Rank of a LoRA adapter, which is trained alone (arXiv:2106.09685); 0 trains all weights."""
+    lora_alpha: int = 16
+    """Its scale, times the rank."""
+    lora_targets: tuple[str, ...] = ()
+    """Names of the modules that get one; by default peft's for the model."""
+    history: int = 0
+    """Earlier turns of the episode that the prompt tells."""
+    prompt_tokens: int = 64
+    """Tokens of the prompt, the goal's not counted; of longer ones the oldest are left out, and counted."""
+    goal_tokens: int = 32
+    """Tokens of the goal at most."""
+    candidate_tokens: int = 16
+    """Tokens of a candidate at most."""
+    max_candidates: int = 16
+    """Candidates at most."""
+
+    def check(self) -> None:
+        self.require("temperature", self.temperature > 0, "above 0")
+        self.require("critic_hidden", 1 <= self.critic_hidden <= 100_000, "between 1 and 100,000")
+        self.require("lora_rank", 0 <= self.lora_rank <= 4096, "between 0 (off) and 4,096")
+        self.require("lora_alpha", self.lora_alpha > 0, "above 0")
+        self.require("lora_targets", bool(self.lora_rank) or not self.lora_targets, "left out without lora_rank")
+        self.require("history", 0 <= self.history <= 1000, "between 0 and 1,000")
+        for name in ("prompt_tokens", "goal_tokens", "candidate_tokens", "max_candidates"):
+            self.require(name, 1 <= getattr(self, name) <= 100_000, "between 1 and 100,000")
+        fits = self.critic != "frozen" or self.lora_rank > 0 or self.model is None
+        self.require("critic", fits, "separate or shared without an adapter (lora_rank), which frozen goes without")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig(Config, ABC):
     """What every algorithm's training run takes."""
 
@@ -172,6 +219,8 @@ class TrainConfig(Config, ABC):
     """Successive images that are observed together, so that motion can be seen; the replay stores each once."""
     env_python: str | None = None
     """Python interpreter for the workers, for environments whose packages conflict with ours."""
+    language: LanguageConfig = field(default_factory=LanguageConfig)
+    """The language model that acts in a text environment."""
     worker_timeout: float = 60.0
     """Seconds after which a worker that does not answer counts as hanging."""
     device: str = "auto"

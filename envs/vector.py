@@ -136,6 +136,11 @@ class VectorEnv(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} does not render")
 
+    def transcripts(self) -> list[str | None]:
+        """Of each row, what was shown and answered in the first episode that ended since `reset`; None where none has,
+        or nothing is said in words."""
+        return [None] * self.num_envs
+
     def scene(self, row: int) -> tuple[mujoco.MjModel, mujoco.MjData]:
         """MuJoCo's model and data of environment `row` (0 to N - 1) as it is now: to look at, not to step or change.
 

@@ -76,8 +76,9 @@ ALLOWED = {
     "runs": {"runs", "envs", "replay"},
     "algorithms": {"algorithms", "nn", "replay"},
     "deploy": {"deploy", "nn", "envs", "robots", "runs"},
-    "training": {"training", "algorithms", "nn", "replay", "runs", "envs", "data", "deploy", "robots"},
-    "cli": {"cli", "training", "algorithms", "runs", "envs", "robots", "data", "deploy"},
+    "language": {"language", "nn", "envs"},
+    "training": {"training", "language", "algorithms", "nn", "replay", "runs", "envs", "data", "deploy", "robots"},
+    "cli": {"cli", "training", "language", "algorithms", "runs", "envs", "robots", "data", "deploy"},
 }
 
 

@@ -275,13 +275,34 @@ def test_kinematics() -> None:
         torch.testing.assert_close(jacobian[row], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("env_id", ["PandaReach-v0", "PandaLift-v0"])
+def test_success_is_rewarded_once_and_ends_the_episode(env_id: str) -> None:
+    env = make(env_id, 16, reward="success")
+    policy, obs, ended = expert(env), env.reset(0), 0
+    for _ in range(110):
+        step = env.step(policy(obs))
+        assert torch.equal(step.reward, step.terminated.float())
+        away = (step.final_obs[:, :3] - step.final_obs[:, 3:6]).norm(dim=1)
+        assert torch.equal(step.terminated, away <= panda.TOLERANCE)
+        over = step.terminated | step.truncated
+        if bool(over.any()):
+            assert torch.equal(step.log["success"][over] > 0, step.terminated[over])
+        ended += int(step.terminated.sum())
+        obs = step.obs
+    assert ended >= 16
+
+
 # What is refused.
 
 
 @pytest.mark.parametrize(
     ("env_id", "options", "message"),
     [
-        ("PandaReach-v0", {"reward": "spars"}, "reward must be dense or sparse, got 'spars'. Did you mean sparse"),
+        (
+            "PandaReach-v0",
+            {"reward": "spars"},
+            "reward must be one of dense, sparse, success, got 'spars'. Did you mean sparse",
+        ),
         ("PandaLift-v0", {"reward": None}, "option reward takes text, got None"),
         ("PandaReach-v0", {"orientatoin": True}, "PandaReach-v0 has no option 'orientatoin'. Did you mean orientation"),
         ("PandaLift-v0", {"orientation": True}, "has no option 'orientation'.*reward, randomize, folder"),

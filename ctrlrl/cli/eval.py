@@ -23,6 +23,8 @@ class Eval:
     """best, last, or a folder's name under checkpoints/."""
     episodes: int | None = None
     """Episodes, one per seed; by default as many as in training."""
+    sample: bool = False
+    """Sample actions as in training, instead of the likeliest ones."""
     video: bool = False
     """Record the first of them under videos/ and put it into the report."""
     video_grid: str | None = None
@@ -46,6 +48,7 @@ def run(arguments: Sequence[str]) -> int:
         options.run,
         checkpoint=options.checkpoint,
         episodes=options.episodes,
+        sample=options.sample,
         video=options.video,
         device=options.device,
         base=options.base,

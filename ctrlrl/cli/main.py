@@ -19,6 +19,7 @@ COMMANDS = {
     "export": "write a run's policy as a bundle for a controller",
     "check": "compare a bundle's checksums and replay its goldens",
     "deploy": "drive a robot with a bundle's policy, or a simulated one",
+    "language": "a tiny language model to start from",
     "envs": "list environments",
     "algos": "list algorithms",
     "robots": "list robots, and where their models are",

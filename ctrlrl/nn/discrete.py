@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ctrlrl.errors import UsageError, nearest
 from ctrlrl.nn.distributions import Categorical
 from ctrlrl.nn.encoder import Encoder, ObservationNormalizer
-from ctrlrl.nn.mlp import Network, at_least_float32
+from ctrlrl.nn.mlp import CandidateNetwork, Network, at_least_float32
 from ctrlrl.nn.policy import Policy, PolicyState
 from ctrlrl.tree import Obs
 
@@ -115,7 +115,8 @@ class FixedChoices(Choices):
 
 
 class CandidateChoices(Choices):
-    """Candidates that differ from observation to observation: one network scores each of them by its features.
+    """Candidates that differ from observation to observation: one network scores each of them by its features, or, a
+    `CandidateNetwork`, all of an observation together.
 
     The order of the candidates carries no meaning: their scores are permuted as they are.
     """
@@ -126,6 +127,10 @@ class CandidateChoices(Choices):
 
     def score(self, network: Network, features: Tensor, obs: Obs) -> Tensor:
         assert isinstance(obs, dict)
+        if isinstance(network, CandidateNetwork):
+            mask = self.mask(obs)
+            together: Tensor = network(features, obs[CANDIDATES], None if mask is None else mask[:, 0])
+            return at_least_float32(together)
         candidates = obs[CANDIDATES].to(torch.float32)  # (B, n, F)
         pairs = torch.cat([features.unsqueeze(1).expand(-1, candidates.shape[1], -1), candidates], -1)
         out: Tensor = network(pairs.flatten(0, 1))  # (..., B * n, 1)

@@ -5,13 +5,18 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
+
+if TYPE_CHECKING:
+    from ctrlrl.nn.encoder import Encoder
 
 Array = np.ndarray[Any, Any]
 Members: TypeAlias = slice | Tensor | None
@@ -20,6 +25,37 @@ Network: TypeAlias = Callable[[Tensor], Tensor]
 """A module, or what else computes the same: (B, in) to (B, out)."""
 NetworkFactory = Callable[[int, int], nn.Module]
 """`factory(in_features, out_features)` gives a module that maps (B, in_features) to (B, out_features)."""
+
+
+class Backbone(ABC):
+    """Networks of one's own in every role, passed to an agent as `network=...`: those of a language model, say.
+
+    What it reads it reads as it is: nothing is standardized. Features are whatever its encoders give, (B, ...).
+    """
+
+    @abstractmethod
+    def encoder(self, space: gym.Space[Any]) -> Encoder:
+        """From observations of `space` to what the networks read."""
+
+    @abstractmethod
+    def __call__(self, inputs: int, outputs: int) -> nn.Module:
+        """The policy's network, to (B, outputs); where an observation has candidates, a `CandidateNetwork`."""
+
+    @abstractmethod
+    def critics(self, members: int, outputs: int, *, candidates: bool) -> nn.Module:
+        """`members` critics, to (K, B, outputs); of candidates, to (K, B, n)."""
+
+    @abstractmethod
+    def value(self, outputs: int, *, candidates: bool) -> nn.Module:
+        """V(s), to (B, outputs); of candidates, to (B, n)."""
+
+
+class CandidateNetwork(nn.Module, ABC):
+    """A network that scores all candidates of an observation together."""
+
+    @abstractmethod
+    def forward(self, features: Tensor, candidates: Tensor, exists: Tensor | None) -> Tensor:
+        """Scores (..., B, n) of `candidates` (B, n, F), finite also of those of which `exists` (B, n) is false."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import gymnasium as gym
 import torch
@@ -19,7 +19,7 @@ from ctrlrl.nn.encoder import (
     make_encoder,
     policy_groups,
 )
-from ctrlrl.nn.mlp import Ensemble, EnsembleMLP, Members, NetworkFactory, at_least_float32, mlp
+from ctrlrl.nn.mlp import Backbone, Ensemble, EnsembleMLP, Members, NetworkFactory, at_least_float32, mlp
 from ctrlrl.nn.recurrence import Recurrence, State
 from ctrlrl.nn.symmetry import BothSides, SymmetricTrunk, Symmetry
 from ctrlrl.tree import Obs, map_obs
@@ -133,10 +133,13 @@ class Networks:
         self._one_loss = one_loss
         self._space, self._settings, self._network, self._make_encoder = observation_space, settings, network, encoder
         self.normalizer = None
-        if settings.normalize_obs:
+        if settings.normalize_obs and not isinstance(network, Backbone):
             self.normalizer = ObservationNormalizer(observation_space, settings.min_obs_std)
         space = group_space(observation_space, settings.policy_obs or policy_groups(observation_space))
-        self.policy_encoder = make_encoder(space, encoder, self.normalizer)
+        if isinstance(network, Backbone):
+            self.policy_encoder = network.encoder(space)
+        else:
+            self.policy_encoder = make_encoder(space, encoder, self.normalizer)
         self._symmetry = Symmetry.of(space, action_space)
         if self._symmetry is not None:
             self.policy_encoder = BothSides(self.policy_encoder, self._symmetry)
@@ -149,6 +152,8 @@ class Networks:
         """The encoder of what critics read; images that the policy reads too are seen by the same convolution."""
         groups = self._settings.critic_obs or critic_groups(self._space)
         space = group_space(self._space, groups)
+        if isinstance(self._network, Backbone):
+            return self._network.encoder(space)
         return make_encoder(
             space,
             self._make_encoder,
@@ -169,6 +174,9 @@ class Networks:
         """`members` critics of observations and of `actions` numbers besides, with `outputs` each; by default with an
         encoder of their own."""
         encoder = encoder or self.critic_encoder()
+        if isinstance(self._network, Backbone):
+            made = self._network.critics(members, outputs, candidates=actions > 0)
+            return Critics(encoder, cast(Ensemble, made))
         inputs = encoder.out_features + actions
         if self._network is None:
             sizes = (inputs, *self._settings.hidden, outputs)
@@ -178,6 +186,8 @@ class Networks:
     def value(self, *, actions: int = 0, outputs: int = 1, layer_norm: bool = False) -> ValueFunction:
         """V(s) of what critics read; its trunk takes `actions` numbers besides and gives `outputs`."""
         encoder = self.critic_encoder()
+        if isinstance(self._network, Backbone):
+            return ValueFunction(encoder, None, self._network.value(outputs, candidates=actions > 0))
         return ValueFunction(encoder, None, self._make(encoder.out_features + actions, outputs, layer_norm=layer_norm))
 
     def _policy_trunk(self, inputs: int, outputs: int, *, actions: int, **how: Any) -> nn.Module:
@@ -189,6 +199,8 @@ class Networks:
         if self._network is None:
             return mlp((inputs, *self._settings.hidden, outputs), **how)
         module = self._network(inputs, outputs)
+        if isinstance(self._network, Backbone):
+            return module
         was_training = module.training
         with torch.no_grad():
             out = module.eval()(torch.zeros(2, inputs))
@@ -219,6 +231,8 @@ class OnPolicyNetworks(Networks):
                 "agent.recurrent does not go with a task whose policy is to be symmetric: take --agent.recurrent none, "
                 "or turn the task's mirror off (of ours by --env-kwargs '{\"symmetric\": false}')"
             )
+        if isinstance(network, Backbone) and settings.recurrent != "none":
+            raise UsageError("agent.recurrent is for the built-in networks, not for a language model: leave it out")
         self._recurrent, self._size, self._activation = settings.recurrent, settings.recurrent_size, settings.activation
 
     def policy_trunk(self, outputs: int, *, actions: int = 0, gain: float) -> tuple[Recurrence | None, nn.Module]:
@@ -231,6 +245,8 @@ class OnPolicyNetworks(Networks):
     def value_function(self, *, gain: float) -> ValueFunction:
         """V(s)."""
         encoder = self.critic_encoder()
+        if isinstance(self._network, Backbone):
+            return ValueFunction(encoder, None, self._network.value(1, candidates=False))
         memory, inputs = self._memory(encoder)
         return ValueFunction(encoder, memory, self._make(inputs, 1, activation=self._activation, out_gain=gain))
 

@@ -6,9 +6,21 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrlrl.errors import UsageError
+
+
+def trained(*modules: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `modules` that are learned, each once: what is frozen, beside an adapter say, is left out."""
+    found = dict.fromkeys(parameter for module in modules for parameter in module.parameters())
+    return [parameter for parameter in found if parameter.requires_grad]
+
+
+def trained_beside(module: nn.Module, copied: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `copied`, a copy of `module`, in the places of those that `trained` gives of that."""
+    pairs = zip(module.parameters(), copied.parameters(), strict=True)
+    return [theirs for own, theirs in pairs if own.requires_grad]
 
 
 class Adam:

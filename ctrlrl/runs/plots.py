@@ -240,13 +240,19 @@ def comparison_curves(name: str, groups: Sequence[GroupCurve], threshold: float 
         return _svg(figure, axes, name, "Evaluation return over environment steps, by group")
 
 
-def returns_picture(panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[Series]]]]], format: str) -> bytes:
+def returns_picture(
+    panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[Series]]]]],
+    format: str,
+    *,
+    quantity: str = "evaluation return",
+) -> bytes:
     """A picture for docs, on white of its own, so that it reads in a light page and in a dark one.
 
     Args:
         panels: (environment, [(label, the curve of each seed)]). Each panel shows the mean over seeds, where all of
             them have values, the range from the lowest to the highest, and each seed as a thin line.
         format: `svg` or `png`.
+        quantity: what the curves are of.
 
     Returns:
         The file's content, the same for the same input.
@@ -267,7 +273,7 @@ def returns_picture(panels: Sequence[tuple[str, Sequence[tuple[str, Sequence[Ser
             )
             axes.set_xlabel(_STEPS)
             if index % columns == 0:
-                axes.set_ylabel("evaluation return")
+                axes.set_ylabel(quantity)
             axes.grid(visible=False, axis="x")
             axes.margins(x=0.02)
             for label, curves in groups:

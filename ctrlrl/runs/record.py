@@ -70,6 +70,8 @@ class Evaluation:
     """Whether the run kept it as its best checkpoint so far."""
     figures: dict[str, float]
     """Means over the episodes of what the task says of each, without the reward's terms."""
+    transcripts: tuple[str, ...] = ()
+    """What was said in the first episodes, where they are told in words."""
 
     @property
     def mean(self) -> float:
@@ -325,6 +327,7 @@ def _evaluation(step: int, seconds: float, record: Mapping[str, Any]) -> Evaluat
             for name, value in (record.get("figures") or {}).items()
             if not name.startswith("episode/reward/")
         },
+        transcripts=tuple(map(str, record.get("transcripts") or ())),
     )
 
 

@@ -46,6 +46,7 @@ def write_report(run_dir: str | Path, out: str | Path | None = None) -> Path:
         panels=panels,
         videos=embed(run.videos),
         no_video=_why_no_video(run),
+        before_and_after=_before_and_after(run),
         config=_config_sections(run.flat_config),
         changed=set(run.provenance.get("changed", [])),
         commands=_commands(run),
@@ -90,6 +91,16 @@ def _stages(run: RunRecord) -> dict[str, Any] | None:
     drawn = plots.stages("stages", before, f"{history['algo']}, {unit}", run.curve, f"{run.algo}, steps", lines)
     said = better_of(change.first, data) if change is not None and "mean_return" in data else ""
     return {"history": history, "unit": unit, "svg": Markup(drawn), "change": change, "better": said}
+
+
+def _before_and_after(run: RunRecord) -> list[tuple[str, tuple[str, ...]]]:
+    """What was said in the same episodes at the first evaluation and at the best one."""
+    told = [one for one in run.evaluations if one.transcripts]
+    if not told:
+        return []
+    best = max(told, key=lambda one: (one.mean, one.step))
+    shown_ones = [told[0]] if best is told[0] else [told[0], best]
+    return [(f"Step {one.step:,}, return {one.mean:.3g} on average", one.transcripts) for one in shown_ones]
 
 
 def _why_no_video(run: RunRecord) -> str | None:

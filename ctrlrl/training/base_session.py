@@ -38,6 +38,7 @@ from ctrlrl.training.setup import (
     EnvLike,
     eval_rows,
     given,
+    networks_of,
     on_cpu,
     pick_device,
     settle_execution,
@@ -112,6 +113,7 @@ class Session(ABC):
         try:
             spaces = self.observation_space
             entries = list(spaces.spaces.values()) if isinstance(spaces, gym.spaces.Dict) else [spaces]
+            network = networks_of(config, network)
             plain = network is None and encoder is None and not any(map(is_image, entries))
             agent = config.agent  # type: ignore[attr-defined]
             if getattr(agent, "recurrent", "none") != "none":  # unrolled, that takes minutes to compile

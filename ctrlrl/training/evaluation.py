@@ -18,6 +18,9 @@ FIRST_SEED = 10_000
 MAX_STEPS = 100_000
 """An episode that does not end by then is cut, so that a policy that balances forever does not stop the training."""
 
+TOLD = 2
+"""Episodes whose words are kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
@@ -30,6 +33,8 @@ class Evaluation:
     """None where the task does not say."""
     figures: dict[str, float] = field(default_factory=dict)
     """Means over the episodes of what the task says of each at its end."""
+    transcripts: list[str] = field(default_factory=list)
+    """What was said in the first `TOLD` episodes, where they are told in words."""
 
     @property
     def mean(self) -> float:
@@ -48,10 +53,12 @@ def evaluate(
     seeds: Sequence[int],
     *,
     before_step: Callable[[], None] | None = None,
+    explore: bool = False,
 ) -> Evaluation:
     """One episode with the policy's mode for each of `seeds`, `env.num_envs` at a time.
 
-    The environment starts each episode from its seed, so the result depends on nothing but policy and seeds.
+    The environment starts each episode from its seed, so the result depends on nothing but policy and seeds; with
+    `explore`, where actions are sampled, on the policy's generator.
     `before_step` is called before every step of the first episode of environment 0, to take pictures, say.
 
     Raises:
@@ -60,17 +67,18 @@ def evaluate(
     was_training = policy.training
     policy.eval()
     try:
-        return _evaluate(env, policy, seeds, before_step)
+        return _evaluate(env, policy, seeds, before_step, explore)
     finally:
         policy.train(was_training)
 
 
 def _evaluate(
-    env: VectorEnv, policy: Policy, seeds: Sequence[int], before_step: Callable[[], None] | None
+    env: VectorEnv, policy: Policy, seeds: Sequence[int], before_step: Callable[[], None] | None, explore: bool
 ) -> Evaluation:
     n = env.num_envs
     returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), np.int64)
     said: dict[str, list[float]] = {}  # by the task at the end of each episode
+    transcripts: list[str] = []
     for first in range(0, len(seeds), n):
         chunk = list(seeds[first : first + n])
         running = torch.arange(n, device=env.device) < len(chunk)
@@ -84,7 +92,7 @@ def _evaluate(
             if before_step is not None and first == 0 and bool(running[0]):
                 before_step()
             with products_of(n):
-                action, state, _ = policy.act(obs_to(obs, policy.device), state, explore=False)
+                action, state, _ = policy.act(obs_to(obs, policy.device), state, explore=explore)
             step = env.step(action.to(env.device))
             counted = running & step.valid
             require_finite(env, step, counted, count)
@@ -101,6 +109,7 @@ def _evaluate(
                 break
             fresh = step.terminated | step.truncated | ~step.valid
             state, obs = policy.reset(state, fresh.to(policy.device)), step.obs
+        transcripts += [text for text in env.transcripts()[: len(chunk)] if text is not None]
         rows = slice(first, first + len(chunk))
         returns[rows], lengths[rows] = total[: len(chunk)].cpu(), count[: len(chunk)].cpu()
         if "success" in outcomes:  # a simulation that became unstable has not done its task
@@ -110,6 +119,5 @@ def _evaluate(
     success = said.pop("success", [float("nan")])
     figures = {name: float(np.nanmean(values)) for name, values in said.items() if not np.isnan(values).all()}
     whole = not any(np.isnan(success))
-    return Evaluation(
-        list(seeds), returns.tolist(), lengths.tolist(), [s > 0 for s in success] if whole else None, figures
-    )
+    succeeded = [s > 0 for s in success] if whole else None
+    return Evaluation(list(seeds), returns.tolist(), lengths.tolist(), succeeded, figures, transcripts[:TOLD])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ctrlrl.algorithms.registry import find_algorithm
 from ctrlrl.config import TrainConfig
@@ -34,6 +35,7 @@ from ctrlrl.training.setup import (
     eval_rows,
     given,
     make,
+    networks_of,
     on_cpu,
     pick_device,
     read_config,
@@ -108,7 +110,7 @@ def load(
         action,
         config.agent,  # type: ignore[attr-defined]
         device=where,
-        **given(network=network, encoder=encoder),
+        **given(network=networks_of(config, network), encoder=encoder),
         **({} if source is None else {"base": open_base(source, observation, action)}),
     )
     load_policy(agent.policy, path)
@@ -133,6 +135,7 @@ def evaluate_run(
     *,
     checkpoint: str = "best",
     episodes: int | None = None,
+    sample: bool = False,
     video: bool = False,
     env: EnvLike | None = None,
     device: str = "cpu",
@@ -142,7 +145,8 @@ def evaluate_run(
 ) -> Evaluation:
     """Deterministic returns of a checkpoint on the fixed list of seeds; the record goes into `evaluations.jsonl`.
 
-    With `video`, the first of the episodes is recorded under `videos/`.
+    With `sample` the policy acts as it explores, with random numbers of a fixed seed. With `video`, the first of the
+    episodes is recorded under `videos/`.
 
     Raises:
         UsageError: as `load`; or if a video was asked for and the environment cannot be rendered here.
@@ -155,13 +159,17 @@ def evaluate_run(
     prepare_cpu()
     vector = make(source, on_cpu(config), eval_rows(source, len(seeds)), "cpu")
     try:
-        result = evaluate(vector, loaded.policy, seeds)
+        loaded.policy.generator = torch.Generator(loaded.policy.device).manual_seed(0)
+        result = evaluate(vector, loaded.policy, seeds, explore=sample)
     finally:
         if vector is not source:
             vector.close()
-    record = {"date": now(), "kind": "eval", "step": step_of(path), "checkpoint": checkpoint, "seeds": result.seeds}
+    name = f"{checkpoint}, sampled" if sample else checkpoint
+    record = {"date": now(), "kind": "eval", "step": step_of(path), "checkpoint": name, "seeds": result.seeds}
     record |= {"returns": result.returns, "lengths": result.lengths, "success": result.success, "mean": result.mean}
     record["figures"] = result.figures
+    if result.transcripts:
+        record["transcripts"] = result.transcripts
     log = folder.path / "evaluations.jsonl"
     with write_errors_explained(log), open(log, "ab+") as file:
         file.seek(max(0, file.tell() - 1))

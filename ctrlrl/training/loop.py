@@ -248,6 +248,8 @@ class Loop(ABC):
         record = {"kind": "eval", "step": self.env_steps, "time": self._time(), "checkpoint": "current"}
         figures = {"seeds": result.seeds, "returns": result.returns, "lengths": result.lengths}
         figures |= {"success": result.success, "figures": result.figures}
+        if result.transcripts:
+            figures["transcripts"] = result.transcripts
         self.record(record | figures | {"mean": result.mean, "best": best})
         self.progress.evaluated(self.env_steps, result.mean, best)
         if (

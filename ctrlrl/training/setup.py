@@ -16,9 +16,11 @@ from ctrlrl.config import Config, TrainConfig
 from ctrlrl.envs.frame_stack import FrameStack
 from ctrlrl.envs.make import has_native, make_env
 from ctrlrl.envs.tasks.registry import is_robot_task
+from ctrlrl.envs.text.registry import is_text_task
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.execution import multiplies_bfloat16, unavailable
+from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.runs.folder import RunFolder
 
 EnvLike = str | gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any] | VectorEnv | Callable[[], gym.Env[Any, Any]]
@@ -38,6 +40,11 @@ def make(
 
     Where nothing else is asked for and `env` is an ID, `share` processes share them.
     """
+    if is_text_task(env):
+        from ctrlrl.language.adapter import text_environments  # imports transformers
+
+        kwargs = config.env_kwargs
+        return text_environments(str(env), config.language, num_envs=num_envs, env_kwargs=kwargs, device=device)
     backend, cores = config.backend, config.threads
     if render and not config.env_python and not is_robot_task(env):
         backend = "gymnasium"
@@ -205,6 +212,21 @@ def require_objects(provenance: dict[str, Any], **given: object) -> None:
                 f"the run was trained from Python with an own {key} ({name}), which is not saved with it; "
                 f"pass the same one: {key}=..."
             )
+
+
+def networks_of(config: TrainConfig, network: NetworkFactory | None) -> NetworkFactory | None:
+    """`network`, or else those of the language model that `config` names, if any.
+
+    Raises:
+        UsageError: both are given, or the model cannot be loaded.
+    """
+    if config.language.model is None:
+        return network
+    if network is not None:
+        raise UsageError("network=... and language.model are two networks for one policy: leave one of them out")
+    from ctrlrl.language.adapter import backbone  # imports transformers
+
+    return backbone(config.language)
 
 
 def eval_rows(source: EnvLike, episodes: int) -> int:

@@ -29,7 +29,7 @@ TOLERANCE = 0.025  # m, within which a goal is reached (ManiSkill's)
 POSE = {"joint2": -0.04, "joint4": -2.34, "joint6": 2.3}  # rad; the tool at (0.5, 0, 0.25), pointing down
 PADS = ("left_pad", "right_pad")
 PAD_Z = 0.0445  # m, of a fingertip's middle, in the finger's frame
-REWARDS = ("dense", "sparse")
+REWARDS = ("dense", "sparse", "success")
 
 FLOOR_BIT, OBJECT_BIT = 1, 2  # of what the hand can touch
 
@@ -203,7 +203,7 @@ def require_reward(name: str, reward: str) -> None:
     """Raise UsageError unless the option `reward` is one that there is."""
     if reward not in REWARDS:
         raise UsageError(
-            f"{name}: reward must be {' or '.join(REWARDS)}, got {reward!r}.{nearest(str(reward), REWARDS)}"
+            f"{name}: reward must be one of {', '.join(REWARDS)}, got {reward!r}.{nearest(str(reward), REWARDS)}"
         )
 
 

@@ -45,7 +45,8 @@ def panda_lift(name: str, *, reward: str = "dense", randomize: bool = True, fold
 
     Args:
         name: what a user types to get it.
-        reward: `dense`, or `sparse`: `panda.sparse_reward`, 0 where the cube is at the goal and -1 elsewhere.
+        reward: `dense`; `sparse`: `panda.sparse_reward`, 0 where the cube is at the goal and -1 elsewhere; or
+            `success`: 1 where the cube comes to the goal, which ends the episode, 0 before.
         randomize: gains, friction and the cube's mass differ from robot to robot, and measurements are noisy.
         folder: of the robot's model; see `Robot.find`.
 
@@ -66,6 +67,8 @@ def panda_lift(name: str, *, reward: str = "dense", randomize: bool = True, fold
     }
     if reward == "sparse":
         rewards = {"carried": Reward(lambda w: sparse_reward(terms.cube(w), w.command), 1.0)}
+    if reward == "success":
+        rewards = {"success": Reward(terms.at_goal, 1.0)}
     differences = {
         "friction": Event("startup", events.friction(PADS, (0.5, 1.2))),
         "mass": Event("startup", events.mass(CUBE, (0.5, 2.0))),
@@ -97,6 +100,7 @@ def panda_lift(name: str, *, reward: str = "dense", randomize: bool = True, fold
             }
         },
         rewards=rewards,
+        terminations={"at the goal": lambda w: terms.at_goal(w) > 0} if reward == "success" else {},
         reward_scale=0.2 if reward == "dense" else 1.0,
         track=arm.track,
         metrics={"distance": terms.distance, "grasped": terms.grasps},

@@ -51,7 +51,8 @@ def panda_reach(
 
     Args:
         name: what a user types to get it.
-        reward: `dense`, or `sparse`: `panda.sparse_reward`, 0 at the goal and -1 elsewhere.
+        reward: `dense`; `sparse`: `panda.sparse_reward`, 0 at the goal and -1 elsewhere; or `success`: 1 where the goal
+            is reached, which ends the episode, 0 before.
         orientation: the tool is to point down and be turned, too.
         randomize: gains differ from robot to robot, and measurements are noisy.
         folder: of the robot's model; see `Robot.find`.
@@ -74,6 +75,9 @@ def panda_reach(
         rewards["angle"] = Reward(terms.angle, -0.1)
     if reward == "sparse":
         rewards = {"reached": Reward(lambda w: sparse_reward(arm.tool(w), w.command), 1.0)}
+    there = terms.turned if orientation else terms.reached
+    if reward == "success":
+        rewards = {"success": Reward(there, 1.0)}
     observations = {
         "achieved goal": Obs(arm.tool, measure=Measure("tool position", "m", "base")),
         "desired goal": Obs(lambda w: w.command[:, :3], measure=Measure("command", select=(0, 1, 2))),
@@ -94,10 +98,11 @@ def panda_reach(
         goals=Goals("achieved goal", "desired goal", sparse_reward) if reward == "sparse" else None,
         observations={"policy": observations},
         rewards=rewards,
+        terminations={"at the goal": lambda w: there(w) > 0} if reward == "success" else {},
         track=arm.track,
         metrics={"distance": terms.distance},
         outcomes={
-            "success": terms.turned if orientation else terms.reached,
+            "success": there,
             "final distance": terms.distance,
         },
         command=Command(5, terms.draw_pose, names=(*GOAL, "sine of the turn", "cosine of the turn"))

@@ -1,0 +1,1 @@
+"""Language models as policies and critics, for the agents that learn to control robots."""

@@ -1,0 +1,171 @@
+"""A language model in the roles of an agent's networks: policy over candidates, critics, V.
+
+Shapes: B rows, L tokens of goal and prompt together, n candidates of C tokens, K critics, H units; see `model`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import gymnasium as gym
+import torch
+from torch import Tensor, nn
+
+from ctrlrl.config import LanguageConfig
+from ctrlrl.errors import UsageError
+from ctrlrl.language.model import LanguageModel
+from ctrlrl.nn.encoder import Encoder
+from ctrlrl.nn.mlp import Backbone, CandidateNetwork, EnsembleMLP
+from ctrlrl.tree import Obs
+
+
+class Tokens(Encoder):
+    """The token ids of goal and prompt as one text (B, L), padded on the left by -1."""
+
+    def __init__(self, space: gym.Space[Any]) -> None:
+        super().__init__()
+        entries = dict(space.spaces) if isinstance(space, gym.spaces.Dict) else {}
+        if "prompt" not in entries:
+            raise UsageError(f"a language model reads the entries 'goal' and 'prompt'; the environment gives {space}")
+        self.names = [name for name in ("goal", "prompt") if name in entries]
+        self.out_features = sum(math.prod(entries[name].shape or ()) for name in self.names)
+
+    def forward(self, obs: Obs) -> Tensor:
+        assert isinstance(obs, dict)
+        ids = torch.cat([obs[name] for name in self.names], -1).long()
+        if len(self.names) == 1:
+            return ids
+        # Each is padded on its left: what there is, in its order, to the right.
+        order = (ids >= 0).long().argsort(dim=-1, stable=True)
+        return ids.gather(-1, order)
+
+
+class CandidateLogits(CandidateNetwork):
+    """The policy: of each candidate the log-probability of its tokens after the prompt, summed, or their mean."""
+
+    starts_word: Tensor
+
+    def __init__(self, model: LanguageModel, config: LanguageConfig, starts_word: Tensor) -> None:
+        super().__init__()
+        self.model, self.temperature, self.normalize = model, config.temperature, config.normalize
+        self.register_buffer("starts_word", starts_word, persistent=False)
+
+    def forward(self, features: Tensor, candidates: Tensor, exists: Tensor | None) -> Tensor:
+        log_prob, _, there = self.model.score(features, candidates, exists, self.temperature)
+        total = log_prob.sum(-1)
+        if self.normalize == "sum":
+            return total
+        counted = there
+        if self.normalize == "word":
+            counted = there & self.starts_word[candidates.clamp(min=0).long()]
+        return total / counted.sum(-1).clamp(min=1)
+
+
+class CandidateValues(CandidateNetwork):
+    """K values of each candidate, (K, B, n): of the features of its last token after the prompt."""
+
+    def __init__(self, reader: Reader, members: int, hidden: int) -> None:
+        super().__init__()
+        self.reader = reader
+        self.heads = EnsembleMLP(members, (reader.hidden_size, hidden, 1))
+
+    def forward(self, features: Tensor, candidates: Tensor, exists: Tensor | None) -> Tensor:
+        at_end = self.reader.at_candidates(features, candidates, exists)  # (B, n, H)
+        values: Tensor = self.heads(at_end.flatten(0, 1)).squeeze(-1)
+        return values.view(-1, *at_end.shape[:2])
+
+
+class CandidateValue(CandidateNetwork):
+    """One such value, (B, n)."""
+
+    def __init__(self, reader: Reader, hidden: int) -> None:
+        super().__init__()
+        self.values = CandidateValues(reader, 1, hidden)
+
+    def forward(self, features: Tensor, candidates: Tensor, exists: Tensor | None) -> Tensor:
+        out: Tensor = self.values(features, candidates, exists)
+        return out.squeeze(0)
+
+
+class PromptValues(nn.Module):
+    """Values of prompts (B, L): of the features of the last token, (B, outputs)."""
+
+    def __init__(self, reader: Reader, outputs: int, hidden: int) -> None:
+        super().__init__()
+        self.reader = reader
+        self.head = EnsembleMLP(1, (reader.hidden_size, hidden, outputs))
+
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.head(self.reader.at_prompt(features))
+        return out.squeeze(0)
+
+
+class Reader(nn.Module):
+    """The features that critics read: of a model of their own, or of the policy's, which they do not train."""
+
+    def __init__(self, model: LanguageModel, config: LanguageConfig) -> None:
+        super().__init__()
+        self.hidden_size, self._kind = model.hidden_size, config.critic
+        self.own = copy.deepcopy(model) if config.critic == "separate" else None
+        self._policys = [model]  # in a list: it belongs to the policy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Reader:
+        """A copy, of target critics say, reads the same policy's model."""
+        memo[id(self._policys[0])] = self._policys[0]
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
+
+    def at_prompt(self, ids: Tensor) -> Tensor:
+        """(B, L) to (B, H)."""
+        with self._reading() as model:
+            return model.read(ids)[1]
+
+    def at_candidates(self, ids: Tensor, candidates: Tensor, exists: Tensor | None) -> Tensor:
+        """(B, L) and (B, n, C) to (B, n, H)."""
+        with self._reading() as model:
+            return model.score(ids, candidates, exists)[1]
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[LanguageModel]:
+        if self.own is not None:
+            yield self.own
+            return
+        model = self._policys[0]
+        with torch.no_grad(), model.plain() if self._kind == "frozen" else contextlib.nullcontext():
+            yield model
+
+
+class LanguageBackbone(Backbone):
+    """Makes an agent's networks from one language model, which the policy trains.
+
+    Args:
+        model: it.
+        config: how it answers, and what critics read.
+        starts_word: (V,) bool, which tokens begin a word.
+    """
+
+    def __init__(self, model: LanguageModel, config: LanguageConfig, starts_word: Tensor) -> None:
+        self.model, self.config, self.starts_word = model, config, starts_word
+
+    def encoder(self, space: gym.Space[Any]) -> Encoder:
+        return Tokens(space)
+
+    def __call__(self, inputs: int, outputs: int) -> nn.Module:
+        return CandidateLogits(self.model, self.config, self.starts_word)
+
+    def critics(self, members: int, outputs: int, *, candidates: bool) -> nn.Module:
+        reader = Reader(self.model, self.config)
+        if candidates:
+            return CandidateValues(reader, members, self.config.critic_hidden)
+        raise UsageError("critics of a language model are of candidates; a text environment gives them")
+
+    def value(self, outputs: int, *, candidates: bool) -> nn.Module:
+        reader = Reader(self.model, self.config)
+        if candidates:
+            return CandidateValue(reader, self.config.critic_hidden)
+        return PromptValues(reader, outputs, self.config.critic_hidden)

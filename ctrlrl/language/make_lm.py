@@ -1,0 +1,246 @@
+"""A tiny causal language model with a tokenizer of its own, trained by imitation of scripted demonstrators, so that
+there is a model to start from without a network and in minutes on a CPU.
+
+Shapes: B prompts, n candidates.
+The tokenizer has a token for each word of the texts. The model is a small Llama with random weights; it learns to
+prefer the demonstrator's answer, given what a policy is given: `goal`, past and `state`. The folder is one that
+`transformers` reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from ctrlrl.config import Config, LanguageConfig
+from ctrlrl.envs.text.base import TextEnv
+from ctrlrl.errors import UsageError
+from ctrlrl.language.model import LanguageModel, require_transformers
+from ctrlrl.language.text_vector import command_text, goal_text, prompt_text
+
+UNKNOWN, END = "<unk>", "<eos>"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TinyConfig(Config):
+    """The tiny model, and how it learns."""
+
+    section: ClassVar[str] = ""
+    hidden: int = 64
+    """Units of a layer."""
+    layers: int = 2
+    """Transformer layers."""
+    heads: int = 4
+    """Attention heads."""
+    context: int = 512
+    """Tokens it can read."""
+    episodes: int = 100
+    """Demonstrated episodes."""
+    epochs: int = 20
+    """Passes over them."""
+    batch_size: int = 32
+    """Turns per update."""
+    lr: float = 1e-3
+    """Adam step size, down to a tenth of it along a cosine."""
+    smoothing: float = 0.05
+    """Of the labels, so that no answer becomes impossible."""
+    seed: int = 0
+    """Of demonstrations, weights and batches."""
+
+    def check(self) -> None:
+        for name in ("hidden", "layers", "heads", "context", "episodes", "epochs", "batch_size"):
+            self.require(name, 1 <= getattr(self, name) <= 10**6, "between 1 and 1,000,000")
+        self.require("heads", self.hidden % self.heads == 0, f"a divisor of hidden = {self.hidden}")
+        self.require("lr", 0 < self.lr < 1, "in (0, 1)")
+        self.require("smoothing", 0 <= self.smoothing < 1, "in [0, 1)")
+
+
+def make_lm(
+    make: Callable[[], TextEnv],
+    out: str | Path,
+    config: TinyConfig | None = None,
+    *,
+    language: LanguageConfig | None = None,
+    vocabulary_episodes: int = 300,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, float]:
+    """Make such a model for the environments that `make` gives, and save it at `out`.
+
+    Args:
+        out: a folder that is not there yet, or empty.
+        config: sizes and learning.
+        language: how prompts are made; what is trained with the model must be made alike.
+        vocabulary_episodes: episodes of random answers by which words are found, besides the demonstrations.
+        say: is told how it goes.
+
+    Returns:
+        `loss` and `accuracy` over the last epoch, `words` of the vocabulary, `parameters` of the model.
+
+    Raises:
+        UsageError: the folder holds something, the task has no demonstrator, or no commands to choose from.
+    """
+    transformers = require_transformers()
+    c, settings = config or TinyConfig(), language or LanguageConfig()
+    path = Path(out)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path} is not empty: choose another --out; nothing was overwritten")
+    env = make()
+    turns, texts = demonstrations(env, c.episodes, c.seed, settings.history)
+    texts |= seen_at_random(env, vocabulary_episodes, c.seed)
+    env.close()
+    if not turns:
+        raise UsageError("the demonstrations have no turn with commands to choose from")
+    tokenizer = word_tokenizer(texts)
+    say(f"{len(turns):,} turns of {c.episodes} demonstrations, {len(tokenizer)} words")
+
+    torch.manual_seed(c.seed)
+    causal = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=c.hidden,
+            intermediate_size=2 * c.hidden,
+            num_hidden_layers=c.layers,
+            num_attention_heads=c.heads,
+            num_key_value_heads=c.heads,
+            max_position_embeddings=c.context,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    figures = imitate(LanguageModel(causal), tokenizer, turns, c, settings, say)
+    path.mkdir(parents=True, exist_ok=True)
+    causal.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return figures | {"words": len(tokenizer), "parameters": sum(p.numel() for p in causal.parameters())}
+
+
+Turn = tuple[str, str, tuple[str, ...], int]
+"""Goal and prompt as they are told, the commands, and which of them the demonstrator chose."""
+
+
+def demonstrations(env: TextEnv, episodes: int, seed: int, history: int) -> tuple[list[Turn], set[str]]:
+    """The turns of a demonstrator's episodes, and all texts in them.
+
+    Raises:
+        UsageError: there is no demonstrator.
+    """
+    turns: list[Turn] = []
+    texts: set[str] = set()
+    for episode in range(episodes):
+        state, past = env.reset(1_000_000 * (seed + 1) + episode), list[tuple[str, str]]()
+        while True:
+            answer = env.expert()
+            if answer is None:
+                raise UsageError(f"{type(env).__name__} has no scripted demonstrator to imitate")
+            goal = goal_text(state.goal) if state.goal else ""
+            prompt = prompt_text(state.observation, past[len(past) - history :] if history else [])
+            texts |= {goal, prompt, *map(command_text, (*state.commands, answer))}
+            if answer in state.commands:
+                turns.append((goal, prompt, state.commands, state.commands.index(answer)))
+            past.append((state.observation, answer))
+            step = env.step(answer)
+            if step.terminated or step.truncated:
+                break
+            state = step.state
+    return turns, texts
+
+
+def seen_at_random(env: TextEnv, episodes: int, seed: int) -> set[str]:
+    """Texts of episodes with random answers."""
+    texts: set[str] = set()
+    random = np.random.default_rng(seed)
+    for episode in range(episodes):
+        state = env.reset(2_000_000 * (seed + 1) + episode)
+        while True:
+            texts |= {goal_text(state.goal), prompt_text(state.observation, []), *map(command_text, state.commands)}
+            if not state.commands:
+                break
+            step = env.step(state.commands[int(random.integers(len(state.commands)))])
+            if step.terminated or step.truncated:
+                break
+            state = step.state
+    return texts
+
+
+def word_tokenizer(texts: set[str]) -> Any:
+    """A tokenizer with a token for each word of `texts`, and one for words it does not know."""
+    import tokenizers
+    import transformers
+
+    split = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    vocabulary = {word: i for i, word in enumerate([UNKNOWN, END, *words])}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    made.pre_tokenizer = split
+    return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=made, unk_token=UNKNOWN, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False
+    )
+
+
+def imitate(
+    model: LanguageModel,
+    tokenizer: Any,
+    turns: Sequence[Turn],
+    c: TinyConfig,
+    settings: LanguageConfig,
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    """Train `model` to prefer the answers of `turns` among the commands there; loss and accuracy of the last epoch."""
+    goal, prompt, candidates, exists, choice = _as_ids(tokenizer, turns, settings)
+    both = torch.cat([goal, prompt], -1)
+    both = both.gather(-1, (both >= 0).long().argsort(dim=-1, stable=True))
+    both = both[:, int((both < 0).all(0).sum()) :]  # columns that nothing stands in
+    optimizer = torch.optim.Adam(model.parameters(), c.lr)
+    updates = c.epochs * -(-len(turns) // c.batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates, c.lr / 10)
+    generator = torch.Generator().manual_seed(c.seed)
+    loss_sum = hits = 0.0
+    for epoch in range(c.epochs):
+        loss_sum = hits = 0.0
+        for rows in torch.randperm(len(turns), generator=generator).split(c.batch_size):  # type: ignore[no-untyped-call]
+            log_prob, _, _ = model.score(both[rows], candidates[rows], exists[rows])
+            logits = log_prob.sum(-1).masked_fill(~exists[rows], -1e9).log_softmax(-1)
+            right = logits.gather(-1, choice[rows, None]).squeeze(-1)
+            others = (logits * exists[rows]).sum(-1) / exists[rows].sum(-1)
+            loss = -((1 - c.smoothing) * right + c.smoothing * others).mean()
+            # The sum over all candidates' own likelihoods, too: a model of the texts, not of their differences alone.
+            loss = loss - 0.1 * log_prob[torch.arange(len(rows)), choice[rows]].sum(-1).mean()
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            loss_sum += float(loss.detach()) * len(rows)
+            hits += float((logits.argmax(-1) == choice[rows]).sum())
+        say(f"epoch {epoch + 1}/{c.epochs}: loss {loss_sum / len(turns):.3f}, right {hits / len(turns):.1%}")
+    return {"loss": loss_sum / len(turns), "accuracy": hits / len(turns)}
+
+
+def _as_ids(tokenizer: Any, turns: Sequence[Turn], settings: LanguageConfig) -> tuple[torch.Tensor, ...]:
+    def ids(text: str) -> list[int]:
+        out: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return out
+
+    def block(rows: Sequence[Sequence[int]], *, left: bool) -> torch.Tensor:
+        width = max(1, max(map(len, rows)))
+        out = torch.full((len(rows), width), -1)
+        for row, given in zip(out, rows, strict=True):
+            if given:
+                row[width - len(given) if left else 0 : width if left else len(given)] = torch.tensor(given)
+        return out
+
+    goals = block([ids(goal) if goal else [] for goal, *_ in turns], left=True)
+    prompts = block([ids(prompt)[-settings.prompt_tokens :] for _, prompt, *_ in turns], left=True)
+    most = max(len(commands) for _, _, commands, _ in turns)
+    said = [[ids(command_text(command)) for command in commands] for _, _, commands, _ in turns]
+    flat = block([one for row in said for one in [*row, *[[]] * (most - len(row))]], left=False)
+    candidates = flat.view(len(turns), most, -1)
+    choice = torch.tensor([chosen for *_, chosen in turns])
+    return goals, prompts, candidates, (candidates >= 0).any(-1), choice

@@ -1,0 +1,1 @@
+"""Environments that speak text: what is seen, what may be answered and what is to be done are words."""
