@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import gymnasium as gym
 
 from ctrlrl.envs.tasks.registry import ROBOT_TASKS, is_robot_task, task_of
+from ctrlrl.envs.text.registry import TEXT_TASKS, is_text_task
 from ctrlrl.envs.worker import EXTRAS, PixelObservation, build_env, family_of, newest_versions
 from ctrlrl.errors import UsageError, nearest
 
@@ -107,6 +108,11 @@ def make_env(
         raise UsageError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}.{nearest(backend, BACKENDS)}")
     if env_python is not None and backend not in ("auto", "workers"):
         raise UsageError(f"backend {backend!r} steps in this process and cannot use env_python; use 'workers'")
+    if is_text_task(env):
+        raise UsageError(
+            f"{env} speaks text, of which a language model's tokenizer makes tensors: name the model (--language.model "
+            "DIR), or call ctrlrl.language.adapter.text_environments"
+        )
     if isinstance(env, str) and "," in env:
         return _make_tasks(
             env.split(","),
@@ -268,6 +274,8 @@ def _checked(maker: Callable[[], gym.Env[Any, Any]], pixels: int, grayscale: boo
 def list_envs() -> list[EnvInfo]:
     """The environments that are registered, each in its newest version, by family and name; makes none of them."""
     infos = [EnvInfo(env_id, "ctrlrl", True, True) for env_id in ROBOT_TASKS]
+    for env_id, task in TEXT_TASKS.items():
+        infos.append(EnvInfo(env_id, "text", not task.package or _is_installed(task.package)))
     for env_id in newest_versions().values():
         spec = gym.registry[env_id]
         if not isinstance(spec.entry_point, str):

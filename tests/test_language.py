@@ -25,6 +25,7 @@ from ctrlrl.algorithms.sac_discrete import SACDiscrete
 from ctrlrl.algorithms.sac_discrete_config import SACDiscreteConfig
 from ctrlrl.cli.main import run as command
 from ctrlrl.config import LanguageConfig
+from ctrlrl.envs.make import make_env
 from ctrlrl.envs.text.base import TextEnv, TextState, TextStep
 from ctrlrl.errors import UsageError
 from ctrlrl.language.adapter import word_starts
@@ -488,3 +489,10 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         model = {"model": str(tmp_path)}
         ctrlrl.train("ppo", echo(8), steps=10, language=model, network=tiny(), out=str(tmp_path / "a"))
     assert not (tmp_path / "a").exists()
+
+
+def test_text_environments_are_listed_and_say_what_they_need(capsys: Any) -> None:
+    assert command(["envs"]) == 0
+    assert "text/GuessNumber" in capsys.readouterr().out
+    with pytest.raises(UsageError, match=r"text/Maze speaks text, .*--language\.model DIR"):
+        make_env("text/Maze")
