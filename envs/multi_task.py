@@ -67,6 +67,7 @@ class MultiTask(VectorEnv):
         self.observation_space = joined["obs"] if bare else gym.spaces.Dict(dict(joined))
         self._bare = bare
         self.action_space, self._mapped = self._actions()
+        self._bounds = [self._bounds_of(env.action_space) for env in envs] if self._mapped else []
         self._returns = torch.zeros(self.num_envs, dtype=torch.float64, device=self.device)
 
     def reset(self, seed: int | Sequence[int] | None = None) -> Obs:
@@ -104,7 +105,7 @@ class MultiTask(VectorEnv):
         self._returns[ended | ~valid] = 0
         return Step(
             obs=self._together([step.obs for step in steps]),
-            action=joined([self._to_common(k, step.action) for k, step in enumerate(steps)]),
+            action=joined([self._applied(k, step.action, action) for k, step in enumerate(steps)]),
             reward=reward,
             terminated=terminated,
             truncated=truncated,
@@ -118,7 +119,7 @@ class MultiTask(VectorEnv):
         own = action[self._rows[k]]
         if not self._mapped:
             return own
-        low, high = self._bounds(k)
+        low, high = self._bounds[k]
         unit = own[:, : low.numel()].clamp(-1, 1)
         return (low.flatten() + (unit + 1) / 2 * (high - low).flatten()).view(len(own), *low.shape)
 
@@ -178,6 +179,8 @@ class MultiTask(VectorEnv):
     def _joined(self, name: str, spaces: Sequence[dict[str, gym.spaces.Box]]) -> gym.spaces.Box:
         """The space of the entry `name` of all tasks."""
         there = [space[name] for space in spaces if name in space]
+        if name in ("action_mask", "candidate_mask", "candidates"):
+            raise UsageError(f"{self.name}: tasks that say which actions exist ({name}) cannot be joined yet")
         if any(is_image(space) for space in there):
             if len(there) < len(spaces) or any(space != there[0] for space in there):
                 found = ", ".join(f"{n}: {s.get(name)}" for n, s in zip(self.names, spaces, strict=True))
@@ -212,24 +215,32 @@ class MultiTask(VectorEnv):
         if all(space == spaces[0] for space in spaces):
             return spaces[0], False
         for name, space in zip(self.names, spaces, strict=True):
-            if not isinstance(space, gym.spaces.Box) or not space.is_bounded():
+            if not isinstance(space, gym.spaces.Box) or not space.is_bounded() or not (space.low < space.high).all():
                 raise UsageError(
                     f"{self.name}: {name} takes {space}, others something else; tasks that take different actions are "
-                    "joined where all take bounded Boxes"
+                    "joined where all take bounded Boxes, with low < high"
                 )
         return gym.spaces.Box(-1, 1, (max(math.prod(space.shape or ()) for space in spaces),), np.float32), True
 
-    def _bounds(self, k: int) -> tuple[Tensor, Tensor]:
-        box = self.envs[k].action_space
+    def _bounds_of(self, box: gym.Space[Any]) -> tuple[Tensor, Tensor]:
         assert isinstance(box, gym.spaces.Box)
         return tuple(torch.as_tensor(b, dtype=torch.float32, device=self.device) for b in (box.low, box.high))  # type: ignore[return-value]
+
+    def _applied(self, k: int, own: Tensor, action: Tensor) -> Tensor:
+        """What task k applied (n, ...), as an action of all; what it does not read stays as it was given, so that
+        critics see it there as it was drawn."""
+        common = self._to_common(k, own)
+        if self._mapped:
+            read = math.prod(own.shape[1:])
+            common[:, read:] = action[self._rows[k], read:].clamp(-1, 1)
+        return common
 
     def _to_common(self, k: int, action: Tensor) -> Tensor:
         """Task k's actions (n, ...) in the units of all."""
         if not self._mapped:
             return action
         assert isinstance(self.action_space, gym.spaces.Box)
-        low, high = (bound.to(action.device) for bound in self._bounds(k))
+        low, high = (bound.to(action.device) for bound in self._bounds[k])
         unit = ((action - low) / (high - low) * 2 - 1).flatten(1)
         return torch.nn.functional.pad(unit, (0, self.action_space.shape[0] - unit.shape[1]))
 

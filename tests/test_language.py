@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ctrlrl.cli.main import run as command
 from ctrlrl.config import LanguageConfig
 from ctrlrl.envs.make import make_env
 from ctrlrl.envs.text.base import TextEnv, TextState, TextStep
+from ctrlrl.envs.text.registry import make_text_env
 from ctrlrl.errors import UsageError
 from ctrlrl.language.adapter import word_starts
 from ctrlrl.language.backbone import LanguageBackbone, Tokens
@@ -34,6 +36,7 @@ from ctrlrl.language.make_lm import TinyConfig, make_lm, word_tokenizer
 from ctrlrl.language.model import LanguageModel, digest_of, load_model
 from ctrlrl.language.text_vector import TextVector, command_text, goal_text, prompt_text
 from ctrlrl.replay.rollout import Rollout
+from ctrlrl.training.collect import RandomPolicy
 from ctrlrl.training.collector import Collector
 from tests.runs import assert_same
 
@@ -85,7 +88,8 @@ def test_scores_are_those_of_each_text_alone(kind: str) -> None:
     """Fails without positions (GPT-2), with masks made from ids, with a blank between prompt and answer, or where the
     first token is predicted from padding."""
     model, (prompt, candidates, exists) = model_of(kind), texts()
-    log_prob, features, there = model.score(prompt, candidates, exists, temperature=1.5)
+    log_prob, there = model.score(prompt, candidates, exists, temperature=1.5)
+    features = model.features(prompt, candidates, exists)
     for b in range(3):
         for i in range(4):
             length = int((candidates[b, i] >= 0).sum()) if exists[b, i] else 0
@@ -210,7 +214,7 @@ SMALL = LanguageConfig(
 
 
 def said() -> set[str]:
-    words = {goal_text("say it back"), prompt_text("say", [("say", "red")])}
+    words = {goal_text("say it back"), prompt_text("say", [("say", "red")], 1)}
     return words | {command_text(word) for word in Echo.words}
 
 
@@ -236,7 +240,7 @@ def test_what_is_said_is_told_in_tokens_once() -> None:
         for row in range(3):
             shown, past = env._states[row], env.transcript[row][-1:]
             prompt = obs["prompt"][row]
-            assert tokenizer.decode(prompt[prompt >= 0]) == " ".join(prompt_text(shown.observation, past).split())
+            assert tokenizer.decode(prompt[prompt >= 0]) == " ".join(prompt_text(shown.observation, past, 1).split())
             assert bool((prompt.sign().diff() >= 0).all()) or prompt[0] >= 0  # padded on the left alone
             offered = [tokenizer.decode(c[c >= 0]) for c in obs["candidates"][row][obs["candidate_mask"][row] > 0]]
             assert offered == list(shown.commands)
@@ -480,6 +484,38 @@ def test_a_run_is_resumed_told_and_exported(rank: int, tmp_path: Path, capsys: A
         assert "has no adapter" in capsys.readouterr().err
 
 
+def test_another_model_in_its_place_is_noticed(tmp_path: Path) -> None:
+    options = {"max_candidates": 4, "prompt_tokens": 40, "candidate_tokens": 2, "model": str(tmp_path / "lm")}
+    options |= {"lora_rank": 2, "lora_targets": ["q_proj"]}
+    kwargs = {"high": 4, "max_turns": 3}
+    lm = TinyConfig(hidden=16, heads=2, layers=1, episodes=10, epochs=1)
+    made = lambda: make_text_env("text/GuessNumber", kwargs)  # noqa: E731
+    make_lm(made, tmp_path / "lm", lm, vocabulary_episodes=10)
+    small = {"steps": 32, "num_envs": 4, "rollout_steps": 16, "agent": {"epochs": 1, "minibatch_size": 8}}
+    settings = SETTINGS | small | {"language": options, "env_kwargs": kwargs}
+    run = ctrlrl.train("ppo", "text/GuessNumber", out=str(tmp_path / "run"), **settings)
+    shutil.rmtree(tmp_path / "lm")
+    make_lm(made, tmp_path / "lm", TinyConfig(**{**lm.to_dict(), "seed": 1}), vocabulary_episodes=10)
+    for again in (ctrlrl.load, ctrlrl.resume):
+        with pytest.raises(UsageError, match=r"is no longer the one that the run was trained with \(frozen\)"):
+            again(run.path)
+    for algo, wrong, said in (
+        ("sac", {}, "a language model is for bc, iql-discrete, ppo, sac-discrete so far, not for sac"),
+        ("ppo", {"pixels": 32}, "leave pixels out"),
+        ("ppo", {"language": options | {"prompt_tokens": 5000}}, r"the model reads 512 tokens; .* = 5,034"),
+    ):
+        given = {"steps": 32, "num_envs": 4, "language": options, "env_kwargs": kwargs, "out": str(tmp_path / "no")}
+        with pytest.raises(UsageError, match=said):
+            ctrlrl.train(algo, "text/GuessNumber", **SETTINGS | given | wrong)
+
+
+def test_random_answers_are_those_on_offer() -> None:
+    env = echo(3)
+    policy, obs = RandomPolicy(env, 0), env.reset(0)
+    for _ in range(20):
+        obs = env.step(policy.act(obs)[0]).obs
+
+
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"a text environment is for a language model: --language\.model DIR"):
         ctrlrl.train("ppo", "text/Maze", steps=10, out=str(tmp_path / "a"))
@@ -496,3 +532,28 @@ def test_text_environments_are_listed_and_say_what_they_need(capsys: Any) -> Non
     assert "text/GuessNumber" in capsys.readouterr().out
     with pytest.raises(UsageError, match=r"text/Maze speaks text, .*--language\.model DIR"):
         make_env("text/Maze")
+
+
+def test_a_prompt_tells_as_many_turns_as_there_were() -> None:
+    past = [(f"shown {i}", f"answer {i}") for i in range(4)]
+    for history in (0, 1, 3, 9):
+        for t in range(5):
+            told = prompt_text("now", past[:t], history)
+            assert [i for i in range(4) if f"answer {i}\n" in told] == list(range(4))[max(0, t - history) : t]
+
+
+def test_a_tied_output_is_frozen_with_its_embedding() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}
+    tied = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
+    )
+    adapter = peft.get_peft_model(tied, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model = LanguageModel(adapter.get_base_model(), adapter=adapter)
+    assert all("lora" in name for name in model.state_dict())
+    copied = copy.deepcopy(model)
+    own = {id(p) for p in model.parameters() if not p.requires_grad}
+    assert own == {id(p) for p in copied.parameters() if not p.requires_grad}  # there once, however many read it
+    assert not {id(p) for p in model.parameters() if p.requires_grad} & {id(p) for p in copied.parameters()}
+    copied.load_state_dict(model.state_dict())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,13 @@ def test_it_goes_on_exactly() -> None:
             assert torch.equal(value.nan_to_num(9e9), two.log[name].nan_to_num(9e9)), name
 
 
+def test_what_a_task_does_not_read_is_stored_as_it_was_given() -> None:
+    env = make_env("HalfCheetah-v5,Hopper-v5", num_envs=4)
+    env.reset(0)
+    action = torch.rand(4, 6, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.allclose(env.step(action).action, action, atol=1e-6)
+
+
 def test_dicts_are_joined_entry_by_entry() -> None:
     env = make_env("CartPoleSwingUp-v0,PendulumSwingUp-v0", num_envs=4)
     assert isinstance(env, MultiTask) and isinstance(env.observation_space, gym.spaces.Dict)
@@ -179,6 +188,15 @@ def test_one_policy_learns_of_specialists_and_is_taught_on(
     assert again.provenance["student"] == student
     with pytest.raises(UsageError, match=r"the student .* learned Pendulum-v1"):
         distill(specialists, tmp_path / "odd", steps=9, student=runs[0], num_envs=2, reference_episodes=2)
+    other = load(student).config.env_kwargs["tasks"][::-1]
+    folder = tmp_path / "swapped"
+    shutil.copytree(student, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"env_kwargs": {"tasks": other}}))
+    with pytest.raises(UsageError, match=r"the student .* learned .*tasks.*; the specialists"):
+        distill(specialists, tmp_path / "odd", steps=9, student=folder, num_envs=2, reference_episodes=2)
+    with pytest.raises(UsageError, match="a specialist is of one task"):
+        distill([student, runs[0]], tmp_path / "odd", num_envs=3, reference_episodes=3)
     with pytest.raises(UsageError, match="two runs or more"):
         distill(specialists[:1], tmp_path / "odd")
     assert not (tmp_path / "odd").exists()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +12,9 @@ import torch
 
 from ctrlrl.config import LanguageConfig
 from ctrlrl.envs.text.registry import make_text_env
+from ctrlrl.errors import UsageError
 from ctrlrl.language.backbone import LanguageBackbone
-from ctrlrl.language.model import load_model, load_tokenizer
+from ctrlrl.language.model import digest_of, load_model, load_tokenizer
 from ctrlrl.language.text_vector import TextVector
 
 
@@ -46,7 +49,34 @@ def backbone(config: LanguageConfig) -> LanguageBackbone:
     """
     model = load_model(config)
     tokenizer = _tokenizer(config.model)
+    require_fits(config, model.longest)
     return LanguageBackbone(model, config, word_starts(tokenizer, model.vocabulary))
+
+
+def digests(config: LanguageConfig) -> dict[str, str]:
+    """By what a run knows its model again: hashes of the frozen weights, and of the tokenizer's words."""
+    words = json.dumps(_tokenizer(config.model).get_vocab(), sort_keys=True)
+    tokenizer = hashlib.sha256(words.encode()).hexdigest()
+    return {"frozen": digest_of(load_model(config)) if config.lora_rank else "", "tokenizer": tokenizer}
+
+
+def require_same_model(config: LanguageConfig, before: dict[str, str]) -> None:
+    """Raise UsageError unless the model is the one that a run was trained with, by its `digests`."""
+    if differing := [what for what, value in digests(config).items() if before.get(what, value) != value]:
+        raise UsageError(
+            f"the model {config.model} is no longer the one that the run was trained with ({', '.join(differing)}): "
+            "put the former one there"
+        )
+
+
+def require_fits(config: LanguageConfig, longest: int) -> None:
+    """Raise UsageError unless a model that reads `longest` tokens can read the longest prompt and its answer."""
+    total = config.goal_tokens + config.prompt_tokens + config.candidate_tokens
+    if total > longest:
+        raise UsageError(
+            f"the model reads {longest:,} tokens; language.goal_tokens, prompt_tokens and candidate_tokens are "
+            f"{config.goal_tokens} + {config.prompt_tokens} + {config.candidate_tokens} = {total:,}"
+        )
 
 
 def word_starts(tokenizer: Any, size: int) -> torch.Tensor:

@@ -55,7 +55,7 @@ class CandidateLogits(CandidateNetwork):
         self.register_buffer("starts_word", starts_word, persistent=False)
 
     def forward(self, features: Tensor, candidates: Tensor, exists: Tensor | None) -> Tensor:
-        log_prob, _, there = self.model.score(features, candidates, exists, self.temperature)
+        log_prob, there = self.model.score(features, candidates, exists, self.temperature)
         total = log_prob.sum(-1)
         if self.normalize == "sum":
             return total
@@ -128,7 +128,7 @@ class Reader(nn.Module):
     def at_candidates(self, ids: Tensor, candidates: Tensor, exists: Tensor | None) -> Tensor:
         """(B, L) and (B, n, C) to (B, n, H)."""
         with self._reading() as model:
-            return model.score(ids, candidates, exists)[1]
+            return model.features(ids, candidates, exists)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[LanguageModel]:

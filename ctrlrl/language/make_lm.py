@@ -140,7 +140,7 @@ def demonstrations(env: TextEnv, episodes: int, seed: int, history: int) -> tupl
             if answer is None:
                 raise UsageError(f"{type(env).__name__} has no scripted demonstrator to imitate")
             goal = goal_text(state.goal) if state.goal else ""
-            prompt = prompt_text(state.observation, past[len(past) - history :] if history else [])
+            prompt = prompt_text(state.observation, past, history)
             texts |= {goal, prompt, *map(command_text, (*state.commands, answer))}
             if answer in state.commands:
                 turns.append((goal, prompt, state.commands, state.commands.index(answer)))
@@ -159,7 +159,7 @@ def seen_at_random(env: TextEnv, episodes: int, seed: int) -> set[str]:
     for episode in range(episodes):
         state = env.reset(2_000_000 * (seed + 1) + episode)
         while True:
-            texts |= {goal_text(state.goal), prompt_text(state.observation, []), *map(command_text, state.commands)}
+            texts |= {goal_text(state.goal), prompt_text(state.observation, [], 0), *map(command_text, state.commands)}
             if not state.commands:
                 break
             step = env.step(state.commands[int(random.integers(len(state.commands)))])
@@ -205,7 +205,7 @@ def imitate(
     for epoch in range(c.epochs):
         loss_sum = hits = 0.0
         for rows in torch.randperm(len(turns), generator=generator).split(c.batch_size):  # type: ignore[no-untyped-call]
-            log_prob, _, _ = model.score(both[rows], candidates[rows], exists[rows])
+            log_prob, _ = model.score(both[rows], candidates[rows], exists[rows])
             logits = log_prob.sum(-1).masked_fill(~exists[rows], -1e9).log_softmax(-1)
             right = logits.gather(-1, choice[rows, None]).squeeze(-1)
             others = (logits * exists[rows]).sum(-1) / exists[rows].sum(-1)

@@ -49,9 +49,18 @@ class LanguageModel(nn.Module):
         self.hidden_size, self.vocabulary = int(config.hidden_size), int(config.vocab_size)
         self.longest = int(getattr(config, "max_position_embeddings", 10**9) or 10**9)
         nn.Module.train(self, False)
-        self._frozen = frozenset(name for name, value in self.named_parameters() if not value.requires_grad)
+        named = self.named_parameters(remove_duplicate=False)  # a tied output has two names
+        self._frozen = frozenset(name for name, value in named if not value.requires_grad)
         self.register_state_dict_post_hook(_leave_out_frozen)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_put_back_frozen)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LanguageModel:
+        """A copy has its own of what is trained, and shares what is frozen."""
+        if self._frozen:
+            memo.update({id(p): p for name, p in self.named_parameters(remove_duplicate=False) if name in self._frozen})
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__ = copy.deepcopy(self.__dict__, memo)
+        return copied
 
     def train(self, mode: bool = True) -> LanguageModel:
         """It stays in evaluation mode."""
@@ -92,9 +101,9 @@ class LanguageModel(nn.Module):
         )
         return out.logits[:, -1].float(), out.hidden_states[-1][:, -1].float(), out.past_key_values if cache else None
 
-    def go_on(self, ids: Tensor, prompt: Tensor, cache: Any) -> tuple[Tensor, Tensor, Any]:
+    def go_on(self, ids: Tensor, prompt: Tensor, cache: Any, *, logits: bool = True) -> tuple[Tensor, Tensor]:
         """Tokens (B, C), padded on the right, after prompts (B, L) that were read: logits (B, C, V) of the token after
-        each, features (B, C, H), and the cache, with these tokens in it."""
+        each, or without `logits` of the last column's alone, (B, 1, V), and features (B, C, H)."""
         before, there = prompt >= 0, ids >= 0
         start = before.long().sum(-1, keepdim=True)
         out = self.causal(
@@ -104,12 +113,13 @@ class LanguageModel(nn.Module):
             cache=cache,
             use_cache=True,
             output_hidden_states=True,
+            logits_to_keep=0 if logits else 1,
         )
-        return out.logits.float(), out.hidden_states[-1].float(), out.past_key_values
+        return out.logits.float(), out.hidden_states[-1].float()
 
     def score(
         self, prompt: Tensor, candidates: Tensor, exists: Tensor | None, temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         """How likely each candidate follows, with one cache for all of a prompt.
 
         Args:
@@ -119,26 +129,53 @@ class LanguageModel(nn.Module):
             temperature: that logits are divided by.
 
         Returns:
-            log-probabilities of each token (B, n, C), 0 where there is none; features of each candidate's last token
-            (B, n, H), zeros where there is no candidate; and which tokens there are (B, n, C).
+            log-probabilities of each token (B, n, C), 0 where there is none, and which tokens there are (B, n, C).
         """
-        rows, n, length = candidates.shape
-        there = candidates >= 0
-        real = there.any(-1) if exists is None else exists & there.any(-1)
-        which = real.flatten().nonzero().squeeze(-1)  # (M,)
-        of_prompt, ids = which // n, candidates.flatten(0, 1)[which].long()
+        which, of_prompt, ids = _existing(candidates, exists)
         first, _, cache = self.read(prompt, cache=True)
         cache.batch_select_indices(of_prompt)
-        logits, features, _ = self.go_on(ids, prompt[of_prompt], cache)
-        before_each = torch.cat([first[of_prompt][:, None], logits[:, :-1]], 1) / temperature  # (M, C, V)
+        logits, _ = self.go_on(ids, prompt[of_prompt], cache)
         token = ids.clamp(min=0)
-        log_prob = before_each.log_softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
+        log_prob = torch.cat(  # of the first token, and of those after it
+            [
+                _log_prob(first / temperature, of_prompt, token[:, 0])[:, None],
+                _log_prob(logits[:, :-1] / temperature, None, token[:, 1:]),
+            ],
+            -1,
+        )
         log_prob = log_prob * (ids >= 0)
+        rows, n, length = candidates.shape
+        scores = log_prob.new_zeros(rows * n, length).index_copy(0, which, log_prob)
+        there = torch.zeros(rows * n, length, dtype=torch.bool, device=ids.device).index_copy(0, which, ids >= 0)
+        return scores.view(rows, n, length), there.view(rows, n, length)
+
+    def features(self, prompt: Tensor, candidates: Tensor, exists: Tensor | None) -> Tensor:
+        """Features of each candidate's last token after the prompt (B, n, H), zeros where there is no candidate.
+        Arguments as those of `score`."""
+        which, of_prompt, ids = _existing(candidates, exists)
+        _, _, cache = self.read(prompt, cache=True)
+        cache.batch_select_indices(of_prompt)
+        _, features = self.go_on(ids, prompt[of_prompt], cache, logits=False)
         last = ((ids >= 0).sum(-1) - 1).clamp(min=0)
         at_last = features[torch.arange(len(ids), device=ids.device), last]
-        scores = log_prob.new_zeros(rows * n, length).index_copy(0, which, log_prob)
-        ends = at_last.new_zeros(rows * n, at_last.shape[-1]).index_copy(0, which, at_last)
-        return scores.view(rows, n, length), ends.view(rows, n, -1), there & real.unsqueeze(-1)
+        rows, n, _ = candidates.shape
+        return at_last.new_zeros(rows * n, at_last.shape[-1]).index_copy(0, which, at_last).view(rows, n, -1)
+
+
+def _existing(candidates: Tensor, exists: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the M candidates that there are: their places among all (M,), whose prompt's they are (M,), ids (M, C)."""
+    there = (candidates >= 0).any(-1)
+    real = there if exists is None else exists & there
+    which = real.flatten().nonzero().squeeze(-1)
+    return which, which // candidates.shape[1], candidates.flatten(0, 1)[which].long()
+
+
+def _log_prob(logits: Tensor, rows: Tensor | None, token: Tensor) -> Tensor:
+    """Log-probabilities of `token` (..., ) by logits (..., V), of `rows` where given; no second (..., V) is made."""
+    total = logits.logsumexp(-1)
+    if rows is not None:
+        return logits[rows, token] - total[rows]
+    return logits.gather(-1, token.unsqueeze(-1)).squeeze(-1) - total
 
 
 def _leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
@@ -149,7 +186,7 @@ def _leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, met
 
 def _put_back_frozen(module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
     assert isinstance(module, LanguageModel)
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     for name in module._frozen:
         state.setdefault(prefix + name, parameters[name].detach())
 
@@ -205,7 +242,7 @@ def _with_adapter(causal: Any, config: LanguageConfig) -> Any:
 def digest_of(model: LanguageModel) -> str:
     """A hash of the weights that are frozen, by which a run knows the model it was trained on."""
     sha = hashlib.sha256()
-    for name, value in sorted(model.named_parameters()):
+    for name, value in sorted(model.named_parameters(remove_duplicate=False)):
         if name in model._frozen:
             sha.update(name.encode() + value.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes())
     return sha.hexdigest()

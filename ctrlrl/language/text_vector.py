@@ -90,7 +90,7 @@ class TextVector(VectorEnv):
         reward, flags = np.zeros(n, np.float32), np.zeros((2, n), np.bool_)
         figures = {name: np.full(n, np.nan, np.float32) for name in ("success", *_FIGURES)}
         finals: list[TextState] = []
-        told: list[list[tuple[str, str]]] = []
+        told: dict[int, list[tuple[str, str]]] = {}  # of what ended
         for row, env in enumerate(self._envs):
             shown = self._states[row]
             commands = shown.commands
@@ -102,9 +102,9 @@ class TextVector(VectorEnv):
             self._counts[row, :2] += 1, step.valid
             reward[row], flags[:, row] = step.reward, (step.terminated, step.truncated)
             finals.append(step.state)
-            told.append(list(self.transcript[row]))
             self._states[row] = step.state
             if step.terminated or step.truncated:
+                told[row] = self.transcript[row]
                 turns, valid, cut = self._counts[row].tolist()
                 figures["success"][row] = np.nan if step.success is None else step.success
                 for name, value in zip(_FIGURES, (turns, valid / turns, cut / turns), strict=True):
@@ -192,10 +192,12 @@ class TextVector(VectorEnv):
                 f"{self.name} takes any text for an answer, and a policy chooses among commands so far: take an "
                 "environment that offers some"
             )
-        return self._told(self._states, self.transcript)
+        return self._told(self._states, self.transcript, acting=True)
 
-    def _told(self, states: Sequence[TextState], transcripts: Sequence[list[tuple[str, str]]]) -> dict[str, Tensor]:
-        """The observations of rows with these states and pasts."""
+    def _told(
+        self, states: Sequence[TextState], transcripts: Sequence[list[tuple[str, str]]], *, acting: bool = False
+    ) -> dict[str, Tensor]:
+        """The observations of rows with these states and pasts; of what is acted on, cut prompts are counted."""
         c, n = self._config, len(states)
         out: dict[str, np.ndarray[Any, Any]] = {
             "goal": np.full((n, c.goal_tokens), -1, np.int32),
@@ -209,8 +211,8 @@ class TextVector(VectorEnv):
                 raise UsageError(
                     f"the goal {state.goal!r} has {len(goal)} tokens: language.goal_tokens must be as many"
                 )
-            prompt = self._ids(prompt_text(state.observation, past[len(past) - c.history :] if c.history else []))
-            if len(prompt) > c.prompt_tokens and n == self.num_envs:
+            prompt = self._ids(prompt_text(state.observation, past, c.history))
+            if acting and len(prompt) > c.prompt_tokens:
                 self._counts[row, 2] += 1
             _to_the_right(out["goal"][row], goal)
             _to_the_right(out["prompt"][row], prompt[-c.prompt_tokens :])
@@ -249,10 +251,11 @@ def goal_text(goal: str) -> str:
     return f"goal : {goal}\n"
 
 
-def prompt_text(observation: str, past: Sequence[tuple[str, str]]) -> str:
-    """What follows it: earlier turns, what is shown now, and where the answer goes. It does not end in a blank: the
-    answer begins with one, so that a word has the same tokens there as anywhere."""
-    before = "".join(f"state : {shown}\naction :{command_text(answer)}\n" for shown, answer in past)
+def prompt_text(observation: str, past: Sequence[tuple[str, str]], history: int) -> str:
+    """What follows it: the last `history` of the turns before, what is shown now, and where the answer goes. It does
+    not end in a blank: the answer begins with one, so that a word has the same tokens there as anywhere."""
+    recent = past[-history:] if history else ()
+    before = "".join(f"state : {shown}\naction :{command_text(answer)}\n" for shown, answer in recent)
     return f"{before}state : {observation}\naction :"
 
 

@@ -6,6 +6,8 @@ import random
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -113,7 +115,10 @@ class Session(ABC):
         try:
             spaces = self.observation_space
             entries = list(spaces.spaces.values()) if isinstance(spaces, gym.spaces.Dict) else [spaces]
-            network = networks_of(config, network)
+            network = networks_of(algo, config, network)
+            if config.language.model is not None and Path(config.language.model).is_dir():  # from wherever it goes on
+                model = str(Path(config.language.model).resolve())
+                self.config = replace(self.config, language=replace(config.language, model=model))
             plain = network is None and encoder is None and not any(map(is_image, entries))
             agent = config.agent  # type: ignore[attr-defined]
             if getattr(agent, "recurrent", "none") != "none":  # unrolled, that takes minutes to compile

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch
 
@@ -15,6 +16,7 @@ from ctrlrl.envs.spaces import build_space
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.cpu import prepare_cpu, products_of
+from ctrlrl.nn.discrete import make_choices
 from ctrlrl.nn.policy import Policy, PolicyState
 from ctrlrl.replay.buffer import ReplayBuffer
 from ctrlrl.replay.episodes import episodes_of
@@ -37,17 +39,20 @@ MEDIUM = 0.5
 
 
 class RandomPolicy(Policy):
-    """Uniformly random actions."""
+    """Uniformly random actions, of those that exist where observations say so."""
 
     def __init__(self, env: VectorEnv, seed: int) -> None:
         super().__init__()
         self._env, self.generator = env, torch.Generator().manual_seed(seed)
+        discrete = isinstance(env.action_space, gym.spaces.Discrete | gym.spaces.MultiDiscrete)
+        self._choices = make_choices(env.observation_space, env.action_space) if discrete else None  # type: ignore[arg-type]
 
     def act(
         self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
     ) -> tuple[torch.Tensor, PolicyState, dict[str, torch.Tensor]]:
         """Whether `explore` or not."""
-        return random_actions(self._env.action_space, self._env.num_envs, self.require_generator()), {}, {}
+        mask = None if self._choices is None else self._choices.mask(map_obs(torch.Tensor.cpu, obs))
+        return random_actions(self._env.action_space, self._env.num_envs, self.require_generator(), mask), {}, {}
 
 
 def collect(

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ctrlrl.data.store import Column, Dataset, DatasetWriter
 from ctrlrl.envs.multi_task import MultiTask
+from ctrlrl.envs.text.registry import is_text_task
+from ctrlrl.envs.vector import derive_seeds
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.cpu import prepare_cpu
 from ctrlrl.nn.policy import Policy, PolicyState
@@ -91,7 +93,7 @@ def distill(
 
     Raises:
         UsageError: fewer than two runs; they observe or act in ways that cannot be put together; the student is of
-            other tasks.
+            other tasks, or a specialist that it calls on acts by what it remembers.
     """
     if len(runs) < 2:
         raise UsageError("one policy of several specialists takes two runs or more")
@@ -100,6 +102,9 @@ def distill(
     given = bases or [None] * len(runs)
     loaded = [load(run, base=base) for run, base in zip(runs, given, strict=True)]
     sources = [own_environment(run, None) for run in loaded]
+    for source, run in zip(sources, loaded, strict=True):
+        if not isinstance(source, str) or "," in source or is_text_task(source):
+            raise UsageError(f"{run.path} is of {source}; a specialist is of one task, and that no text")
     prepare_cpu()
     first = on_cpu(loaded[0].config)
     kwargs = [run.config.env_kwargs for run in loaded]
@@ -117,11 +122,18 @@ def distill(
         acting: Policy = teacher
         if student is not None:
             learned = load(student)
-            if learned.config.env != name:
-                raise UsageError(f"the student {student} learned {learned.config.env}; the specialists {name}")
+            if (learned.config.env, learned.config.env_kwargs) != (name, arguments):
+                told = f"{learned.config.env} {learned.config.env_kwargs or ''}".strip()
+                raise UsageError(f"the student {student} learned {told}; the specialists {name} {arguments or ''}")
+            if remember := [str(run.path) for run in loaded if run.policy.initial_state(1)]:
+                raise UsageError(
+                    f"{', '.join(remember)} acts by what it remembers (a queue of planned actions, say), which is of "
+                    "no use where the student goes: leave --student out"
+                )
             acting = learned.policy
-        for policy in (*(run.policy for run in loaded), acting):
-            policy.generator = torch.Generator().manual_seed(seed)
+        every = [*(run.policy for run in loaded), acting]
+        for policy, own in zip(every, derive_seeds(seed, len(every)), strict=True):
+            policy.generator = torch.Generator().manual_seed(own)
         seeds = evaluation_seeds(reference_episodes)
         reference = {
             "random": evaluate(env, RandomPolicy(env, seed), seeds).mean,

@@ -41,6 +41,7 @@ from ctrlrl.training.setup import (
     read_config,
     read_provenance,
     require_objects,
+    require_same_language,
     step_of,
     visible,
 )
@@ -101,6 +102,7 @@ def load(
     provenance = read_provenance(folder)
     require_objects(provenance, network=network, encoder=encoder, base=base)
     where = pick_device(device)
+    require_same_language(config, provenance)
     path = folder.find_checkpoint(checkpoint)
     spaces = provenance["environment"]["spaces"]
     observation, action = build_space(spaces["observation"]), build_space(spaces["action"])
@@ -110,7 +112,7 @@ def load(
         action,
         config.agent,  # type: ignore[attr-defined]
         device=where,
-        **given(network=networks_of(config, network), encoder=encoder),
+        **given(network=networks_of(algo, config, network), encoder=encoder),
         **({} if source is None else {"base": open_base(source, observation, action)}),
     )
     load_policy(agent.policy, path)

@@ -30,7 +30,16 @@ from ctrlrl.training.callbacks import Callback
 from ctrlrl.training.loading import Run
 from ctrlrl.training.offline_session import OfflineSession
 from ctrlrl.training.online_session import OnlineSession
-from ctrlrl.training.setup import EnvLike, given, name_of, read_config, read_provenance, require_objects
+from ctrlrl.training.setup import (
+    EnvLike,
+    given,
+    language_of,
+    name_of,
+    read_config,
+    read_provenance,
+    require_objects,
+    require_same_language,
+)
 
 
 def train(
@@ -105,6 +114,7 @@ def train(
                 | describe_machine(session.device, session.threads)
                 | {"git": describe_source(), "environment": _environment(session)}
                 | session.described()
+                | language_of(config)
                 | {"changed": changed_fields(asked, _plain(cls, config))}
                 | {
                     "custom": {
@@ -183,6 +193,7 @@ def resume(
         try:
             config = session.config
             _require_same_data(provenance, session)
+            require_same_language(config, provenance)
             machine = describe_machine(session.device, session.threads) | {"git": describe_source()}
             changed = differences(provenance, machine)
             notes = [f"the last bits may differ from an uninterrupted run: {', '.join(changed)}"] if changed else []

@@ -27,7 +27,7 @@ EnvLike = str | gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any] | Vector
 """An ID, an environment, a vector environment, or a function that makes one environment."""
 
 _FORMER = {"update_every": 1}
-_FORMER_AGENT = {"execution": "eager", "precision": "float32"}
+_FORMER_AGENT = {"execution": "eager", "precision": "float32", "min_obs_std": 0.0}
 """What runs did that were written before there was such a setting: a run goes on as what it was."""
 MAX_EVAL_ENVS = 16
 """Environments that evaluation steps together at most."""
@@ -43,7 +43,10 @@ def make(
     if is_text_task(env):
         from ctrlrl.language.adapter import text_environments  # imports transformers
 
-        kwargs = config.env_kwargs
+        kwargs, plain = config.env_kwargs, {f.name: f.default for f in dataclasses.fields(config)}
+        for name in ("backend", "env_python", "pixels", "grayscale", "frame_stack"):
+            if getattr(config, name) != plain[name]:
+                raise UsageError(f"{env} is stepped in this process and has no pictures: leave {name} out")
         return text_environments(str(env), config.language, num_envs=num_envs, env_kwargs=kwargs, device=device)
     backend, cores = config.backend, config.threads
     if render and not config.env_python and not is_robot_task(env):
@@ -214,19 +217,43 @@ def require_objects(provenance: dict[str, Any], **given: object) -> None:
             )
 
 
-def networks_of(config: TrainConfig, network: NetworkFactory | None) -> NetworkFactory | None:
+SPEAKS = ("bc", "iql-discrete", "ppo", "sac-discrete")
+"""Algorithms that a language model takes part in."""
+
+
+def networks_of(algo: str, config: TrainConfig, network: NetworkFactory | None) -> NetworkFactory | None:
     """`network`, or else those of the language model that `config` names, if any.
 
     Raises:
-        UsageError: both are given, or the model cannot be loaded.
+        UsageError: both are given, the algorithm has no use for it, or the model cannot be loaded.
     """
     if config.language.model is None:
         return network
+    if algo not in SPEAKS:
+        raise UsageError(f"a language model is for {', '.join(SPEAKS)} so far, not for {algo}")
     if network is not None:
         raise UsageError("network=... and language.model are two networks for one policy: leave one of them out")
     from ctrlrl.language.adapter import backbone  # imports transformers
 
     return backbone(config.language)
+
+
+def language_of(config: TrainConfig) -> dict[str, Any]:
+    """What provenance says of a run's language model."""
+    if config.language.model is None:
+        return {}
+    from ctrlrl.language.adapter import digests
+
+    return {"language": digests(config.language)}
+
+
+def require_same_language(config: TrainConfig, provenance: dict[str, Any]) -> None:
+    """Raise UsageError where a run's language model is no longer the one that `provenance` is of."""
+    before = provenance.get("language")
+    if config.language.model is not None and isinstance(before, dict):
+        from ctrlrl.language.adapter import require_same_model
+
+        require_same_model(config.language, before)
 
 
 def eval_rows(source: EnvLike, episodes: int) -> int:
