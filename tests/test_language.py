@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,10 @@ from ctrlrl.envs.text.registry import make_text_env
 from ctrlrl.errors import UsageError
 from ctrlrl.language.adapter import word_starts
 from ctrlrl.language.backbone import LanguageBackbone, Tokens
-from ctrlrl.language.make_lm import TinyConfig, make_lm, word_tokenizer
+from ctrlrl.language.make_lm import make_lm, word_tokenizer
 from ctrlrl.language.model import LanguageModel, digest_of, load_model
 from ctrlrl.language.text_vector import TextVector, command_text, goal_text, prompt_text
+from ctrlrl.language.tiny_config import TinyConfig
 from ctrlrl.replay.rollout import Rollout
 from ctrlrl.training.collect import RandomPolicy
 from ctrlrl.training.collector import Collector
@@ -496,7 +498,7 @@ def test_another_model_in_its_place_is_noticed(tmp_path: Path) -> None:
     run = ctrlrl.train("ppo", "text/GuessNumber", out=str(tmp_path / "run"), **settings)
     shutil.rmtree(tmp_path / "lm")
     make_lm(made, tmp_path / "lm", TinyConfig(**{**lm.to_dict(), "seed": 1}), vocabulary_episodes=10)
-    for again in (ctrlrl.load, ctrlrl.resume):
+    for again in (functools.partial(ctrlrl.load, checkpoint="last"), ctrlrl.resume):
         with pytest.raises(UsageError, match=r"is no longer the one that the run was trained with \(frozen\)"):
             again(run.path)
     for algo, wrong, said in (

@@ -10,6 +10,7 @@ from tyro.conf import Positional
 from ctrlrl.cli.parse import parse
 from ctrlrl.config import JsonObject, LanguageConfig
 from ctrlrl.errors import UsageError, nearest
+from ctrlrl.language.tiny_config import TinyConfig
 
 COMMANDS = {
     "make-lm": "a tiny causal language model, trained by imitation of a scripted demonstrator",
@@ -30,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MakeLM:
+class MakeLM(TinyConfig):
     """Make a tiny causal language model for a text environment, as a folder that transformers reads.
 
     Its tokenizer has a token for each word of the task. It learns from a scripted demonstrator's episodes.
@@ -42,22 +43,6 @@ class MakeLM:
     """Folder of the model; must not hold anything yet."""
     env_kwargs: JsonObject = field(default_factory=dict)
     """Arguments of the environment, as JSON."""
-    episodes: int = 100
-    """Demonstrated episodes."""
-    epochs: int = 20
-    """Passes over them."""
-    hidden: int = 64
-    """Units of a layer."""
-    layers: int = 2
-    """Transformer layers."""
-    heads: int = 4
-    """Attention heads."""
-    batch_size: int = 32
-    """Turns per update."""
-    lr: float = 1e-3
-    """Adam step size."""
-    seed: int = 0
-    """Of demonstrations, weights and batches."""
     language: LanguageConfig = field(default_factory=LanguageConfig)
     """How prompts are made; trainings from the model must make them alike."""
 
@@ -65,14 +50,12 @@ class MakeLM:
 def _make_lm(arguments: Sequence[str]) -> int:
     options = parse(MakeLM, arguments, "language make-lm")
     from ctrlrl.envs.text.registry import make_text_env
-    from ctrlrl.language.make_lm import TinyConfig, make_lm
+    from ctrlrl.language.make_lm import make_lm
 
-    names = ("episodes", "epochs", "hidden", "layers", "heads", "batch_size", "lr", "seed")
-    config = TinyConfig(**{name: getattr(options, name) for name in names})
     figures = make_lm(
         lambda: make_text_env(options.env, dict(options.env_kwargs)),
         options.out,
-        config,
+        options,
         language=options.language,
         say=print,
     )

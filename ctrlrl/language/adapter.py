@@ -14,8 +14,9 @@ from ctrlrl.config import LanguageConfig
 from ctrlrl.envs.text.registry import make_text_env
 from ctrlrl.errors import UsageError
 from ctrlrl.language.backbone import LanguageBackbone
-from ctrlrl.language.model import digest_of, load_model, load_tokenizer
+from ctrlrl.language.model import LanguageModel, digest_of, load_model, load_tokenizer
 from ctrlrl.language.text_vector import TextVector
+from ctrlrl.nn.policy import Policy
 
 
 @functools.lru_cache(1)
@@ -53,16 +54,18 @@ def backbone(config: LanguageConfig) -> LanguageBackbone:
     return LanguageBackbone(model, config, word_starts(tokenizer, model.vocabulary))
 
 
-def digests(config: LanguageConfig) -> dict[str, str]:
-    """By what a run knows its model again: hashes of the frozen weights, and of the tokenizer's words."""
+def digests(config: LanguageConfig, policy: Policy) -> dict[str, str]:
+    """By what a run knows its model again: hashes of the weights of `policy` that are frozen, and of the tokenizer's
+    words."""
     words = json.dumps(_tokenizer(config.model).get_vocab(), sort_keys=True)
     tokenizer = hashlib.sha256(words.encode()).hexdigest()
-    return {"frozen": digest_of(load_model(config)) if config.lora_rank else "", "tokenizer": tokenizer}
+    model = next(module for module in policy.modules() if isinstance(module, LanguageModel))
+    return {"frozen": digest_of(model), "tokenizer": tokenizer}
 
 
-def require_same_model(config: LanguageConfig, before: dict[str, str]) -> None:
-    """Raise UsageError unless the model is the one that a run was trained with, by its `digests`."""
-    if differing := [what for what, value in digests(config).items() if before.get(what, value) != value]:
+def require_same_model(config: LanguageConfig, policy: Policy, before: dict[str, str]) -> None:
+    """Raise UsageError unless the model of `policy` is the one that a run was trained with, by its `digests`."""
+    if differing := [what for what, value in digests(config, policy).items() if before.get(what, value) != value]:
         raise UsageError(
             f"the model {config.model} is no longer the one that the run was trained with ({', '.join(differing)}): "
             "put the former one there"

@@ -102,7 +102,6 @@ def load(
     provenance = read_provenance(folder)
     require_objects(provenance, network=network, encoder=encoder, base=base)
     where = pick_device(device)
-    require_same_language(config, provenance)
     path = folder.find_checkpoint(checkpoint)
     spaces = provenance["environment"]["spaces"]
     observation, action = build_space(spaces["observation"]), build_space(spaces["action"])
@@ -115,6 +114,7 @@ def load(
         **given(network=networks_of(algo, config, network), encoder=encoder),
         **({} if source is None else {"base": open_base(source, observation, action)}),
     )
+    require_same_language(config, agent.policy, provenance)
     load_policy(agent.policy, path)
     return Run(folder.path, config, agent.policy.eval())
 

@@ -114,7 +114,7 @@ def train(
                 | describe_machine(session.device, session.threads)
                 | {"git": describe_source(), "environment": _environment(session)}
                 | session.described()
-                | language_of(config)
+                | language_of(config, session.agent.policy)
                 | {"changed": changed_fields(asked, _plain(cls, config))}
                 | {
                     "custom": {
@@ -193,7 +193,7 @@ def resume(
         try:
             config = session.config
             _require_same_data(provenance, session)
-            require_same_language(config, provenance)
+            require_same_language(config, session.agent.policy, provenance)
             machine = describe_machine(session.device, session.threads) | {"git": describe_source()}
             changed = differences(provenance, machine)
             notes = [f"the last bits may differ from an uninterrupted run: {', '.join(changed)}"] if changed else []

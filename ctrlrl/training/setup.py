@@ -21,6 +21,7 @@ from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.execution import multiplies_bfloat16, unavailable
 from ctrlrl.nn.mlp import NetworkFactory
+from ctrlrl.nn.policy import Policy
 from ctrlrl.runs.folder import RunFolder
 
 EnvLike = str | gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any] | VectorEnv | Callable[[], gym.Env[Any, Any]]
@@ -238,22 +239,23 @@ def networks_of(algo: str, config: TrainConfig, network: NetworkFactory | None) 
     return backbone(config.language)
 
 
-def language_of(config: TrainConfig) -> dict[str, Any]:
+def language_of(config: TrainConfig, policy: Policy) -> dict[str, Any]:
     """What provenance says of a run's language model."""
     if config.language.model is None:
         return {}
     from ctrlrl.language.adapter import digests
 
-    return {"language": digests(config.language)}
+    return {"language": digests(config.language, policy)}
 
 
-def require_same_language(config: TrainConfig, provenance: dict[str, Any]) -> None:
-    """Raise UsageError where a run's language model is no longer the one that `provenance` is of."""
+def require_same_language(config: TrainConfig, policy: Policy, provenance: dict[str, Any]) -> None:
+    """Raise UsageError where `policy`, before a checkpoint is read into it, has another language model than the one
+    that `provenance` is of."""
     before = provenance.get("language")
     if config.language.model is not None and isinstance(before, dict):
         from ctrlrl.language.adapter import require_same_model
 
-        require_same_model(config.language, before)
+        require_same_model(config.language, policy, before)
 
 
 def eval_rows(source: EnvLike, episodes: int) -> int:
