@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import mujoco
+import numpy as np
 import pytest
 import torch
 
 from ctrlrl.envs.make import make_env
 from ctrlrl.envs.sim_vector import SimVector
 from ctrlrl.envs.tasks import panda, panda_lift, panda_reach
-from ctrlrl.envs.tasks.panda_expert import Chain, PandaExpert, expert
+from ctrlrl.envs.tasks.kinematics import Chain
+from ctrlrl.envs.tasks.panda_expert import PandaExpert, expert
 from ctrlrl.errors import UsageError
 from tests.conformance import check_vector_env
 from tests.simulations import make_cart
@@ -53,10 +55,15 @@ def test_contract(env_id: str) -> None:
     check_vector_env(lambda n: make(env_id, n), ends_within=100)
 
 
+def test_contract_of_actions_of_the_tool() -> None:
+    check_vector_env(lambda n: make("PandaLift-v0", n, action="tool"), ends_within=100)
+
+
+@pytest.mark.parametrize("action", panda.ACTIONS)
 @pytest.mark.parametrize("env_id", IDS)
-def test_other_rows_that_begin_change_nothing(env_id: str) -> None:
+def test_other_rows_that_begin_change_nothing(env_id: str, action: str) -> None:
     """Actions add to targets, and must do so once, whichever rows start an episode in between."""
-    env, staggered = make(env_id, 2), make(env_id, 2)
+    env, staggered = make(env_id, 2, action=action), make(env_id, 2, action=action)
     env.reset(0)
     staggered.reset(0)
     staggered.world.elapsed[1] = 95
@@ -109,6 +116,40 @@ def test_against_a_single_simulation() -> None:
         torch.testing.assert_close(seen[name], torch.as_tensor(value).float(), atol=2e-5, rtol=1e-4, msg=name)
     assert env.observation_space.shape == (46,) and env.action_space.shape == (8,)
     assert env.control_dt == pytest.approx(0.04)
+
+
+def test_actions_of_the_tool_move_it_in_the_world_and_keep_it_pointing_down() -> None:
+    env = make("PandaLift-v0", 10, randomize=False, action="tool")
+    env.reset(3)
+    model, data = env.sim.model, mujoco.MjData(env.sim.model)
+    site = model.site("tool").id
+
+    def targets() -> tuple[np.ndarray, np.ndarray]:
+        """Where the tools would be with joints at their targets: positions and axes."""
+        places, axes = [], []
+        for row in env.sim.field("ctrl").numpy():
+            data.qpos[:7] = row[:7]
+            mujoco.mj_kinematics(model, data)
+            places.append(data.site_xpos[site].copy())
+            axes.append(data.site_xmat[site].reshape(3, 3).copy())
+        return np.array(places), np.array(axes)
+
+    for _ in range(5):  # the tool, which an episode begins with a little off, is turned down
+        env.step(torch.zeros(10, 5))
+    before, turned_before = targets()
+    assert np.abs(turned_before[:, 2, 2] + 1).max() < 1e-4
+    moves = torch.eye(5).repeat(2, 1) * torch.tensor([1.0] * 5 + [-1.0] * 5)[:, None]
+    env.step(moves)
+    after, turned = targets()
+    expected = panda.TOOL_STEP * moves[:, :3].numpy()
+    np.testing.assert_allclose(after - before, expected, atol=1.5e-3)  # of linearization and damping
+    assert np.abs(turned[:, 2, 2] + 1).max() < 1e-4
+    yaw = np.arctan2(-turned[:, 0, 0], turned[:, 1, 0]) - np.arctan2(-turned_before[:, 0, 0], turned_before[:, 1, 0])
+    np.testing.assert_allclose(yaw, panda.TOOL_TURN * moves[:, 3].numpy(), atol=5e-3)
+    grip = env.sim.field("ctrl")[:, 7] - 0.04
+    torch.testing.assert_close(grip.float(), panda.GRIP_STEP * moves[:, 4].clamp(max=0), atol=1e-6, rtol=0)
+    assert env.action_space.shape == (5,) and env.task.action.effect is None
+    assert make("PandaReach-v0", 1, action="tool").action_space.shape == (4,)
 
 
 def test_dense_reward_of_reaching() -> None:
@@ -234,9 +275,10 @@ def test_turned_goals() -> None:
 # The experts.
 
 
+@pytest.mark.parametrize("action", panda.ACTIONS)
 @pytest.mark.parametrize("env_id", IDS)
-def test_expert_succeeds(env_id: str) -> None:
-    env = make(env_id, 20)
+def test_expert_succeeds(env_id: str, action: str) -> None:
+    env = make(env_id, 20, action=action)
     policy = expert(env)
     seen = episode(env, policy, 99).obs.clone()
     step = episode(env, expert(env), 99)
@@ -303,9 +345,10 @@ def test_success_is_rewarded_once_and_ends_the_episode(env_id: str) -> None:
             {"reward": "spars"},
             "reward must be one of dense, sparse, success, got 'spars'. Did you mean sparse",
         ),
+        ("PandaLift-v0", {"action": "tol"}, "action must be one of joints, tool, got 'tol'. Did you mean tool"),
         ("PandaLift-v0", {"reward": None}, "option reward takes text, got None"),
         ("PandaReach-v0", {"orientatoin": True}, "PandaReach-v0 has no option 'orientatoin'. Did you mean orientation"),
-        ("PandaLift-v0", {"orientation": True}, "has no option 'orientation'.*reward, randomize, folder"),
+        ("PandaLift-v0", {"orientation": True}, "has no option 'orientation'.*reward, action, randomize, folder"),
         ("PandaReach-v0", {"reward": "sparse", "orientation": True}, "sparse reward is of positions alone"),
         ("PandaLift-v0", {"folder": "/nowhere"}, "/nowhere is no model file"),
     ],

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ctrlrl.envs import events
 from ctrlrl.envs.spec import Action, Effect, Event, Measure, Obs
+from ctrlrl.envs.tasks.kinematics import Chain, joints_for, shorten, turn_down
 from ctrlrl.envs.tasks.scenery import FLOOR, add_scenery
 from ctrlrl.envs.world import World
 from ctrlrl.errors import UsageError, nearest
@@ -24,12 +25,15 @@ TIMESTEP, SUBSTEPS = 0.005, 8  # s; 25 actions a second
 STEP = 0.05  # rad, what an action of 1 adds to a joint's target: 1.25 rad/s
 LEAD = 0.2  # rad, by which a joint's target may be away from the joint
 SMOOTHING = 0.04  # s, time constant with which the arm follows its targets' jumps, as controllers of real arms do
+TOOL_STEP, TOOL_TURN = 0.02, 0.1  # m, rad, by which an action of 1 moves and turns the tool's target
+FASTEST_TURN = 0.2  # rad, by which a tool that does not point down is turned back in one step
 GRIP_STEP = 0.01  # m, what an action of 1 adds to the gripper's target
 TOLERANCE = 0.025  # m, within which a goal is reached (ManiSkill's)
 POSE = {"joint2": -0.04, "joint4": -2.34, "joint6": 2.3}  # rad; the tool at (0.5, 0, 0.25), pointing down
 PADS = ("left_pad", "right_pad")
 PAD_Z = 0.0445  # m, of a fingertip's middle, in the finger's frame
 REWARDS = ("dense", "sparse", "success")
+ACTIONS = ("joints", "tool")
 
 FLOOR_BIT, OBJECT_BIT = 1, 2  # of what the hand can touch
 
@@ -47,34 +51,54 @@ class Arm:
 
     Args:
         gripper: whether actions move the gripper; else it stays open.
+        action: what they move besides: `joints`, or the `tool`.
     """
 
-    def __init__(self, *, gripper: bool) -> None:
+    def __init__(self, *, gripper: bool, action: str) -> None:
         self.robot: Robot = get_robot("panda")
         self.joints = [joint.name for joint in self.robot.joints]  # the gripper's the last
         own = {joint.name: (POSE.get(joint.name, joint.default),) for joint in self.robot.joints}
         self.pose = own | {name: (value,) for name, value in self.robot.passive.items()}
         self._lower = tuple(joint.lower for joint in self.robot.joints)
         self._upper = tuple(joint.upper for joint in self.robot.joints)
-        self._steps = (*[STEP] * 7, GRIP_STEP)
-        self._size = 8 if gripper else 7
+        self._kind, self._gripper = action, gripper
+        self._chain: Chain | None = None  # made with the first world that is acted in
 
     @property
     def action(self) -> Action:
-        """Each entry moves one joint's target on, from where it is: by STEP, the gripper's by GRIP_STEP."""
-        steps, leads = self._steps[: self._size], (*[LEAD] * 7, 0.0)[: self._size]
-        moves = Effect("joint position step", "rad, m", steps, lead=leads)
-        return Action(self.joints[: self._size], self._control, effect=moves)
+        """Each entry moves a target on, from where it is: a joint's by STEP; or the tool's, which points down, by
+        TOOL_STEP along x, y and z, and by TOOL_TURN about z. The gripper's by GRIP_STEP."""
+        gripper = self.joints[7:] if self._gripper else []
+        if self._kind == "tool":
+            return Action(["x", "y", "z", "turn", *gripper], self._control)
+        steps, leads = (*[STEP] * 7, GRIP_STEP), (*[LEAD] * 7, 0.0)
+        names = self.joints[:7] + gripper
+        moves = Effect("joint position step", "rad, m", steps[: len(names)], lead=leads[: len(names)])
+        return Action(names, self._control, effect=moves)
 
     def _control(self, w: World, action: Tensor) -> None:
         # Targets are kept as offsets from the pose in which episodes start, and taken over by `track`, so that asking
         # again, as happens where another row's episode begins, adds nothing.
         target = w.memory("target", 8) + w.default_joint_pos
-        target[:, : self._size] += action * w.constant(*self._steps[: self._size])
+        if self._kind == "tool":
+            target[:, :7] += self._turns(w, target[:, :7], action[:, :4])
+        else:
+            target[:, :7] += action[:, :7] * STEP
+        if self._gripper:
+            target[:, 7] += action[:, -1] * GRIP_STEP
         now = w.live("qpos")[:, w.joint_qpos].to(torch.float32)
         # What is blocked, by the floor say, comes back at once. The gripper's target may be ahead: that is its force.
         target[:, :7] = target[:, :7].clamp(now[:, :7] - LEAD, now[:, :7] + LEAD)
         w.control(target.clamp(w.constant(*self._lower), w.constant(*self._upper)))
+
+    def _turns(self, w: World, target: Tensor, action: Tensor) -> Tensor:
+        """(N, 7) rad, for targets (N, 7): how an action (N, 4) of the tool, and pointing down, turns joints."""
+        if self._chain is None:
+            self._chain = Chain(w.model, self.joints[:7], "tool", w.device)
+        _, axes, jacobian = self._chain(target)
+        yaw = torch.atan2(-axes[:, 0, 0], axes[:, 1, 0]) + action[:, 3] * TOOL_TURN
+        turn = shorten(turn_down(axes, yaw.sin(), yaw.cos()), FASTEST_TURN)
+        return joints_for(jacobian, torch.cat([action[:, :3] * TOOL_STEP, turn], 1))
 
     def track(self, w: World) -> None:
         """Once a step: takes over targets, and puts the goal's mark where the goal is."""
@@ -204,6 +228,14 @@ def require_reward(name: str, reward: str) -> None:
     if reward not in REWARDS:
         raise UsageError(
             f"{name}: reward must be one of {', '.join(REWARDS)}, got {reward!r}.{nearest(str(reward), REWARDS)}"
+        )
+
+
+def require_action(name: str, action: str) -> None:
+    """Raise UsageError unless the option `action` is one that there is."""
+    if action not in ACTIONS:
+        raise UsageError(
+            f"{name}: action must be one of {', '.join(ACTIONS)}, got {action!r}.{nearest(action, ACTIONS)}"
         )
 
 

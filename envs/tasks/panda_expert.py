@@ -15,21 +15,16 @@ with the sparse reward, and 8.7 for PandaReach-v0, -11.7 with the sparse one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import mujoco
-import numpy as np
 import torch
 from torch import Tensor
 
 from ctrlrl.envs.sim_vector import SimVector
-from ctrlrl.envs.tasks.panda import STEP, norm
+from ctrlrl.envs.tasks.kinematics import Chain, joints_for, shorten, turn_down
+from ctrlrl.envs.tasks.panda import STEP, TOOL_STEP, TOOL_TURN, norm
 from ctrlrl.envs.tasks.panda_lift import HALF
 from ctrlrl.envs.vector import VectorEnv
-from ctrlrl.envs.world import index_of
 from ctrlrl.errors import UsageError
 
-DAMPING = 0.05  # of least squares; unit: m for rows of positions, rad for those of rotations
 FASTEST = (0.1, 0.5)  # m, rad: largest errors that are looked at
 ABOVE = 0.08  # m, over the cube, from where the tool comes down
 
@@ -48,12 +43,13 @@ class PandaExpert:
         self._names = env.groups["policy"].names
         self._lifts = "gripper" in self._names
         self._turns = "turn" in self._names
+        self._tool = "turn" in env.task.action.names  # which actions move, instead of joints
         self._home = env.world.default_joint_pos[:7]
         self._chain = Chain(env.sim.model, env.task.joints[:7], "tool", env.device)
 
     @torch.no_grad()
     def __call__(self, obs: Tensor) -> Tensor:
-        """(N, 7 or 8) actions in [-1, 1] for observations (N, ...)."""
+        """(N, A) actions in [-1, 1] for observations (N, ...)."""
         seen = {name: obs[:, place] for name, place in self._names.items()}
         action = self._lift(seen) if self._lifts else self._reach(seen)
         if self._noise:
@@ -82,7 +78,7 @@ class PandaExpert:
         side = torch.lerp(seen["cube axes"][:, :3], seen["cube axes"][:, 3:], edge)
         yaw = torch.atan2(side[:, 1], side[:, 0])
         yaw = torch.remainder(yaw + torch.pi / 4, torch.pi / 2) - torch.pi / 4
-        turn = _turn_to(axes, yaw.sin(), yaw.cos())
+        turn = turn_down(axes, yaw.sin(), yaw.cos())
 
         between = (beside < 0.012) & (below < 0.012)
         holds = between & (gripper < HALF + 0.0015)
@@ -97,12 +93,13 @@ class PandaExpert:
     def _move(
         self, seen: dict[str, Tensor], axes: Tensor, jacobian: Tensor, way: Tensor, sine: Tensor, cosine: Tensor
     ) -> Tensor:
-        """(N, 7) actions that take the tool `way` (N, 3), pointing down and turned as `sine` and `cosine` (N,) say."""
-        error = torch.cat([_shorten(way, FASTEST[0]), _shorten(_turn_to(axes, sine, cosine), FASTEST[1])], 1)
-        transposed = jacobian.mT
-        damping = DAMPING**2 * torch.eye(6, device=error.device)
-        joints = (transposed @ torch.linalg.solve(jacobian @ transposed + damping, error[:, :, None]))[:, :, 0]
-        action = (joints - seen["leads"][:, :7]) / STEP
+        """(N, 7 or 4) actions that take the tool `way` (N, 3), pointing down and turned as `sine` and `cosine` (N,) say."""
+        error = torch.cat([shorten(way, FASTEST[0]), shorten(turn_down(axes, sine, cosine), FASTEST[1])], 1)
+        if self._tool:  # from where the targets would take it
+            ahead = (jacobian @ seen["leads"][:, :7, None])[:, :, 0]
+            action = torch.cat([(error - ahead)[:, :3] / TOOL_STEP, (error - ahead)[:, 5:] / TOOL_TURN], 1)
+        else:
+            action = (joints_for(jacobian, error) - seen["leads"][:, :7]) / STEP
         slower: Tensor = action / action.abs().amax(1, keepdim=True).clamp(min=1.0)
         return slower
 
@@ -126,62 +123,3 @@ def expert(env: VectorEnv, *, noise: float = 0.0, seed: int = 0) -> PandaExpert:
     if not 0 <= noise <= 2:
         raise UsageError(f"noise is of actions in [-1, 1] and goes from 0 to 2, got {noise}")
     return PandaExpert(env, noise, seed)
-
-
-class Chain:
-    """Kinematics of a chain of hinges from the world to a site, of many positions at once: products of exponentials.
-
-    Args:
-        model: that has them; other joints on the way count as being where the model has them by default.
-        joints: of the chain, in order from the base.
-        site: at its end.
-        device: of what is computed.
-    """
-
-    def __init__(self, model: mujoco.MjModel, joints: Sequence[str], site: str, device: torch.device) -> None:
-        data = mujoco.MjData(model)
-        mujoco.mj_kinematics(model, data)
-        ids = [index_of(model, mujoco.mjtObj.mjOBJ_JOINT, name) for name in joints]
-        end = index_of(model, mujoco.mjtObj.mjOBJ_SITE, site)
-        first = [float(model.qpos0[model.jnt_qposadr[i]]) for i in ids]
-
-        def tensor(values: object) -> Tensor:
-            return torch.as_tensor(np.array(values), dtype=torch.float32, device=device)
-
-        self._first, self._axes, self._anchors = tensor(first), tensor(data.xaxis[ids]), tensor(data.xanchor[ids])
-        self._end, self._frame = tensor(data.site_xpos[end]), tensor(data.site_xmat[end].reshape(3, 3))
-        self._cross = torch.linalg.cross(self._axes[:, :, None], torch.eye(3, device=device)[None], dim=1)  # (J, 3, 3)
-
-    def __call__(self, angles: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of `angles` (N, J): the site's position (N, 3), its axes (N, 3, 3) as columns, its Jacobian (N, 6, J)."""
-        turned = (angles - self._first)[:, :, None, None]
-        each = torch.eye(3, device=angles.device) + turned.sin() * self._cross
-        each = each + (1 - turned.cos()) * (self._cross @ self._cross)  # (N, J, 3, 3), Rodrigues
-        rotation = torch.eye(3, device=angles.device).expand(len(angles), 3, 3)
-        shift = torch.zeros(len(angles), 3, device=angles.device)
-        axes, anchors = [], []
-        for i in range(angles.shape[1]):
-            axes.append(rotation @ self._axes[i])
-            anchors.append(rotation @ self._anchors[i] + shift)
-            rotation = rotation @ each[:, i]
-            shift = anchors[i] - rotation @ self._anchors[i]
-        end = rotation @ self._end + shift
-        along = torch.stack(axes, 2)  # (N, 3, J)
-        moves = torch.linalg.cross(along, end[:, :, None] - torch.stack(anchors, 2), dim=1)
-        return end, rotation @ self._frame, torch.cat([moves, along], 1)
-
-
-def _turn_to(axes: Tensor, sine: Tensor, cosine: Tensor) -> Tensor:
-    """(N, 3) from the tool's `axes` (N, 3, 3) to where it points down and is turned about the vertical by an angle of
-    that sine and cosine (N,): the rotation's axis times the sine of its angle."""
-    none = torch.zeros_like(sine)
-    x = torch.stack([-sine, cosine, none], 1)
-    y = torch.stack([cosine, sine, none], 1)
-    wanted = torch.stack([x, y, torch.linalg.cross(x, y)], 2)
-    turn: Tensor = torch.linalg.cross(axes, wanted, dim=1).sum(2) / 2
-    return turn
-
-
-def _shorten(vector: Tensor, longest: float) -> Tensor:
-    """(N, 3) of the same directions, no longer than that."""
-    return vector * (longest / norm(vector)[:, None].clamp(min=longest))

@@ -26,6 +26,7 @@ from ctrlrl.envs.tasks.panda import (
     add_sensor,
     draw_in,
     norm,
+    require_action,
     require_reward,
     sparse_reward,
 )
@@ -40,21 +41,26 @@ BETWEEN = 0.025  # m, from the tool to the cube's center, within which it is bet
 STILL = 0.2  # rad/s, of the fastest joint, below which the arm is still
 
 
-def panda_lift(name: str, *, reward: str = "dense", randomize: bool = True, folder: str | None = None) -> SimTask:
+def panda_lift(
+    name: str, *, reward: str = "dense", action: str = "joints", randomize: bool = True, folder: str | None = None
+) -> SimTask:
     """The task.
 
     Args:
         name: what a user types to get it.
         reward: `dense`; `sparse`: `panda.sparse_reward`, 0 where the cube is at the goal and -1 elsewhere; or
             `success`: 1 where the cube comes to the goal, which ends the episode, 0 before.
+        action: `joints`, or `tool`: it points down, and entries move its target by up to 2 cm along x, y and z and turn
+            it by up to 0.1 rad about z.
         randomize: gains, friction and the cube's mass differ from robot to robot, and measurements are noisy.
         folder: of the robot's model; see `Robot.find`.
 
     Raises:
-        UsageError: there is no such reward.
+        UsageError: there is no such reward or action.
     """
     require_reward(name, reward)
-    arm = Arm(gripper=True)
+    require_action(name, action)
+    arm = Arm(gripper=True, action=action)
     terms = Terms(arm)
     own = arm.observed(0.01 if randomize else 0.0, 8)
     rewards = {

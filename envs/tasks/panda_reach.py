@@ -22,6 +22,7 @@ from ctrlrl.envs.tasks.panda import (
     add_sensor,
     draw_in,
     norm,
+    require_action,
     require_reward,
     sparse_reward,
 )
@@ -43,6 +44,7 @@ def panda_reach(
     name: str,
     *,
     reward: str = "dense",
+    action: str = "joints",
     orientation: bool = False,
     randomize: bool = True,
     folder: str | None = None,
@@ -54,16 +56,19 @@ def panda_reach(
         reward: `dense`; `sparse`: `panda.sparse_reward`, 0 at the goal and -1 elsewhere; or `success`: 1 where the goal
             is reached, which ends the episode, 0 before.
         orientation: the tool is to point down and be turned, too.
+        action: `joints`, or `tool`: it points down, and entries move its target by up to 2 cm along x, y and z and turn
+            it by up to 0.1 rad about z.
         randomize: gains differ from robot to robot, and measurements are noisy.
         folder: of the robot's model; see `Robot.find`.
 
     Raises:
-        UsageError: there is no such reward, or the sparse one is asked to know of orientations.
+        UsageError: there is no such reward or action, or the sparse one is asked to know of orientations.
     """
     require_reward(name, reward)
+    require_action(name, action)
     if orientation and reward == "sparse":
         raise UsageError(f"{name}: the sparse reward is of positions alone; leave out orientation, or take dense")
-    arm, terms = Arm(gripper=False), Terms()
+    arm, terms = Arm(gripper=False, action=action), Terms()
     noise = 0.01 if randomize else 0.0
     rewards = {
         "distance": Reward(terms.distance, -0.2),
