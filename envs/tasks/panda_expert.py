@@ -93,7 +93,7 @@ class PandaExpert:
     def _move(
         self, seen: dict[str, Tensor], axes: Tensor, jacobian: Tensor, way: Tensor, sine: Tensor, cosine: Tensor
     ) -> Tensor:
-        """(N, 7 or 4) actions that take the tool `way` (N, 3), pointing down, turned as `sine` and `cosine` (N,) say."""
+        """(N, 7 or 4) actions that take the tool `way` (N, 3), pointing down and turned by `sine` and `cosine` (N,)."""
         error = torch.cat([shorten(way, FASTEST[0]), shorten(turn_down(axes, sine, cosine), FASTEST[1])], 1)
         if self._tool:  # from where the targets would take it
             ahead = (jacobian @ seen["leads"][:, :7, None])[:, :, 0]
