@@ -29,7 +29,7 @@ from torch import Tensor
 from ctrlrl.algorithms.agent import Draws, ReplayAgent
 from ctrlrl.algorithms.bc_config import BCConfig
 from ctrlrl.errors import UsageError
-from ctrlrl.nn.actor import CategoricalHead, GaussianHead, StochasticPolicy, make_head
+from ctrlrl.nn.actor import CategoricalHead, GaussianHead, StochasticPolicy, TokenHead, make_head
 from ctrlrl.nn.chunk import (
     ChunkHead,
     ChunkNetwork,
@@ -41,6 +41,7 @@ from ctrlrl.nn.chunk import (
     TransformerChunkNetwork,
 )
 from ctrlrl.nn.discrete import CategoricalPolicy
+from ctrlrl.nn.distributions import DiagonalGaussian
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.nn.networks import Networks
@@ -94,6 +95,11 @@ class BC(ReplayAgent):
             raise UsageError(
                 f"agent.policy {c.policy} is for Box actions; the environment has {action_space}, for which the policy "
                 "is a categorical distribution: leave agent.policy out"
+            )
+        if isinstance(head, TokenHead):
+            raise UsageError(
+                f"{self.title} of text is of candidates; free answers are imitated by `ctrlrl language make-lm`, and "
+                "learned by ppo"
             )
         if isinstance(head, CategoricalHead) and c.chunk > 1:
             raise UsageError(f"agent.chunk is for Box actions; the environment has {action_space}")
@@ -184,6 +190,7 @@ class BC(ReplayAgent):
         else:
             assert isinstance(policy.head, GaussianHead)
             target, normal = policy.head.scaling.to_unit(action), policy.distribution(obs)
+            assert isinstance(normal, DiagonalGaussian)
             loss, mode = -normal.log_prob(target).squeeze(-1), normal.mode
             metrics = {"log_std": policy.head.log_std.detach().mean()}
         return loss, {"action_error": (mode.detach() - target).abs().mean()} | metrics

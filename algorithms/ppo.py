@@ -1,7 +1,7 @@
 """Proximal policy optimization with a clipped ratio (Schulman et al. 2017, arXiv:1707.06347).
 
 Shapes: T control steps, N environments, D decisions (a Box action is one; a MultiDiscrete action has one per
-dimension), R rows of a minibatch; with a recurrent layer it has S sequences of L steps, [S, L, ...] for [R, ...].
+dimension, an answer one per token), C credits (1, or D of them), R rows of a minibatch; with a recurrent layer it has S sequences of L steps, [S, L, ...] for [R, ...].
 
 A rollout's values, log-probabilities and advantages are computed once, by the weights that collected it, before its
 first minibatch. Observation statistics move only after the last one, so the first minibatch's ratio is 1. An episode
@@ -14,28 +14,31 @@ minibatches are larger, and of eight environments.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrlrl.algorithms.agent import OnPolicyAgent
 from ctrlrl.algorithms.ppo_config import PPOConfig
+from ctrlrl.errors import UsageError
 from ctrlrl.nn.actor import StochasticPolicy, make_head
 from ctrlrl.nn.cpu import products_of
-from ctrlrl.nn.distributions import Categorical, DiagonalGaussian
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.execution import executed
-from ctrlrl.nn.mlp import NetworkFactory
-from ctrlrl.nn.networks import OnPolicyNetworks
+from ctrlrl.nn.mlp import Backbone, NetworkFactory
+from ctrlrl.nn.networks import OnPolicyNetworks, ValueFunction
 from ctrlrl.nn.normalizer import RunningNormalizer
 from ctrlrl.nn.optim import Adam, trained
 from ctrlrl.nn.recurrence import State
-from ctrlrl.replay.advantages import ESTIMATORS, Decisions, ends, next_values
+from ctrlrl.replay.advantages import Decisions, ends, gae, next_values
+from ctrlrl.replay.group_advantages import GROUP_ESTIMATORS, Groups
 from ctrlrl.replay.rollout import Rollout
+from ctrlrl.tokens import TokenSpace
 from ctrlrl.tree import Obs, map_obs
 
 _ROUNDING = 1e-9
@@ -49,9 +52,10 @@ class RolloutBatch:
     obs: Obs
     decision: Tensor
     log_prob: Tensor  # (R, D), of the policy that collected them
-    value: Tensor  # (R, 1), of the critic then
-    advantage: Tensor  # (R, 1)
-    mask: Tensor  # (R, 1) bool: whether the row counts
+    reference: Tensor  # (R, D), of the one to stay near to; (R, 0) without one
+    value: Tensor  # (R, C), of the critic then
+    advantage: Tensor  # (R, C)
+    mask: Tensor  # (R, 1) or (R, D) bool: which decisions were made, in rows that count
     start: Tensor  # (R,) bool: an episode begins there
     policy_state: State
     critic_state: State
@@ -82,6 +86,7 @@ class RolloutBatch:
             map_obs(fn, self.obs),
             fn(self.decision),
             fn(self.log_prob),
+            fn(self.reference),
             fn(self.value),
             fn(self.advantage),
             fn(self.mask),
@@ -92,7 +97,8 @@ class RolloutBatch:
 
 
 class PPO(OnPolicyAgent):
-    """PPO agent for Box observations (or flat Dicts of them) and Box, Discrete or MultiDiscrete actions.
+    """PPO agent for Box observations (or flat Dicts of them) and Box, Discrete or MultiDiscrete actions, or answers of
+    tokens.
 
     Args:
         observation_space: of one environment.
@@ -110,6 +116,8 @@ class PPO(OnPolicyAgent):
 
     config: PPOConfig
     policy: StochasticPolicy
+    critic: ValueFunction | None
+    """None where groups tell how good an episode was."""
 
     def __init__(
         self,
@@ -125,24 +133,43 @@ class PPO(OnPolicyAgent):
         super().__init__(seed, device)
         self.config = c = config or PPOConfig()
         head = make_head(observation_space, action_space, "PPO", log_std=c.log_std, action_mask=c.action_mask)
+        tokens = isinstance(action_space, TokenSpace)
+        if c.credit == "per-decision" and not tokens:
+            raise UsageError(f"agent.credit per-decision is for answers made of tokens; actions are {action_space}")
+        self._joint = c.ratio == "joint" or (c.ratio == "auto" and not tokens)
+        self._per_token = c.advantage == "gae" and tokens and c.credit != "joint" and not self._joint
         with self._weights_from(seed):
             networks = OnPolicyNetworks(head.observation_space, c, network, encoder, action_space=action_space)
             self.normalizer = networks.normalizer
             memory, trunk = networks.policy_trunk(head.outputs, actions=head.inputs, gain=0.01)
             self.policy = StochasticPolicy(networks.policy_encoder, memory, trunk, head, self.normalizer)
-            self.critic = networks.value_function(gain=1.0)
-        self.policy.to(self.device).generator = self.generator
-        self.critic.to(self.device)
+            self.critic = networks.value_function(gain=1.0) if c.advantage == "gae" else None
+        self.policy.to(self.device)
+        # With an adapter the copy is one of the adapter alone: what is frozen is shared.
+        self.reference = copy.deepcopy(self.policy).requires_grad_(False) if c.kl_coef else None
+        self.policy.generator = self.generator
+        # A network of a user's, a language model say, is asked about so many rows at a time.
+        self._rows = c.minibatch_size if isinstance(network, Backbone) else None
         self.returns = RunningNormalizer(()).to(self.device)
         self.lr = torch.tensor(c.lr, device=self.device)
-        weights = trained(self.policy, self.critic)
+        learned: list[nn.Module] = [self.policy]
+        if self.critic is not None:
+            learned.append(self.critic.to(self.device))
+            self._keep(critic=self.critic)
+        weights = trained(*learned)
         self.optimizer = Adam(weights, c.lr if c.lr_schedule == "constant" else self.lr, eps=1e-5)
-        self._keep(policy=self.policy, critic=self.critic, optimizer=self.optimizer, returns=self.returns, lr=self.lr)
+        self._keep(policy=self.policy, optimizer=self.optimizer, returns=self.returns, lr=self.lr)
+        if self.reference is not None:
+            self._begun = torch.zeros((), dtype=torch.bool, device=self.device)
+            self._keep(reference=self.reference, begun=self._begun)
         self._step = executed(self.step, c.execution, "float32", self.device, self._changing)
 
     def update(self, rollout: Rollout) -> tuple[dict[str, Tensor], int]:
         """All epochs on a full rollout; returns the metrics' means (0-d) and the number of gradient steps."""
         history: list[dict[str, Tensor]] = []
+        if self.reference is not None and not self._begun:  # now, after what it starts from was read
+            self.reference.load_state_dict(self.policy.state_dict())
+            self._begun.fill_(True)
         with products_of(self.config.minibatch_size, max(self.config.hidden, default=1)):
             data, metrics = self.prepare(rollout)
             if bool(rollout.valid.any()):  # else there is nothing to learn from
@@ -182,84 +209,97 @@ class PPO(OnPolicyAgent):
     def step(self, batch: RolloutBatch) -> dict[str, Tensor]:
         """One gradient step on a minibatch: a pure function of weights and batch."""
         c = self.config
-        if self.critic.recurrence is not None:
+        value: Tensor | None = None
+        if c.recurrent != "none":
+            assert self.critic is not None
             obs, start = map_obs(lambda value: value.transpose(0, 1), batch.obs), batch.start.t()  # (L, S, ...)
             distribution, *_ = self.policy.unroll(obs, batch.policy_state, start)
             value = self.critic.unroll(obs, batch.critic_state, start)[0].view(-1, 1)  # (R, 1)
             batch = batch.rows()
         else:
-            distribution, value = self.policy.distribution(batch.obs), self.critic(batch.obs)[:, None]
-        rows = batch.mask.sum().clamp(min=1)
-        weight = batch.mask / rows  # means are over the rows that count
+            distribution, value = self.policy.distribution(batch.obs), self._value(batch.obs, batch.decision)
+        log_prob, entropies = distribution.score(batch.decision)  # (R, D)
+        # What does not count may be anything, and has no weight: a row, or one of its decisions.
+        rows = batch.mask.any(-1, keepdim=True)
+        made = batch.mask.expand_as(log_prob)
+        per_row = rows / rows.sum().clamp(min=1)
 
         # r = pi(a|s) / pi_old(a|s); as sums of logarithms, over all decisions of a row where it is joint.
-        log_ratio = distribution.log_prob(batch.decision) - batch.log_prob  # (R, D)
-        log_ratio = torch.where(batch.mask, log_ratio, 0.0)  # of what does not count it may be anything
-        if c.ratio == "joint":
-            log_ratio = log_ratio.sum(-1, keepdim=True)
+        log_ratio = self._of_ratio(log_prob - batch.log_prob, made)
         ratio = log_ratio.exp()
-        advantage = batch.advantage
-        if c.normalize_advantage:
-            centered = advantage - (weight * advantage).sum()
-            deviation = ((weight * centered.square()).sum() * rows / (rows - 1).clamp(min=1)).sqrt()
+        counted = rows if self._joint else made
+        weight = counted / counted.sum().clamp(min=1)  # means are over what counts, rows or decisions
+        advantage, credited = batch.advantage, batch.mask if self._per_token else rows
+        if c.normalize_advantage and c.advantage == "gae":
+            number = credited.sum().clamp(min=1)
+            share = credited / number
+            centered = advantage - (share * advantage).sum()
+            deviation = ((share * centered.square()).sum() * number / (number - 1).clamp(min=1)).sqrt()
             advantage = centered / (deviation + 1e-8)
-        # L_clip, eq. 7; of several ratios in a row the mean.
+        # L_clip, eq. 7
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage)
-        policy_loss = -(weight * surrogate.mean(-1, keepdim=True)).sum()
+        policy_loss = -(weight * surrogate).sum()
+        entropy = (per_row * torch.where(made, entropies, 0.0).sum(-1, keepdim=True)).sum()
+        loss = policy_loss - c.entropy_coef * entropy  # eq. 9, with what follows
+        metrics = {"policy_loss": policy_loss.detach(), "entropy": entropy.detach()}
 
-        # L_VF, eq. 9: (V - V_target)^2, where V_target = A + V_old.
-        target = batch.advantage + batch.value
-        error = (value - target).square()
-        if c.value_clip is not None:
-            clipped = batch.value + (value - batch.value).clamp(-c.value_clip, c.value_clip)
-            error = torch.maximum(error, (clipped - target).square())
-        value_loss = (weight * error).sum()
-        entropy = (weight * distribution.entropy().sum(-1, keepdim=True)).sum()
+        if value is not None:  # L_VF, eq. 9: (V - V_target)^2, where V_target = A + V_old.
+            target = batch.advantage + batch.value
+            error = (value - target).square()
+            if c.value_clip is not None:
+                clipped = batch.value + (value - batch.value).clamp(-c.value_clip, c.value_clip)
+                error = torch.maximum(error, (clipped - target).square())
+            value_loss = (credited / credited.sum().clamp(min=1) * error).sum()
+            loss = loss + c.value_coef * value_loss
+            metrics["value_loss"] = value_loss.detach()
+        if self.reference is not None:
+            away = self._of_ratio(batch.reference - log_prob, made)
+            metrics["kl_reference"] = -(per_row * away.sum(-1, keepdim=True)).sum().detach()
+            if c.kl_estimator != "k1":
+                away = away.square() / 2 if c.kl_estimator == "k2" else away.exp() - 1 - away
+                loss = loss + c.kl_coef * (weight * away).sum()
 
         with torch.no_grad():
-            kl = (weight * (ratio - 1 - log_ratio).sum(-1, keepdim=True)).sum()  # of old from new, as it is sampled
-            clipped_share = (weight * ((ratio - 1).abs() > c.clip).float().mean(-1, keepdim=True)).sum()
+            kl = (per_row * (ratio - 1 - log_ratio).sum(-1, keepdim=True)).sum()  # of old from new, as it is sampled
+            clipped_share = (weight * ((ratio - 1).abs() > c.clip)).sum()
             if c.lr_schedule == "adaptive":
                 little = (kl < c.desired_kl / 2) & (kl > _ROUNDING)  # in the first minibatch nothing has moved yet
                 factor = torch.where(kl > 2 * c.desired_kl, 1 / 1.5, torch.where(little, 1.5, 1.0))
                 self.lr.mul_(factor).clamp_(1e-5, 1e-2)
-        # eq. 9
-        loss = policy_loss + c.value_coef * value_loss - c.entropy_coef * entropy
         self.optimizer.descend(loss, max_norm=c.max_grad_norm)
-        return {
-            "policy_loss": policy_loss.detach(),
-            "value_loss": value_loss.detach(),
-            "entropy": entropy.detach(),
-            "kl": kl,
-            "clipped": clipped_share,
-        }
+        return metrics | {"kl": kl, "clipped": clipped_share}
+
+    def _of_ratio(self, logarithms: Tensor, made: Tensor) -> Tensor:
+        """Logarithms of ratios (R, D), of a row's decisions together (R, 1) where they are joint."""
+        logarithms = torch.where(made, logarithms, 0.0)
+        return logarithms.sum(-1, keepdim=True) if self._joint else logarithms
+
+    def _value(self, obs: Obs, decision: Tensor) -> Tensor | None:
+        """V (R, C), without memory; None without a critic."""
+        if self.critic is None:
+            return None
+        return self.critic.along(obs, decision) if self._per_token else self.critic(obs)[:, None]
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout) -> tuple[RolloutBatch, dict[str, Tensor]]:
         """What the minibatches are taken from, all rows (or sequences) in one; and metrics of the rollout."""
         c, shape = self.config, rollout.reward.shape
-        look = self._look_back if self.critic.recurrence is None else self._remember
-        distribution, values, final_value, states = look(rollout)
-        decision = rollout.extras["decision"]
-        log_prob = distribution.log_prob(decision.flatten(0, 1)).view(*shape, -1)
-
-        reward = self._normalized(rollout) if c.normalize_reward else rollout.reward
-        mask, value = rollout.valid[..., None], values[:-1, :, None]
-        decisions = Decisions(
-            reward=reward[..., None],
-            discount=(c.gamma * ~rollout.terminated)[..., None],
-            value=value,
-            next_value=next_values(value, values[-1], final_value, rollout.ended & rollout.valid, mask),
-            end=ends(rollout.ended, rollout.valid)[..., None],
-            mask=mask,
-        )
-        advantage = ESTIMATORS[c.advantage](decisions, c.gae_lambda)
-        obs = map_obs(lambda x: x[:-1], rollout.obs)
-        batch = RolloutBatch(obs, decision, log_prob, value, advantage, mask, rollout.start[:-1], {}, {})
-        metrics = {
-            "explained_variance": 1 - _variance(advantage, mask) / _variance(advantage + value, mask).clamp(min=1e-8),
-            "value_mean": _mean(value, mask),
-        }
+        seen = self._remember(rollout) if c.recurrent != "none" else self._look_back(rollout)
+        decision, valid = rollout.extras["decision"], rollout.valid[..., None]
+        made = self.policy.head.made(decision)
+        mask = valid if made is None else valid & made
+        metrics: dict[str, Tensor] = {}
+        if self.critic is None:
+            advantage = self._by_groups(rollout)[..., None]
+        else:
+            advantage = gae(self._decisions(rollout, seen, mask if self._per_token else valid), c.gae_lambda)
+            value, credited = seen.value, mask if self._per_token else valid
+            whole = _variance(advantage + value, credited).clamp(min=1e-8)
+            metrics["explained_variance"] = 1 - _variance(advantage, credited) / whole
+            metrics["value_mean"] = _mean(value, credited)
+        obs, start = map_obs(lambda x: x[:-1], rollout.obs), rollout.start[:-1]
+        batch = RolloutBatch(obs, decision, seen.log_prob, seen.reference, seen.value, advantage, mask, start, {}, {})
+        states = seen.states
         if not states:
             return batch.map(lambda x: x.flatten(0, 1)), metrics
         length = -(-shape[0] // len(states))
@@ -274,32 +314,96 @@ class PPO(OnPolicyAgent):
         policy, critic = ({k: torch.cat([pair[i][k] for pair in states]) for k in states[0][i]} for i in (0, 1))
         return replace(batch.map(sequences), policy_state=policy, critic_state=critic), metrics
 
+    def _decisions(self, rollout: Rollout, seen: _Look, mask: Tensor) -> Decisions:
+        """What the critic's estimator looks at; `mask` (T, N, C) says what is credited."""
+        c = self.config
+        reward = self._normalized(rollout) if c.normalize_reward else rollout.reward
+        # The last decision of a row earns its reward, and a step of time passes after it.
+        last = mask & ~torch.cat([mask[..., 1:], torch.zeros_like(mask[..., :1])], -1)
+        rewards = torch.where(last, reward[..., None], 0.0)
+        if self.reference is not None and c.kl_estimator == "k1":
+            away = torch.where(mask, seen.log_prob - seen.reference, 0.0)
+            rewards = rewards - c.kl_coef * (away if self._per_token else away.sum(-1, keepdim=True))
+        return Decisions(
+            reward=rewards,
+            discount=torch.where(last, (c.gamma * ~rollout.terminated)[..., None], c.decision_gamma),
+            value=seen.value,
+            next_value=next_values(
+                seen.value, seen.last_value, seen.final_value, rollout.ended & rollout.valid, mask
+            ),
+            end=ends(rollout.ended, rollout.valid)[..., None] & last,
+            mask=mask,
+        )
+
+    def _by_groups(self, rollout: Rollout) -> Tensor:
+        """Advantages (T, N) of what others of the same task came to.
+
+        Raises:
+            UsageError: the environments are in no groups, or rollouts cut through episodes.
+        """
+        c = self.config
+        if rollout.groups is None:
+            raise UsageError(
+                f"agent.advantage {c.advantage} compares environments that are given the same tasks: text environments "
+                "with --language.group-size"
+            )
+        size, rows = rollout.groups
+        if rollout.horizon % rows:
+            raise UsageError(
+                f"episodes of groups take {rows} steps, and a rollout has {rollout.horizon} of each environment: make "
+                f"--rollout-steps a multiple of {rows * rollout.num_envs}"
+            )
+        reward, valid = torch.where(rollout.valid, rollout.reward, 0.0), rollout.valid
+        if self.reference is not None and c.kl_estimator == "k1":
+            raise UsageError("agent.kl_estimator k1 is taken from rewards by a critic's estimator: take k2 or k3 here")
+        flat = [x[:-1].flatten(0, 1).flatten(1) for x in _entries(rollout.obs)]
+        observed = torch.unique(torch.cat([x.double() for x in flat], -1), dim=0, return_inverse=True)[1]
+        groups = Groups(reward, valid, observed.view_as(reward), size, rows, c.gamma, c.step_weight)
+        return GROUP_ESTIMATORS[c.advantage](groups)
+
     def _look_back(self, rollout: Rollout) -> _Look:
-        """Without memory: all rows in one batch."""
+        """Without memory: all rows in one batch, or so many at a time."""
+        shape, decision = rollout.reward.shape, rollout.extras["decision"].flatten(0, 1)
         flat = map_obs(lambda x: x.flatten(0, 1), rollout.obs)
-        values = self.critic(flat).view(rollout.horizon + 1, -1)
-        distribution = self.policy.distribution(map_obs(lambda x: x[: rollout.reward.numel()], flat))
-        final_value, rows = torch.zeros_like(rollout.reward), _cut_short(rollout)
-        if bool(rows.any()):
-            final_value[rows] = self.critic(map_obs(lambda x: x[rows], rollout.final_obs))
-        return distribution, values, final_value, []
+        count, parts = len(decision), []
+        for begin in range(0, count, self._rows or count):
+            rows = slice(begin, min(count, begin + (self._rows or count)))
+            obs, made = map_obs(lambda x, rows=rows: x[rows], flat), decision[rows]  # type: ignore[misc]
+            log_prob = self.policy.distribution(obs).score(made)[0]
+            value = self._value(obs, made)
+            beside = log_prob[:, :0] if self.reference is None else self.reference.distribution(obs).score(made)[0]
+            parts.append((log_prob, beside, log_prob.new_zeros(len(made), 1) if value is None else value))
+        log_prob, reference, value = (torch.cat(part).view(*shape, -1) for part in zip(*parts, strict=True))
+        last_value, final_value = torch.zeros_like(rollout.reward[0]), torch.zeros_like(rollout.reward)
+        if self.critic is not None:
+            last_value = self.critic(map_obs(lambda x: x[-1], rollout.obs))
+            if bool((cut := _cut_short(rollout)).any()):
+                final_value[cut] = self.critic(map_obs(lambda x: x[cut], rollout.final_obs))
+        return _Look(log_prob, reference, value, last_value, final_value, [])
 
     def _remember(self, rollout: Rollout) -> _Look:
         """With memory: step by step from the states before the rollout. The critic's goes on to the next one."""
-        horizon, recurrence = rollout.horizon, self.critic.recurrence
-        assert recurrence is not None
+        horizon, shape = rollout.horizon, rollout.reward.shape
+        assert self.critic is not None and self.critic.recurrence is not None
+        recurrence, decision = self.critic.recurrence, rollout.extras["decision"].flatten(0, 1)
         carried = rollout.carried_state(recurrence.initial(rollout.num_envs))
         values, critic, after = self.critic.unroll(rollout.obs, carried, rollout.start)
         rollout.carried |= critic[horizon]
         obs = map_obs(lambda x: x[:-1], rollout.obs)
         distribution, policy, _ = self.policy.unroll(obs, rollout.policy_state, rollout.start[:-1])
+        log_prob = distribution.score(decision)[0].view(*shape, -1)
+        reference = log_prob[..., :0]
+        if self.reference is not None:
+            beside, *_ = self.reference.unroll(obs, rollout.policy_state, rollout.start[:-1])
+            reference = beside.score(decision)[0].view(*shape, -1)
         final_value, rows = torch.zeros_like(rollout.reward), _cut_short(rollout)
         if bool(rows.any()):
             state = {k: torch.stack([one[k] for one in after[:horizon]])[rows] for k in after[0]}
             final_value[rows] = self.critic.step(map_obs(lambda x: x[rows], rollout.final_obs), state)[0]
         stretches = -(-horizon // self.config.sequence_length)  # of equal lengths, as far as that goes
         length = -(-horizon // stretches)
-        return distribution, values, final_value, [(policy[t], critic[t]) for t in range(0, horizon, length)]
+        states = [(policy[t], critic[t]) for t in range(0, horizon, length)]
+        return _Look(log_prob, reference, values[:-1, :, None], values[-1], final_value, states)
 
     def _normalized(self, rollout: Rollout) -> Tensor:
         """Rewards (T, N) over the standard deviation of the discounted return of all rollouts so far."""
@@ -316,9 +420,19 @@ class PPO(OnPolicyAgent):
         return (rollout.reward / deviation).clamp(-10, 10)
 
 
-_Look: TypeAlias = tuple[DiagonalGaussian | Categorical, Tensor, Tensor, list[tuple[State, State]]]
-"""Over decisions (T * N, ...); V (T + 1, N) of all observations, and (T, N) of true last ones; with memory, the states
-(N, H) of policy and critic before each stretch of time."""
+class _Look(NamedTuple):
+    """A rollout, by the weights that collected it."""
+
+    log_prob: Tensor  # (T, N, D)
+    reference: Tensor  # (T, N, D), by the policy to stay near to; (T, N, 0) without one
+    value: Tensor  # (T, N, C)
+    last_value: Tensor  # (N,), of the observation to be acted on next
+    final_value: Tensor  # (T, N), of true last observations of what was cut
+    states: list[tuple[State, State]]  # with memory, of policy and critic (N, H) before each stretch of time
+
+
+def _entries(obs: Obs) -> list[Tensor]:
+    return list(obs.values()) if isinstance(obs, dict) else [obs]
 
 
 def _cut_short(rollout: Rollout) -> Tensor:

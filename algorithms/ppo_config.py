@@ -16,8 +16,13 @@ class PPOConfig(Config):
     section: ClassVar[str] = "agent"
     gamma: float = 0.99
     """Discount per environment step, in (0, 1]."""
-    advantage: Literal["gae"] = "gae"
-    """Estimator of advantages."""
+    advantage: Literal["gae", "grpo", "rloo", "gigpo"] = "gae"
+    """Estimator of advantages: by a critic; or without one, by what others of the same task came to, where
+    environments are in groups (language.group_size): over the group's standard deviation (arXiv:2402.03300), against
+    the mean of the others (arXiv:2402.14740), or GRPO's with that of steps at which the same was seen
+    (arXiv:2505.10978)."""
+    step_weight: float = 1.0
+    """Weight of what gigpo finds step by step."""
     gae_lambda: float = 0.95
     """Trace decay of generalized advantage estimation, in [0, 1]."""
     epochs: int = 10
@@ -40,19 +45,31 @@ class PPOConfig(Config):
     value_coef: float = 0.5
     """Weight of the value loss, which is a mean square (Stable-Baselines3)."""
     entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus, summed over the decisions of a row."""
+    kl_coef: float = 0.0
+    """Weight of the divergence from the policy as the training began with it, which is kept beside; 0: none."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How it is estimated: k1 is taken from rewards, k2 (half the squared log-ratio) or k3 (ratio - 1 - log-ratio) is
+    added to the loss (Schulman 2020, Approximating KL divergence)."""
     max_grad_norm: float = 0.5
     """Gradients of policy and critic together are shortened to this (Stable-Baselines3, CleanRL)."""
     normalize_advantage: bool = True
-    """Standardize advantages within each minibatch."""
+    """Standardize advantages within each minibatch; those of groups are as their papers have them."""
     normalize_obs: bool = True
     """Standardize observations by statistics of the rollouts before; images are scaled by 255 in any case (CleanRL)."""
     min_obs_std: float = 0.0
     """Smallest standard deviation that they are divided by, in their units: what hardly moves is not blown up."""
     normalize_reward: bool = True
-    """Divide rewards by the running standard deviation of the discounted return, and clip them at 10 (CleanRL)."""
-    ratio: Literal["joint", "per-decision"] = "joint"
-    """Whether a row with several decisions (MultiDiscrete) has one probability ratio or one for each."""
+    """Divide rewards by the running standard deviation of the discounted return, and clip them at 10 (CleanRL); not
+    those of groups."""
+    ratio: Literal["auto", "joint", "per-decision"] = "auto"
+    """Whether a row with several decisions (MultiDiscrete, tokens) has one probability ratio or one for each; auto: one
+    for each token."""
+    credit: Literal["auto", "joint", "per-decision"] = "auto"
+    """Whether such a row has one advantage or, of tokens by gae, one for each; auto: one for each token."""
+    decision_gamma: float = 1.0
+    """Discount from one token to the next of an answer: 1 is POAD's (arXiv:2405.15821); gamma counts each token as a
+    step."""
     hidden: tuple[int, ...] = (64, 64)
     """Hidden layers of the policy and of the critic."""
     activation: Literal["tanh", "relu", "elu"] = "tanh"
@@ -78,6 +95,14 @@ class PPOConfig(Config):
     def check(self) -> None:
         self.require("gamma", 0 < self.gamma <= 1, "in (0, 1]")
         self.require("gae_lambda", 0 <= self.gae_lambda <= 1, "in [0, 1]")
+        self.require("step_weight", self.step_weight >= 0, "0 or more")
+        self.require("decision_gamma", 0 < self.decision_gamma <= 1, "in (0, 1]")
+        self.require("kl_coef", self.kl_coef >= 0, "0 or more")
+        self.require("credit", self.credit != "per-decision" or self.advantage == "gae", "joint, where groups tell")
+        fits = self.credit != "per-decision" or self.ratio != "joint"
+        self.require("ratio", fits, "per-decision, where the credit is")
+        fits = self.recurrent == "none" or self.advantage == "gae"
+        self.require("recurrent", fits, "none, where groups tell")
         self.require("epochs", 1 <= self.epochs <= 1000, "between 1 and 1,000")
         self.require("min_obs_std", self.min_obs_std >= 0, "at least 0")
         self.require("minibatch_size", 2 <= self.minibatch_size <= 10**8, "between 2 and 100,000,000")

@@ -173,9 +173,17 @@ class LanguageConfig(Config):
     goal_tokens: int = 32
     """Tokens of the goal at most."""
     candidate_tokens: int = 16
-    """Tokens of a candidate at most."""
+    """Tokens of a candidate, or of a free answer with its end, at most."""
     max_candidates: int = 16
     """Candidates at most."""
+    form: Literal["auto", "candidates", "tokens"] = "auto"
+    """Whether one of the environment's commands is chosen, or an answer is written token by token; auto: the former
+    where it offers commands."""
+    group_size: int = 1
+    """Environments that are given the same tasks, begin together and wait for each other: for agent.advantage grpo,
+    rloo and gigpo. Evaluations have no groups."""
+    generation_gib: float = 2.0
+    """Memory that answers may take while they are written, GiB; where there are too many, some after the others."""
 
     def check(self) -> None:
         self.require("temperature", self.temperature > 0, "above 0")
@@ -183,6 +191,8 @@ class LanguageConfig(Config):
         self.require("lora_rank", 0 <= self.lora_rank <= 4096, "between 0 (off) and 4,096")
         self.require("lora_alpha", self.lora_alpha > 0, "above 0")
         self.require("lora_targets", bool(self.lora_rank) or not self.lora_targets, "left out without lora_rank")
+        self.require("group_size", 1 <= self.group_size <= 10_000, "between 1 and 10,000")
+        self.require("generation_gib", self.generation_gib > 0, "above 0")
         self.require("history", 0 <= self.history <= 1000, "between 0 and 1,000")
         for name in ("prompt_tokens", "goal_tokens", "candidate_tokens", "max_candidates"):
             self.require(name, 1 <= getattr(self, name) <= 100_000, "between 1 and 100,000")

@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 
 from ctrlrl.mirror import ReflectedBox, Reflection
+from ctrlrl.tokens import TokenSpace
 
 
 def build_space(description: dict[str, Any]) -> gym.Space[Any]:
@@ -15,6 +16,8 @@ def build_space(description: dict[str, Any]) -> gym.Space[Any]:
     match description["type"]:
         case "Box":
             shape, dtype = tuple(description["shape"]), np.dtype(description["dtype"])
+            if "vocabulary" in description:
+                return TokenSpace(description["vocabulary"], *shape)
             low, high = (np.broadcast_to(np.asarray(description[key], dtype), shape) for key in ("low", "high"))
             if "reflection" not in description:
                 return gym.spaces.Box(low, high, shape, dtype.type)

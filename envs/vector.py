@@ -81,6 +81,8 @@ class VectorEnv(ABC):
         action_space: of one environment: Box, Discrete or MultiDiscrete.
         control_dt: seconds of simulated time per step; None where the environment has no clock.
         may_be_invalid: whether `Step.valid` can ever be False; lets loops skip counting where it cannot.
+        task_groups: (G, H) where environments G * i to G * i + G - 1 are given the same tasks, and their episodes begin
+            together every H steps, between which who has finished waits, in rows that are no transitions; else None.
     """
 
     name: str
@@ -90,6 +92,7 @@ class VectorEnv(ABC):
     action_space: gym.Space[Any]
     control_dt: float | None = None
     may_be_invalid: bool = False
+    task_groups: tuple[int, int] | None = None
 
     @property
     def batched_observation_space(self) -> gym.Space[Any]:

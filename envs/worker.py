@@ -341,7 +341,7 @@ def describe_box(space: Any) -> dict[str, Any]:
     def bound(values: Any) -> Any:
         return values.flat[0].item() if values.size and (values == values.flat[0]).all() else values.tolist()
 
-    reflection = getattr(space, "reflection", None)
+    reflection, vocabulary = getattr(space, "reflection", None), getattr(space, "vocabulary", None)
     return {
         "type": "Box",
         "dtype": space.dtype.name,
@@ -349,6 +349,7 @@ def describe_box(space: Any) -> dict[str, Any]:
         "low": bound(space.low),
         "high": bound(space.high),
         **({"reflection": {"order": reflection.order, "sign": reflection.sign}} if reflection is not None else {}),
+        **({"vocabulary": vocabulary} if vocabulary is not None else {}),
     }
 
 

@@ -125,7 +125,9 @@ def test_goal_and_prompt_are_one_text() -> None:
     space = gym.spaces.Dict({n: gym.spaces.Box(-1, V - 1, (s,), "int32") for n, s in (("goal", 3), ("prompt", 4))})
     goal, prompt = torch.tensor([[-1, 5, 6], [-1, -1, -1]]), torch.tensor([[-1, -1, 7, 8], [1, 2, 3, 4]])
     ids = Tokens(space)({"goal": goal, "prompt": prompt})
-    assert ids.tolist() == [[-1, -1, -1, 5, 6, 7, 8], [-1, -1, -1, 1, 2, 3, 4]]
+    assert ids.tolist() == [[5, 6, 7, 8], [1, 2, 3, 4]]  # no column that nobody needs
+    goal[1, 2] = 9
+    assert Tokens(space)({"goal": goal, "prompt": prompt}).tolist() == [[-1, 5, 6, 7, 8], [9, 1, 2, 3, 4]]
     with pytest.raises(UsageError, match="a language model reads the entries 'goal' and 'prompt'"):
         Tokens(gym.spaces.Box(0, 1, (3,)))
 
@@ -136,7 +138,7 @@ def test_candidates_are_normalized_as_asked() -> None:
     begins[candidates[0, 0, 0]] = begins[candidates[0, 0, 2]] = True
     log_prob = model.score(prompt, candidates, exists)[0][0, 0]
     for how, count in (("sum", 1), ("token", 3), ("word", 2)):
-        policy = LanguageBackbone(model, LanguageConfig(normalize=how), begins)(1, 1)  # type: ignore[arg-type]
+        policy = LanguageBackbone(model, LanguageConfig(normalize=how), begins, 1)(1, 1)  # type: ignore[arg-type]
         got = policy(prompt, candidates, exists)[0, 0]
         assert torch.allclose(got, log_prob.sum() / count, atol=1e-6)
     assert word_starts(word_tokenizer({"turn left", "go"}), 7).tolist() == [True] * 5 + [False] * 2
@@ -224,12 +226,16 @@ def echo(n: int = 4, config: LanguageConfig = SMALL) -> TextVector:
     return TextVector([Echo() for _ in range(n)], word_tokenizer(said()), config, name="echo")
 
 
+def right_answers(env: TextVector) -> torch.Tensor:
+    return torch.tensor([s.commands.index(e.expert() or "") for s, e in zip(env._states, env._envs, strict=True)])
+
+
 def tiny(seed: int = 0, hidden: int = 32, config: LanguageConfig = SMALL) -> LanguageBackbone:
     torch.manual_seed(seed)
     size = len(word_tokenizer(said()))
     sizes = {"hidden_size": hidden, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     made = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=size, **sizes))
-    return LanguageBackbone(LanguageModel(made), config, torch.ones(size, dtype=torch.bool))
+    return LanguageBackbone(LanguageModel(made), config, torch.ones(size, dtype=torch.bool), 1)
 
 
 def test_what_is_said_is_told_in_tokens_once() -> None:
@@ -246,7 +252,7 @@ def test_what_is_said_is_told_in_tokens_once() -> None:
             assert bool((prompt.sign().diff() >= 0).all()) or prompt[0] >= 0  # padded on the left alone
             offered = [tokenizer.decode(c[c >= 0]) for c in obs["candidates"][row][obs["candidate_mask"][row] > 0]]
             assert offered == list(shown.commands)
-        action = env.expert_actions() if t % 4 == 3 else torch.zeros(3, dtype=torch.int64)
+        action = right_answers(env) if t % 4 == 3 else torch.zeros(3, dtype=torch.int64)
         step = env.step(action)
         ended = step.terminated | step.truncated
         returns += step.reward
@@ -393,7 +399,7 @@ def test_a_tiny_model_is_made_saved_and_read_back(tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "lm")
     assert sum(p.numel() for p in model.parameters()) == figures["parameters"]
     env = TextVector([Echo() for _ in range(4)], tokenizer, SMALL, name="echo")
-    network = LanguageBackbone(LanguageModel(model), SMALL, torch.ones(len(tokenizer), dtype=torch.bool))
+    network = LanguageBackbone(LanguageModel(model), SMALL, torch.ones(len(tokenizer), dtype=torch.bool), 1)
     policy = PPO(env.observation_space, env.action_space, seed=0, network=network).policy
     assert play(policy) > 0.95
     with pytest.raises(UsageError, match="is not empty: choose another --out"):
@@ -404,7 +410,7 @@ def test_imitation_and_iql_take_the_model_too() -> None:
     env, g = echo(32), torch.Generator().manual_seed(0)
     obs = env.reset(0)
     assert isinstance(obs, dict)
-    right = env.expert_actions()
+    right = right_answers(env)
     agents: list[Any] = [
         BC(env.observation_space, env.action_space, BCConfig(lr=2e-3), network=tiny()),
         IQLDiscrete(

@@ -51,7 +51,7 @@ def backbone(config: LanguageConfig) -> LanguageBackbone:
     model = load_model(config)
     tokenizer = _tokenizer(config.model)
     require_fits(config, model.longest)
-    return LanguageBackbone(model, config, word_starts(tokenizer, model.vocabulary))
+    return LanguageBackbone(model, config, word_starts(tokenizer, model.vocabulary), end_of(tokenizer, config.model))
 
 
 def digests(config: LanguageConfig, policy: Policy) -> dict[str, str]:
@@ -80,6 +80,17 @@ def require_fits(config: LanguageConfig, longest: int) -> None:
             f"the model reads {longest:,} tokens; language.goal_tokens, prompt_tokens and candidate_tokens are "
             f"{config.goal_tokens} + {config.prompt_tokens} + {config.candidate_tokens} = {total:,}"
         )
+
+
+def end_of(tokenizer: Any, name: str | None) -> int:
+    """The token that ends an answer.
+
+    Raises:
+        UsageError: the tokenizer knows none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"the tokenizer of {name} has no token that ends a text (eos_token): set one in its folder")
+    return int(tokenizer.eos_token_id)
 
 
 def word_starts(tokenizer: Any, size: int) -> torch.Tensor:

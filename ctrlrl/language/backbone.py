@@ -1,6 +1,7 @@
-"""A language model in the roles of an agent's networks: policy over candidates, critics, V.
+"""A language model in the roles of an agent's networks: policy over candidates or of free answers, critics, V.
 
-Shapes: B rows, L tokens of goal and prompt together, n candidates of C tokens, K critics, H units; see `model`.
+Shapes: B rows, L tokens of goal and prompt together, n candidates (or an answer) of C tokens, K critics, H units; see
+`model`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from ctrlrl.config import LanguageConfig
 from ctrlrl.errors import UsageError
 from ctrlrl.language.model import LanguageModel
 from ctrlrl.nn.encoder import Encoder
-from ctrlrl.nn.mlp import Backbone, CandidateNetwork, EnsembleMLP
+from ctrlrl.nn.mlp import Backbone, CandidateNetwork, EnsembleMLP, TokenNetwork, TokenValues
 from ctrlrl.tree import Obs
 
 
 class Tokens(Encoder):
-    """The token ids of goal and prompt as one text (B, L), padded on the left by -1."""
+    """The token ids of goal and prompt as one text (B, L), padded on the left by -1 as far as the longest needs."""
 
     def __init__(self, space: gym.Space[Any]) -> None:
         super().__init__()
@@ -37,21 +38,22 @@ class Tokens(Encoder):
     def forward(self, obs: Obs) -> Tensor:
         assert isinstance(obs, dict)
         ids = torch.cat([obs[name] for name in self.names], -1).long()
-        if len(self.names) == 1:
-            return ids
-        # Each is padded on its left: what there is, in its order, to the right.
-        order = (ids >= 0).long().argsort(dim=-1, stable=True)
-        return ids.gather(-1, order)
+        if len(self.names) > 1:  # each is padded on its left: what there is, in its order, to the right
+            ids = ids.gather(-1, (ids >= 0).long().argsort(dim=-1, stable=True))
+        longest = int((ids >= 0).sum(-1).max())
+        return ids[:, -max(1, longest) :]
 
 
-class CandidateLogits(CandidateNetwork):
-    """The policy: of each candidate the log-probability of its tokens after the prompt, summed, or their mean."""
+class LanguagePolicy(CandidateNetwork, TokenNetwork):
+    """The policy: of each candidate the log-probability of its tokens after the prompt, summed, or their mean; or
+    answers of its own."""
 
     starts_word: Tensor
 
-    def __init__(self, model: LanguageModel, config: LanguageConfig, starts_word: Tensor) -> None:
+    def __init__(self, model: LanguageModel, config: LanguageConfig, starts_word: Tensor, end: int) -> None:
         super().__init__()
         self.model, self.temperature, self.normalize = model, config.temperature, config.normalize
+        self._length, self._end, self._memory = config.candidate_tokens, end, config.generation_gib * 2**30
         self.register_buffer("starts_word", starts_word, persistent=False)
 
     def forward(self, features: Tensor, candidates: Tensor, exists: Tensor | None) -> Tensor:
@@ -63,6 +65,19 @@ class CandidateLogits(CandidateNetwork):
         if self.normalize == "word":
             counted = there & self.starts_word[candidates.clamp(min=0).long()]
         return total / counted.sum(-1).clamp(min=1)
+
+    def generate(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
+        return self.model.generate(
+            features,
+            length=self._length,
+            end=self._end,
+            temperature=self.temperature,
+            generator=generator,
+            memory=self._memory,
+        )
+
+    def log_prob(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.token_log_prob(features, tokens, self.temperature)
 
 
 class CandidateValues(CandidateNetwork):
@@ -91,8 +106,8 @@ class CandidateValue(CandidateNetwork):
         return out.squeeze(0)
 
 
-class PromptValues(nn.Module):
-    """Values of prompts (B, L): of the features of the last token, (B, outputs)."""
+class PromptValues(TokenValues):
+    """Values of prompts (B, L): of the features of the last token, (B, outputs); and of what was answered so far."""
 
     def __init__(self, reader: Reader, outputs: int, hidden: int) -> None:
         super().__init__()
@@ -102,6 +117,11 @@ class PromptValues(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         out: Tensor = self.head(self.reader.at_prompt(features))
         return out.squeeze(0)
+
+    def along(self, features: Tensor, tokens: Tensor) -> Tensor:
+        before = self.reader.along(features, tokens)  # (B, C, H)
+        out: Tensor = self.head(before.flatten(0, 1))
+        return out.view(before.shape[:2])
 
 
 class Reader(nn.Module):
@@ -130,6 +150,11 @@ class Reader(nn.Module):
         with self._reading() as model:
             return model.features(ids, candidates, exists)
 
+    def along(self, ids: Tensor, tokens: Tensor) -> Tensor:
+        """(B, L) and answers (B, C) to (B, C, H), before each token."""
+        with self._reading() as model:
+            return model.answer(ids, tokens, logits=False)[1]
+
     @contextlib.contextmanager
     def _reading(self) -> Iterator[LanguageModel]:
         if self.own is not None:
@@ -147,16 +172,17 @@ class LanguageBackbone(Backbone):
         model: it.
         config: how it answers, and what critics read.
         starts_word: (V,) bool, which tokens begin a word.
+        end: the token that ends an answer.
     """
 
-    def __init__(self, model: LanguageModel, config: LanguageConfig, starts_word: Tensor) -> None:
-        self.model, self.config, self.starts_word = model, config, starts_word
+    def __init__(self, model: LanguageModel, config: LanguageConfig, starts_word: Tensor, end: int) -> None:
+        self.model, self.config, self.starts_word, self.end = model, config, starts_word, end
 
     def encoder(self, space: gym.Space[Any]) -> Encoder:
         return Tokens(space)
 
     def __call__(self, inputs: int, outputs: int) -> nn.Module:
-        return CandidateLogits(self.model, self.config, self.starts_word)
+        return LanguagePolicy(self.model, self.config, self.starts_word, self.end)
 
     def critics(self, members: int, outputs: int, *, candidates: bool) -> nn.Module:
         reader = Reader(self.model, self.config)

@@ -2,9 +2,9 @@
 there is a model to start from without a network and in minutes on a CPU.
 
 Shapes: B prompts, n candidates.
-The tokenizer has a token for each word of the texts. The model is a small Llama with random weights; it learns to
-prefer the demonstrator's answer, given what a policy is given: `goal`, past and `state`. The folder is one that
-`transformers` reads.
+The tokenizer has a token for each word of the texts. The model is a small Llama with random weights; given what a
+policy is given, `goal`, past and `state`, it learns to prefer the demonstrator's answer among the commands, or where
+there are none, to write it and then to end. The folder is one that `transformers` reads.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def make_lm(
         `loss` and `accuracy` over the last epoch, `words` of the vocabulary, `parameters` of the model.
 
     Raises:
-        UsageError: the folder holds something, the task has no demonstrator, or no commands to choose from.
+        UsageError: the folder holds something, or the task has no demonstrator.
     """
     transformers = require_transformers()
     c, settings = config or TinyConfig(), language or LanguageConfig()
@@ -59,8 +59,6 @@ def make_lm(
     turns, texts = demonstrations(env, c.episodes, c.seed, settings.history)
     texts |= seen_at_random(env, vocabulary_episodes, c.seed)
     env.close()
-    if not turns:
-        raise UsageError("the demonstrations have no turn with commands to choose from")
     tokenizer = word_tokenizer(texts)
     say(f"{len(turns):,} turns of {c.episodes} demonstrations, {len(tokenizer)} words")
 
@@ -88,7 +86,8 @@ def make_lm(
 
 
 Turn = tuple[str, str, tuple[str, ...], int]
-"""Goal and prompt as they are told, the commands, and which of them the demonstrator chose."""
+"""Goal and prompt as they are told, the commands, and which of them the demonstrator chose; of a free answer that,
+alone, and -1."""
 
 
 def demonstrations(env: TextEnv, episodes: int, seed: int, history: int) -> tuple[list[Turn], set[str]]:
@@ -108,8 +107,9 @@ def demonstrations(env: TextEnv, episodes: int, seed: int, history: int) -> tupl
             goal = goal_text(state.goal) if state.goal else ""
             prompt = prompt_text(state.observation, past, history)
             texts |= {goal, prompt, *map(command_text, (*state.commands, answer))}
-            if answer in state.commands:
-                turns.append((goal, prompt, state.commands, state.commands.index(answer)))
+            if answer in state.commands or not state.commands:
+                chosen = state.commands.index(answer) if state.commands else -1
+                turns.append((goal, prompt, state.commands or (answer,), chosen))
             past.append((state.observation, answer))
             step = env.step(answer)
             if step.terminated or step.truncated:
@@ -158,8 +158,10 @@ def imitate(
     settings: LanguageConfig,
     say: Callable[[str], None],
 ) -> dict[str, float]:
-    """Train `model` to prefer the answers of `turns` among the commands there; loss and accuracy of the last epoch."""
+    """Train `model` to prefer the answers of `turns` among the commands there, or to write them; loss and accuracy of
+    the last epoch, a free answer being right where each token is the likeliest."""
     goal, prompt, candidates, exists, choice = _as_ids(tokenizer, turns, settings)
+    free = bool((choice < 0).any())
     both = torch.cat([goal, prompt], -1)
     both = both.gather(-1, (both >= 0).long().argsort(dim=-1, stable=True))
     both = both[:, int((both < 0).all(0).sum()) :]  # columns that nothing stands in
@@ -171,22 +173,45 @@ def imitate(
     for epoch in range(c.epochs):
         loss_sum = hits = 0.0
         for rows in torch.randperm(len(turns), generator=generator).split(c.batch_size):  # type: ignore[no-untyped-call]
-            log_prob, _ = model.score(both[rows], candidates[rows], exists[rows])
-            logits = log_prob.sum(-1).masked_fill(~exists[rows], -1e9).log_softmax(-1)
-            right = logits.gather(-1, choice[rows, None]).squeeze(-1)
-            others = (logits * exists[rows]).sum(-1) / exists[rows].sum(-1)
-            loss = -((1 - c.smoothing) * right + c.smoothing * others).mean()
-            # The sum over all candidates' own likelihoods, too: a model of the texts, not of their differences alone.
-            loss = loss - 0.1 * log_prob[torch.arange(len(rows)), choice[rows]].sum(-1).mean()
+            if free:
+                answers = candidates[rows, 0]
+                logits, _ = model.answer(both[rows], answers, logits=True)
+                assert logits is not None
+                loss = torch.nn.functional.cross_entropy(
+                    logits.transpose(1, 2), answers, ignore_index=-1, label_smoothing=c.smoothing
+                )
+                right = ((logits.argmax(-1) == answers) | (answers < 0)).all(-1)
+            else:
+                loss, right = _among_commands(model, both, candidates, exists, choice, rows, c.smoothing)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             loss_sum += float(loss.detach()) * len(rows)
-            hits += float((logits.argmax(-1) == choice[rows]).sum())
+            hits += float(right.sum())
         say(f"epoch {epoch + 1}/{c.epochs}: loss {loss_sum / len(turns):.3f}, right {hits / len(turns):.1%}")
     return {"loss": loss_sum / len(turns), "accuracy": hits / len(turns)}
+
+
+def _among_commands(
+    model: LanguageModel,
+    prompt: torch.Tensor,
+    candidates: torch.Tensor,
+    exists: torch.Tensor,
+    choice: torch.Tensor,
+    rows: torch.Tensor,
+    smoothing: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss (0-d) of these rows, and where the right command is the likeliest (B,)."""
+    log_prob, _ = model.score(prompt[rows], candidates[rows], exists[rows])
+    logits = log_prob.sum(-1).masked_fill(~exists[rows], -1e9).log_softmax(-1)
+    right = logits.gather(-1, choice[rows, None]).squeeze(-1)
+    others = (logits * exists[rows]).sum(-1) / exists[rows].sum(-1)
+    loss = -((1 - smoothing) * right + smoothing * others).mean()
+    # The sum over all candidates' own likelihoods, too: a model of the texts, not of their differences alone.
+    loss = loss - 0.1 * log_prob[torch.arange(len(rows)), choice[rows]].sum(-1).mean()
+    return loss, logits.argmax(-1) == choice[rows]
 
 
 def _as_ids(tokenizer: Any, turns: Sequence[Turn], settings: LanguageConfig) -> tuple[torch.Tensor, ...]:
@@ -205,7 +230,8 @@ def _as_ids(tokenizer: Any, turns: Sequence[Turn], settings: LanguageConfig) -> 
     goals = block([ids(goal) if goal else [] for goal, *_ in turns], left=True)
     prompts = block([ids(prompt)[-settings.prompt_tokens :] for _, prompt, *_ in turns], left=True)
     most = max(len(commands) for _, _, commands, _ in turns)
-    said = [[ids(command_text(command)) for command in commands] for _, _, commands, _ in turns]
+    end = [tokenizer.eos_token_id] if any(chosen < 0 for *_, chosen in turns) else []
+    said = [[ids(command_text(command)) + end for command in commands] for _, _, commands, _ in turns]
     flat = block([one for row in said for one in [*row, *[[]] * (most - len(row))]], left=False)
     candidates = flat.view(len(turns), most, -1)
     choice = torch.tensor([chosen for *_, chosen in turns])

@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrlrl.config import LanguageConfig
@@ -90,7 +92,7 @@ class LanguageModel(nn.Module):
     def read(self, ids: Tensor, *, cache: bool = False) -> tuple[Tensor, Tensor, Any]:
         """Prompts (B, L), padded on the left: log-probabilities (B, V) of the next token at temperature 1, as logits,
         the last token's features (B, H), and a cache of what was read, if asked."""
-        there = ids >= 0
+        there = _not_empty(ids >= 0, ids.shape[1])
         out = self.causal(
             input_ids=ids.clamp(min=0).long(),
             attention_mask=there.long(),
@@ -116,6 +118,99 @@ class LanguageModel(nn.Module):
             logits_to_keep=0 if logits else 1,
         )
         return out.logits.float(), out.hidden_states[-1].float()
+
+    def answer(self, ids: Tensor, tokens: Tensor, *, logits: bool) -> tuple[Tensor | None, Tensor]:
+        """Prompts (B, L) and answers (B, C) after them, read together: logits (B, C, V) by which each token was chosen,
+        if asked, and features (B, C, H) before each."""
+        there = _not_empty(torch.cat([ids, tokens], -1) >= 0, ids.shape[1])
+        out = self.causal(
+            input_ids=torch.cat([ids, tokens], -1)[:, :-1].clamp(min=0).long(),
+            attention_mask=there[:, :-1].long(),
+            position_ids=(there.long().cumsum(-1) - 1).clamp(min=0)[:, :-1],
+            use_cache=False,
+            output_hidden_states=True,
+            logits_to_keep=tokens.shape[1] if logits else 1,
+        )
+        return out.logits.float() if logits else None, out.hidden_states[-1][:, -tokens.shape[1] :].float()
+
+    def token_log_prob(self, ids: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Of answers (B, C) after prompts (B, L): each token's log-probability, and the entropy there; (B, C) each, 0
+        where there is no token."""
+        width = tokens.shape[1]
+        tokens = tokens[:, : max(1, int((tokens >= 0).sum(-1).max()))]  # as far as the longest goes
+        logits, _ = self.answer(ids, tokens, logits=True)
+        assert logits is not None
+        log_probs = (logits / temperature).log_softmax(-1)
+        there = tokens >= 0
+        log_prob = log_probs.gather(-1, tokens.clamp(min=0).long().unsqueeze(-1)).squeeze(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        missing = (0, width - tokens.shape[1])
+        return F.pad(torch.where(there, log_prob, 0.0), missing), F.pad(torch.where(there, entropy, 0.0), missing)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor,
+        *,
+        length: int,
+        end: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+        memory: float = math.inf,
+    ) -> Tensor:
+        """Write answers.
+
+        A prompt that stands in several rows is read once. What has ended is no longer computed.
+
+        Args:
+            prompt: (B, L); where there is none, nothing is written.
+            length: tokens of an answer at most, C.
+            end: the token that ends it, which is part of it.
+            temperature: that logits are divided by.
+            generator: of the draws; None: the likeliest token each time.
+            memory: bytes that keys, values and logits may take; as many rows at a time as fit, but at least one.
+
+        Returns:
+            (B, C) int64, -1 after the end.
+        """
+        out = torch.full((len(prompt), length), -1, dtype=torch.long, device=prompt.device)
+        asked = (prompt >= 0).any(-1).nonzero().squeeze(-1)
+        at_once = max(1, int(min(memory / self.bytes_of_row(prompt.shape[1] + length), len(prompt))))
+        for rows in asked.split(at_once):  # type: ignore[no-untyped-call]
+            out[rows] = self._generate(prompt[rows], length, end, temperature, generator)
+        return out
+
+    def bytes_of_row(self, tokens: int) -> int:
+        """What a row of so many tokens takes while it is written: keys and values of each layer, and logits three
+        times."""
+        c = self.causal.config
+        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        of_token = 2 * int(c.num_hidden_layers) * int(heads) * int(width)
+        return of_token * tokens * int(next(self.causal.parameters()).element_size()) + 3 * 4 * self.vocabulary
+
+    def _generate(
+        self, prompt: Tensor, length: int, end: int, temperature: float, generator: torch.Generator | None
+    ) -> Tensor:
+        different, of_prompt = torch.unique(prompt, dim=0, return_inverse=True)
+        logits, _, cache = self.read(different, cache=True)
+        cache.batch_select_indices(of_prompt)
+        logits = logits[of_prompt]
+        out = torch.full((len(prompt), length), -1, dtype=torch.long, device=prompt.device)
+        rows = torch.arange(len(prompt), device=prompt.device)  # that are written still
+        said = prompt  # what each of them has read and written
+        for i in range(length):
+            token = _draw(logits / temperature, generator)
+            out[rows, i] = token
+            going = (token != end).nonzero().squeeze(-1)
+            if i == length - 1 or not len(going):
+                break
+            if len(going) < len(rows):
+                cache.batch_select_indices(going)
+                rows, said, token = rows[going], said[going], token[going]
+            logits = self.go_on(token[:, None], said, cache)[0][:, -1]
+            said = torch.cat([said, token[:, None]], -1)
+        return out
 
     def score(
         self, prompt: Tensor, candidates: Tensor, exists: Tensor | None, temperature: float = 1.0
@@ -176,6 +271,22 @@ def _log_prob(logits: Tensor, rows: Tensor | None, token: Tensor) -> Tensor:
     if rows is not None:
         return logits[rows, token] - total[rows]
     return logits.gather(-1, token.unsqueeze(-1)).squeeze(-1) - total
+
+
+def _draw(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Tokens (B,) by logits (B, V): the largest, of the logits plus Gumbel noise where there is a generator."""
+    if generator is None:
+        return logits.argmax(-1)
+    wait = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits - wait.clamp_(min=torch.finfo(wait.dtype).tiny).log_()).argmax(-1)
+
+
+def _not_empty(there: Tensor, length: int) -> Tensor:
+    """Which tokens (B, L) to look at, of prompts of `length`: of one that is empty, as of an environment that waits,
+    its last place, since attention to nothing is not a number."""
+    last = torch.zeros_like(there)
+    last[:, length - 1] = ~there[:, :length].any(-1)
+    return there | last
 
 
 def _leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:

@@ -1,8 +1,9 @@
 """N text environments under the contract of vector environments: what is said becomes token ids, once.
 
 Shapes: N rows, n candidates. An observation is a dict of int32 ids, -1 where there is no token: `goal` and `prompt`,
-each padded on its left, `candidates` (n, C), padded on the right, and `candidate_mask` (n,). An action is the index of
-a candidate. Ids are what is stored and learned from; no text is tokenized a second time.
+each padded on its left, and where one is chosen `candidates` (n, C), padded on the right, and `candidate_mask` (n,). An
+action is the index of a candidate, or an answer's ids (C,), -1 after its end. Ids are what is stored and learned from;
+no text is tokenized a second time.
 
 The goal stands first, so that another goal can be put in its place: what follows does not depend on it.
 """
@@ -22,6 +23,7 @@ from ctrlrl.config import LanguageConfig
 from ctrlrl.envs.text.base import TextEnv, TextState
 from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds, require_as_many, seed_per_env
 from ctrlrl.errors import UsageError
+from ctrlrl.tokens import TokenSpace
 from ctrlrl.tree import Obs
 
 _SAID = 4096
@@ -29,10 +31,14 @@ _SAID = 4096
 
 
 class TextVector(VectorEnv):
-    """Text environments stepped one after the other, for a model that chooses among commands.
+    """Text environments stepped one after the other, for a model that chooses among commands or answers freely.
 
-    Figures of an episode: `episode/turns`, `episode/valid`, the share of answers that meant something, and
-    `episode/cut`, the share of prompts of which the oldest tokens were left out.
+    Figures of an episode: `episode/turns`, `episode/valid`, the share of answers that meant something, `episode/cut`,
+    the share of prompts of which the oldest tokens were left out, and `episode/tokens`, the mean length of free
+    answers.
+
+    In groups (`language.group_size`) each group is given tasks of its own, the same for its members, whose episodes
+    begin together: who has finished sees an empty prompt and waits, in rows that are no transitions.
 
     Args:
         envs: the environments.
@@ -43,6 +49,9 @@ class TextVector(VectorEnv):
 
     Attributes:
         transcript: of each row, what was shown and answered in the episode so far.
+
+    Raises:
+        UsageError: the environments offer no commands to choose among, or do not make up whole groups.
     """
 
     def __init__(
@@ -61,24 +70,39 @@ class TextVector(VectorEnv):
         def ids(*shape: int) -> gym.spaces.Box:
             return gym.spaces.Box(-1, size - 1, shape, np.int32)
 
-        self.observation_space = gym.spaces.Dict(
-            {
-                "goal": ids(c.goal_tokens),
-                "prompt": ids(c.prompt_tokens),
-                "candidates": ids(c.max_candidates, c.candidate_tokens),
-                "candidate_mask": gym.spaces.Box(0, 1, (c.max_candidates,), np.int8),
-            }
+        offers = bool(self._envs[0].reset(0).commands)
+        self._free = c.form == "tokens" or (c.form == "auto" and not offers)
+        if not self._free and not offers:
+            raise UsageError(f"{name} takes any text for an answer and offers no candidates: --language.form tokens")
+        entries: dict[str, gym.Space[Any]] = {"goal": ids(c.goal_tokens), "prompt": ids(c.prompt_tokens)}
+        if not self._free:
+            entries["candidates"] = ids(c.max_candidates, c.candidate_tokens)
+            entries["candidate_mask"] = gym.spaces.Box(0, 1, (c.max_candidates,), np.int8)
+        self.observation_space = gym.spaces.Dict(entries)
+        self.action_space = (
+            TokenSpace(size, c.candidate_tokens) if self._free else gym.spaces.Discrete(c.max_candidates)
         )
-        self.action_space = gym.spaces.Discrete(c.max_candidates)
+        if c.group_size > 1:
+            if self.num_envs % c.group_size:
+                raise UsageError(
+                    f"{self.num_envs} environments make up no groups of {c.group_size}: --num-envs a multiple of it"
+                )
+            self.task_groups, self.may_be_invalid = (c.group_size, self._envs[0].max_turns), True
+        self._clock, self._seed = 0, 0  # of groups: turns since all began, and what their tasks are drawn from
+        self._waits = np.zeros(self.num_envs, np.bool_)
         self._states: list[TextState] = []
         self.transcript: list[list[tuple[str, str]]] = [[] for _ in self._envs]
-        self._counts = np.zeros((self.num_envs, 3), np.int64)  # turns, valid answers, prompts that were cut
+        self._counts = np.zeros((self.num_envs, 4), np.int64)  # turns, valid answers, cut prompts, tokens of answers
         self._first_said: list[str | None] = [None] * self.num_envs
         self._ids = functools.lru_cache(_SAID)(self._tokenized)
 
     def reset(self, seed: int | Sequence[int] | None = None) -> Obs:
         seeds = seed_per_env(seed, self.num_envs)
-        self._states = [env.reset(one) for env, one in zip(self._envs, seeds, strict=True)]
+        if self.task_groups:
+            self._seed = self._seed + 1 if seeds[0] is None else seeds[0]
+            self._begin_together()
+        else:
+            self._states = [env.reset(one) for env, one in zip(self._envs, seeds, strict=True)]
         self.transcript = [[] for _ in self._envs]
         self._counts[:] = 0
         self._first_said = [None] * self.num_envs
@@ -86,33 +110,41 @@ class TextVector(VectorEnv):
 
     def step(self, action: Tensor) -> Step:
         n = self.num_envs
-        choices = action.cpu().tolist()
-        reward, flags = np.zeros(n, np.float32), np.zeros((2, n), np.bool_)
+        answers = action.cpu().tolist()
+        reward, flags, acted = np.zeros(n, np.float32), np.zeros((2, n), np.bool_), ~self._waits
         figures = {name: np.full(n, np.nan, np.float32) for name in ("success", *_FIGURES)}
         finals: list[TextState] = []
         told: dict[int, list[tuple[str, str]]] = {}  # of what ended
         for row, env in enumerate(self._envs):
             shown = self._states[row]
-            commands = shown.commands
-            if not 0 <= choices[row] < len(commands):
-                raise UsageError(f"{self.name}: no candidate {choices[row]}; environment {row} offers {len(commands)}")
-            answer = commands[choices[row]]
+            if self._waits[row]:
+                finals.append(shown)
+                continue
+            answer, length = self._as_said(row, answers[row])
             step = env.step(answer)
             self.transcript[row].append((shown.observation, answer))
-            self._counts[row, :2] += 1, step.valid
+            self._counts[row] += 1, step.valid, 0, length
             reward[row], flags[:, row] = step.reward, (step.terminated, step.truncated)
             finals.append(step.state)
             self._states[row] = step.state
             if step.terminated or step.truncated:
                 told[row] = self.transcript[row]
-                turns, valid, cut = self._counts[row].tolist()
+                turns, valid, cut, written = self._counts[row].tolist()
                 figures["success"][row] = np.nan if step.success is None else step.success
-                for name, value in zip(_FIGURES, (turns, valid / turns, cut / turns), strict=True):
+                means = (turns, valid / turns, cut / turns, written / turns if self._free else np.nan)
+                for name, value in zip(_FIGURES, means, strict=True):
                     figures[name][row] = value
                 if self._first_said[row] is None:
                     self._first_said[row] = _as_text(told[row], step.state, step.reward)
-                self._states[row], self.transcript[row] = env.reset(), []
-                self._counts[row] = 0
+                self.transcript[row], self._counts[row] = [], 0
+                if self.task_groups:
+                    self._states[row], self._waits[row] = _WAITING, True
+                else:
+                    self._states[row] = env.reset()
+        if self.task_groups:
+            self._clock += 1
+            if self._clock == self.task_groups[1]:
+                self._begin_together()
         obs = self._to_act_on()
         ended = torch.from_numpy(flags.any(0))
         final_obs: dict[str, Tensor] = obs
@@ -124,19 +156,24 @@ class TextVector(VectorEnv):
                 value[rows] = last[name]
         return Step(
             obs=obs,
-            action=torch.tensor(choices, device=self.device),
+            action=action.to(self.device),
             reward=torch.from_numpy(reward).to(self.device),
             terminated=torch.from_numpy(flags[0].copy()).to(self.device),
             truncated=torch.from_numpy(flags[1].copy()).to(self.device),
             final_obs=final_obs,
-            valid=torch.ones(n, dtype=torch.bool, device=self.device),
+            valid=torch.from_numpy(acted).to(self.device),
             log={name: torch.from_numpy(value).to(self.device) for name, value in figures.items()},
         )
 
     def get_state(self) -> EnvState:
         json: list[dict[str, Any] | None] = [
-            {"env": env.get_state(), "transcript": [list(turn) for turn in said], "counts": counts.tolist()}
-            for env, said, counts in zip(self._envs, self.transcript, self._counts, strict=True)
+            {
+                "env": env.get_state(),
+                "transcript": [list(turn) for turn in said],
+                "counts": counts.tolist(),
+                "group": [bool(waits), self._clock, self._seed],
+            }
+            for env, said, counts, waits in zip(self._envs, self.transcript, self._counts, self._waits, strict=True)
         ]
         return EnvState(json, [{} for _ in self._envs])
 
@@ -153,7 +190,10 @@ class TextVector(VectorEnv):
                 continue
             self._states.append(env.set_state(saved["env"]))
             self.transcript[row] = [(said, answer) for said, answer in saved["transcript"]]
-            self._counts[row] = saved["counts"]
+            self._counts[row, : len(saved["counts"])] = saved["counts"]  # runs of before counted no tokens
+            self._waits[row], self._clock, self._seed = saved.get("group", (False, 0, 0))
+            if self._waits[row]:
+                self._states[row] = _WAITING
             reasons.append(None)
         counts = self._counts.copy()
         obs: Obs = self._to_act_on()
@@ -170,27 +210,34 @@ class TextVector(VectorEnv):
         for env in self._envs:
             env.close()
 
-    def expert_actions(self) -> Tensor:
-        """What the scripted demonstrator of each environment would choose, (N,).
+    def _begin_together(self) -> None:
+        """Begin an episode in every environment, of the same task in those of a group."""
+        assert self.task_groups is not None
+        size, _ = self.task_groups
+        *seeds, self._seed = derive_seeds(self._seed, self.num_envs // size + 1)
+        self._states = [env.reset(seeds[row // size]) for row, env in enumerate(self._envs)]
+        self._clock, self._waits[:] = 0, False
 
-        Raises:
-            UsageError: there is none.
-        """
-        answers = [env.expert() for env in self._envs]
-        if any(answer is None for answer in answers):
-            raise UsageError(f"{self.name} has no scripted demonstrator")
-        return torch.tensor([s.commands.index(a) for s, a in zip(self._states, answers, strict=True)])
+    def _as_said(self, row: int, action: Any) -> tuple[str, int]:
+        """The text that an action is, and how many tokens were written."""
+        if self._free:
+            written = [token for token in action if token >= 0]
+            text: str = self._tokenizer.decode(written, skip_special_tokens=True)
+            return text.strip(), len(written)
+        commands = self._states[row].commands
+        if not 0 <= action < len(commands):
+            raise UsageError(f"{self.name}: no candidate {action}; environment {row} offers {len(commands)}")
+        return commands[action], 0
 
     def _to_act_on(self) -> dict[str, Tensor]:
         """The observations of all rows.
 
         Raises:
-            UsageError: an environment offers no commands.
+            UsageError: an environment offers no commands to choose among.
         """
-        if any(not state.commands for state in self._states):
+        if not self._free and any(not s.commands and s is not _WAITING for s in self._states):
             raise UsageError(
-                f"{self.name} takes any text for an answer, and a policy chooses among commands so far: take an "
-                "environment that offers some"
+                f"{self.name} takes any text for an answer here, and offers no candidates: --language.form tokens"
             )
         return self._told(self._states, self.transcript, acting=True)
 
@@ -202,10 +249,15 @@ class TextVector(VectorEnv):
         out: dict[str, np.ndarray[Any, Any]] = {
             "goal": np.full((n, c.goal_tokens), -1, np.int32),
             "prompt": np.full((n, c.prompt_tokens), -1, np.int32),
-            "candidates": np.full((n, c.max_candidates, c.candidate_tokens), -1, np.int32),
-            "candidate_mask": np.zeros((n, c.max_candidates), np.int8),
         }
+        if not self._free:
+            out["candidates"] = np.full((n, c.max_candidates, c.candidate_tokens), -1, np.int32)
+            out["candidate_mask"] = np.zeros((n, c.max_candidates), np.int8)
         for row, (state, past) in enumerate(zip(states, transcripts, strict=True)):
+            if state is _WAITING:
+                if not self._free:
+                    out["candidate_mask"][row, 0] = 1  # there must be something to choose; it is not read
+                continue
             goal = self._ids(goal_text(state.goal)) if state.goal else ()
             if len(goal) > c.goal_tokens:
                 raise UsageError(
@@ -216,6 +268,8 @@ class TextVector(VectorEnv):
                 self._counts[row, 2] += 1
             _to_the_right(out["goal"][row], goal)
             _to_the_right(out["prompt"][row], prompt[-c.prompt_tokens :])
+            if self._free:
+                continue
             if len(state.commands) > c.max_candidates:
                 raise UsageError(
                     f"{self.name} offers {len(state.commands)} commands: language.max_candidates must be as many"
@@ -235,7 +289,9 @@ class TextVector(VectorEnv):
         return tuple(ids)
 
 
-_FIGURES = ("episode/turns", "episode/valid", "episode/cut")
+_FIGURES = ("episode/turns", "episode/valid", "episode/cut", "episode/tokens")
+_WAITING = TextState("")
+"""Of an environment whose episode is over and whose group goes on; known by being this one."""
 
 
 def _as_text(turns: Sequence[tuple[str, str]], last: TextState, reward: float) -> str:

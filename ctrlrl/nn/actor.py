@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from ctrlrl.errors import UsageError
 from ctrlrl.mirror import ReflectedBox
 from ctrlrl.nn.discrete import Choices, make_choices
-from ctrlrl.nn.distributions import Categorical, DiagonalGaussian
+from ctrlrl.nn.distributions import Categorical, DiagonalGaussian, Distribution, TokenSequence
 from ctrlrl.nn.encoder import Encoder, ObservationNormalizer
-from ctrlrl.nn.mlp import MLP, Network, at_least_float32
+from ctrlrl.nn.mlp import MLP, Network, TokenNetwork, at_least_float32
 from ctrlrl.nn.policy import ActionScaling, Policy, PolicyState
 from ctrlrl.nn.recurrence import Recurrence
+from ctrlrl.tokens import TokenSpace
 from ctrlrl.tree import Obs, map_obs
 
 
@@ -38,7 +39,7 @@ class Head(nn.Module, ABC):
     outputs: int
 
     @abstractmethod
-    def distribution(self, network: Network, features: Tensor, obs: Obs) -> DiagonalGaussian | Categorical:
+    def distribution(self, network: Network, features: Tensor, obs: Obs) -> Distribution:
         """Of what `network` makes of the features (B, F) of `obs`."""
 
     @abstractmethod
@@ -47,6 +48,10 @@ class Head(nn.Module, ABC):
 
     def mask(self, obs: Obs) -> Tensor | None:
         """Which choices exist (B, D, n), bool; None: all of them, or there are none to choose from."""
+        return None
+
+    def made(self, decision: Tensor) -> Tensor | None:
+        """Which decisions (..., D) were made, bool; None: all of them."""
         return None
 
     def require_any(self, obs: Obs) -> None:
@@ -101,6 +106,24 @@ class CategoricalHead(Head):
         self.choices.require_any(obs)
 
 
+class TokenHead(Head):
+    """Answers written token by token, by a `TokenNetwork`."""
+
+    def __init__(self, observation_space: gym.Space[Any], space: TokenSpace) -> None:
+        super().__init__()
+        self.observation_space, self.inputs, self.outputs = observation_space, 0, space.length
+
+    def distribution(self, network: Network, features: Tensor, obs: Obs) -> TokenSequence:
+        assert isinstance(network, TokenNetwork)
+        return TokenSequence(network, features)
+
+    def to_environment(self, decision: Tensor) -> Tensor:
+        return decision
+
+    def made(self, decision: Tensor) -> Tensor:
+        return decision >= 0
+
+
 def make_head(
     observation_space: gym.Space[Any],
     action_space: gym.Space[Any],
@@ -120,6 +143,8 @@ def make_head(
         raise UsageError(
             f"agent.action_mask names {action_mask!r}, but there is nothing to mask: the environment has {action_space}"
         )
+    if isinstance(action_space, TokenSpace):
+        return TokenHead(observation_space, action_space)
     if isinstance(action_space, gym.spaces.Box) and action_space.shape and (action_space.low < action_space.high).all():
         return GaussianHead(observation_space, action_space, log_std)
     raise UsageError(
@@ -146,13 +171,13 @@ class StochasticPolicy(Policy):
     def initial_state(self, n: int) -> PolicyState:
         return {} if self.recurrence is None else self.recurrence.initial(n)
 
-    def distribution(self, obs: Obs, state: PolicyState | None = None) -> DiagonalGaussian | Categorical:
+    def distribution(self, obs: Obs, state: PolicyState | None = None) -> Distribution:
         """Over decisions at observations (N, ...)."""
         return self._step(obs, state or {})[0]
 
     def unroll(
         self, obs: Obs, state: PolicyState, start: Tensor
-    ) -> tuple[DiagonalGaussian | Categorical, list[PolicyState], list[PolicyState]]:
+    ) -> tuple[Distribution, list[PolicyState], list[PolicyState]]:
         """Over decisions, (L * N, ...), at observations (L, N, ...) in a row, and states, as `Recurrence.unroll`."""
         assert self.recurrence is not None
         obs = map_obs(lambda x: x.flatten(0, 1), obs)
@@ -179,9 +204,7 @@ class StochasticPolicy(Policy):
         decision = distribution.sample(self.require_generator()) if explore else distribution.mode
         return self.head.to_environment(decision), state, {"decision": decision}
 
-    def _step(
-        self, obs: Obs, state: PolicyState, *, acting: bool = False
-    ) -> tuple[DiagonalGaussian | Categorical, PolicyState]:
+    def _step(self, obs: Obs, state: PolicyState, *, acting: bool = False) -> tuple[Distribution, PolicyState]:
         features = self.encoder(obs)
         if self.recurrence is not None:
             features, state = self.recurrence(features, state)

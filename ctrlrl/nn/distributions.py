@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ctrlrl.nn.mlp import at_least_float32
+from ctrlrl.nn.mlp import TokenNetwork, at_least_float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +86,10 @@ class DiagonalGaussian:
         each = self.log_std + 0.5 * math.log(2 * math.pi * math.e)
         return each.expand_as(self.mean).sum(-1, keepdim=True)
 
+    def score(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-density and entropy, (..., 1) each."""
+        return self.log_prob(value), self.entropy()
+
 
 @dataclass(frozen=True, slots=True)
 class Categorical:
@@ -140,6 +144,10 @@ class Categorical:
         log_probs = self.log_probs
         return -(log_probs.exp() * log_probs).sum(-1)
 
+    def score(self, choice: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of `choice` (..., D), and entropies, (..., D) each."""
+        return self.log_prob(choice), self.entropy()
+
     def sample(self, generator: torch.Generator) -> Tensor:
         """Choices (..., D), int64, drawn from `generator`: the largest of the logits plus Gumbel noise."""
         with torch.no_grad():
@@ -153,6 +161,33 @@ class Categorical:
     @property
     def _missing(self) -> Tensor:
         return self.logits == -math.inf  # a NaN is none of these, and comes out as what it is
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSequence:
+    """Answers (B, D) written token by token by `network`; -1 after the last token."""
+
+    network: TokenNetwork
+    features: Tensor  # (B, ...), what it reads
+
+    @property
+    def mode(self) -> Tensor:
+        """The answers of the likeliest token each time (B, D), int64."""
+        with torch.no_grad():
+            return self.network.generate(self.features, None)
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Answers (B, D), int64, drawn from `generator`."""
+        with torch.no_grad():
+            return self.network.generate(self.features, generator)
+
+    def score(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probability of each token of answers (B, D), and the entropy where it was drawn; (B, D) each."""
+        return self.network.log_prob(self.features, tokens)
+
+
+Distribution: TypeAlias = DiagonalGaussian | Categorical | TokenSequence
+"""What a stochastic policy draws decisions from, and `score`s them by."""
 
 
 class _Squashed(torch.autograd.Function):

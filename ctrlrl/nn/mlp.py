@@ -58,6 +58,27 @@ class CandidateNetwork(nn.Module, ABC):
         """Scores (..., B, n) of `candidates` (B, n, F), finite also of those of which `exists` (B, n) is false."""
 
 
+class TokenNetwork(nn.Module, ABC):
+    """A network that writes answers token by token, each knowing those before it. Ids are -1 after the last one."""
+
+    @abstractmethod
+    def generate(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Answers (B, D) int64, drawn from `generator`, or without one the likeliest token each time."""
+
+    @abstractmethod
+    def log_prob(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Of answers (B, D): each token's log-probability after those before it, and the entropy there; (B, D) each, 0
+        where there is no token."""
+
+
+class TokenValues(nn.Module, ABC):
+    """A network of values that knows what each token of an answer changes."""
+
+    @abstractmethod
+    def along(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """V before each token of answers (B, D), to (B, D)."""
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """`x`, in float32 if it is of fewer bits: what a network of the user gives under `torch.autocast`."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

@@ -19,7 +19,16 @@ from ctrlrl.nn.encoder import (
     make_encoder,
     policy_groups,
 )
-from ctrlrl.nn.mlp import Backbone, Ensemble, EnsembleMLP, Members, NetworkFactory, at_least_float32, mlp
+from ctrlrl.nn.mlp import (
+    Backbone,
+    Ensemble,
+    EnsembleMLP,
+    Members,
+    NetworkFactory,
+    TokenValues,
+    at_least_float32,
+    mlp,
+)
 from ctrlrl.nn.recurrence import Recurrence, State
 from ctrlrl.nn.symmetry import BothSides, SymmetricTrunk, Symmetry
 from ctrlrl.tree import Obs, map_obs
@@ -89,6 +98,11 @@ class ValueFunction(nn.Module):
     def forward(self, obs: Obs) -> Tensor:
         """Without memory."""
         return self._value(self.encoder(obs))
+
+    def along(self, obs: Obs, tokens: Tensor) -> Tensor:
+        """V before each token of the answers (B, D) to observations (B, ...), to (B, D); without memory."""
+        assert isinstance(self.trunk, TokenValues)
+        return at_least_float32(self.trunk.along(self.encoder(obs), tokens))
 
     def step(self, obs: Obs, state: State) -> tuple[Tensor, State]:
         """V (N,) at observations (N, ...), and the state after it."""

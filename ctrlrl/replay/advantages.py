@@ -1,4 +1,4 @@
-"""Advantage estimators. All advantages of on-policy agents come from here.
+"""Advantages by a critic, of single decisions; `group_advantages` has those without one.
 
 Shapes: T control steps, N environments, D decisions (1 for a robot; the tokens of a turn for a language agent).
 Decisions of a row follow each other as rows do: `reward` is earned by the decision it stands at, `discount` is what the
@@ -7,7 +7,6 @@ value after that decision is worth: 1 between the decisions of a row, gamma * (1
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +28,6 @@ class Decisions:
     """bool: traces stop here, since what follows is another episode, or no transition."""
     mask: Tensor
     """bool: whether there is such a decision."""
-
-
-Estimator = Callable[[Decisions, float], Tensor]
-"""`estimator(decisions, trace)`: advantages (T, N, D), 0 where there is no decision; `trace` is lambda."""
 
 
 def ends(ended: Tensor, valid: Tensor) -> Tensor:
@@ -66,7 +61,7 @@ def gae(decisions: Decisions, trace: float) -> Tensor:
     """Generalized advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eqs. 11 and 16).
 
     delta = r + discount * V' - V;  A = delta + lambda * discount * (1 - end) * A'. A time limit ends the trace but not
-    the bootstrap, a termination ends both.
+    the bootstrap, a termination ends both. `trace` is lambda; 0 where there is no decision.
     """
     d = decisions
     delta = d.reward + d.discount * d.next_value - d.value
@@ -84,7 +79,3 @@ def gae(decisions: Decisions, trace: float) -> Tensor:
     rows, envs, each = delta.shape
     advantage = torch.stack(backwards).flip(0).view(rows, each, envs).transpose(1, 2)
     return advantage if whole else advantage * d.mask
-
-
-ESTIMATORS: dict[str, Estimator] = {"gae": gae}
-"""By the name that `agent.advantage` takes."""

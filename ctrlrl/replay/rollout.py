@@ -27,6 +27,7 @@ class Rollout:
         device: where everything lies.
         extras: what the policy says of its actions, as `name: example (N, ...)`.
         policy_state: the policy's memory when the rollout begins, (N, ...) each.
+        groups: `VectorEnv.task_groups` of the environments.
 
     Attributes:
         length: rows so far.
@@ -47,7 +48,9 @@ class Rollout:
         device: torch.device | str = "cpu",
         extras: Mapping[str, Tensor] | None = None,
         policy_state: Mapping[str, Tensor] | None = None,
+        groups: tuple[int, int] | None = None,
     ) -> None:
+        self.groups = groups
         self.horizon, self.num_envs, self.length = horizon, num_envs, 0
         self.device = torch.device(device)
         t, n = horizon, num_envs

@@ -16,6 +16,7 @@ from ctrlrl.envs.vector import Step, VectorEnv
 from ctrlrl.errors import NonFiniteError, UsageError
 from ctrlrl.nn.cpu import products_of
 from ctrlrl.nn.policy import Policy, PolicyState
+from ctrlrl.tokens import TokenSpace
 from ctrlrl.tree import Obs, obs_items, obs_to
 
 Array = np.ndarray[Any, Any]
@@ -196,6 +197,8 @@ def random_actions(space: gym.Space[Any], n: int, generator: torch.Generator, ma
             n, *(space.shape or ())
         )
         return choice + torch.as_tensor(space.start)  # type: ignore[attr-defined]
+    if isinstance(space, TokenSpace):
+        return torch.randint(space.vocabulary, (n, space.length), generator=generator)
     if isinstance(space, gym.spaces.Box):
         low, high = torch.as_tensor(space.low, dtype=torch.float32), torch.as_tensor(space.high, dtype=torch.float32)
         return low + torch.rand(n, *space.shape, generator=generator) * (high - low)

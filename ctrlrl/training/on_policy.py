@@ -53,6 +53,7 @@ class OnPolicyLoop(CollectingLoop):
             device=agent.device,
             extras=policy.act(obs_to(obs, agent.device), state, explore=False)[2],
             policy_state=state,
+            groups=env.task_groups,
         )
 
     @staticmethod

@@ -92,7 +92,7 @@ class OnlineSession(Session):
     def _make(self, env: EnvLike, config: TrainConfig, rows: int, device: str) -> VectorEnv:
         """The environments, shared by processes where that is quicker and possible."""
         try:
-            return make(env, config, rows, device, share=self._share)
+            return make(env, config, rows, device, share=self._share, grouped=True)
         except RegisteredHereOnly:
             if config.backend != "auto":
                 raise

@@ -35,9 +35,17 @@ MAX_EVAL_ENVS = 16
 
 
 def make(
-    env: EnvLike, config: TrainConfig, num_envs: int, device: str, *, render: bool = False, share: int = 1
+    env: EnvLike,
+    config: TrainConfig,
+    num_envs: int,
+    device: str,
+    *,
+    render: bool = False,
+    share: int = 1,
+    grouped: bool = False,
 ) -> VectorEnv:
-    """`num_envs` environments as `config` wants them; to render, in this process where that is possible.
+    """`num_envs` environments as `config` wants them; to render, in this process where that is possible; `grouped`, in
+    groups of one task where it asks for that.
 
     Where nothing else is asked for and `env` is an ID, `share` processes share them.
     """
@@ -48,7 +56,8 @@ def make(
         for name in ("backend", "env_python", "pixels", "grayscale", "frame_stack"):
             if getattr(config, name) != plain[name]:
                 raise UsageError(f"{env} is stepped in this process and has no pictures: leave {name} out")
-        return text_environments(str(env), config.language, num_envs=num_envs, env_kwargs=kwargs, device=device)
+        language = config.language if grouped else dataclasses.replace(config.language, group_size=1)
+        return text_environments(str(env), language, num_envs=num_envs, env_kwargs=kwargs, device=device)
     backend, cores = config.backend, config.threads
     if render and not config.env_python and not is_robot_task(env):
         backend = "gymnasium"

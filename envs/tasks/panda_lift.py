@@ -51,7 +51,8 @@ def panda_lift(
         reward: `dense`; `sparse`: `panda.sparse_reward`, 0 where the cube is at the goal and -1 elsewhere; or
             `success`: 1 where the cube comes to the goal, which ends the episode, 0 before.
         action: `joints`, or `tool`: it points down, and entries move its target by up to 2 cm along x, y and z and turn
-            it by up to 0.1 rad about z.
+            it by up to 0.1 rad about z. The tool's x axis, and the ways from tool to cube and from cube to goal, are
+            then observed, too.
         randomize: gains, friction and the cube's mass differ from robot to robot, and measurements are noisy.
         folder: of the robot's model; see `Robot.find`.
 
@@ -79,6 +80,11 @@ def panda_lift(
         "friction": Event("startup", events.friction(PADS, (0.5, 1.2))),
         "mass": Event("startup", events.mass(CUBE, (0.5, 2.0))),
     }
+    from_tool = {
+        "tool axis": Obs(terms.tool_axis, measure=Measure("given", "", "base")),
+        "to cube": Obs(lambda w: terms.cube(w) - arm.tool(w), measure=Measure("given", "m", "base")),
+        "to goal": Obs(lambda w: w.command - terms.cube(w), measure=Measure("given", "m", "base")),
+    }
     return SimTask(
         name=name,
         model=model_of(arm, folder),
@@ -104,6 +110,7 @@ def panda_lift(
                 "leads": own["leads"],
                 "last action": own["last action"],
             }
+            | (from_tool if action == "tool" else {})
         },
         rewards=rewards,
         terminations={"at the goal": lambda w: terms.at_goal(w) > 0} if reward == "success" else {},
@@ -135,6 +142,10 @@ class Terms:
     def axes(self, w: World) -> Tensor:
         """(N, 6) directions of the cube's x and y axes."""
         return torch.cat([w.sensor("cube x"), w.sensor("cube y")], 1)
+
+    def tool_axis(self, w: World) -> Tensor:
+        """(N, 3) direction of the tool's x axis, across which the fingers close."""
+        return w.sensor("tool x")
 
     def distance(self, w: World) -> Tensor:
         """(N,) m, from the cube to the goal."""
@@ -186,6 +197,7 @@ def model_of(arm: Arm, folder: str | None) -> mujoco.MjSpec:
         conaffinity=FLOOR_BIT,
     )
     kind, sensor = mujoco.mjtObj.mjOBJ_BODY, mujoco.mjtSensor
+    add_sensor(spec, "tool x", sensor.mjSENS_FRAMEXAXIS, mujoco.mjtObj.mjOBJ_SITE, "tool")
     add_sensor(spec, "cube", sensor.mjSENS_FRAMEPOS, kind, CUBE)
     add_sensor(spec, "cube x", sensor.mjSENS_FRAMEXAXIS, kind, CUBE)
     add_sensor(spec, "cube y", sensor.mjSENS_FRAMEYAXIS, kind, CUBE)

@@ -1,0 +1,336 @@
+"""Answers written token by token: what a model writes, credit for each token, groups, and nearness to a reference."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers")
+
+from ctrlrl.algorithms.bc import BC
+from ctrlrl.algorithms.ppo import PPO
+from ctrlrl.algorithms.ppo_config import PPOConfig
+from ctrlrl.cli.main import run as command
+from ctrlrl.config import LanguageConfig
+from ctrlrl.errors import UsageError
+from ctrlrl.language.model import LanguageModel
+from ctrlrl.language.text_vector import TextVector
+from ctrlrl.replay.group_advantages import Groups, gigpo, grpo, rloo
+from ctrlrl.replay.rollout import Rollout
+from ctrlrl.tokens import TokenSpace
+from tests.runs import assert_same
+from tests.test_language import KINDS, SMALL, Echo, V, by_hand, echo, model_of, texts, tiny
+
+END = 1
+FREE = LanguageConfig(**{**SMALL.to_dict(), "form": "tokens"})
+GROUPED = LanguageConfig(**{**FREE.to_dict(), "group_size": 2})
+
+
+def agent_of(config: LanguageConfig = FREE, n: int = 4, **settings: Any) -> tuple[PPO, TextVector]:
+    env = echo(n, config)
+    numbers = {"lr": 1e-3, "minibatch_size": 32, "epochs": 2, "normalize_reward": False} | settings
+    made = PPO(env.observation_space, env.action_space, PPOConfig(**numbers), seed=1, network=tiny(config=config))
+    return made, env
+
+
+def collected(agent: PPO, env: TextVector, horizon: int = 12) -> Rollout:
+    obs = env.reset(0)
+    extras = agent.policy.act(obs, explore=False)[2]
+    rollout = Rollout(
+        env.observation_space, horizon=horizon, num_envs=env.num_envs, extras=extras, groups=env.task_groups
+    )
+    rollout.begin(obs)
+    for _ in range(horizon):
+        action, _, extras = agent.policy.act(obs, explore=True)
+        step = env.step(action)
+        rollout.add(step, extras)
+        obs = step.obs
+    return rollout
+
+
+# What a model writes.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_scored_as_in_each_text_alone(kind: str) -> None:
+    model, (prompt, candidates, _) = model_of(kind), texts()
+    answers = candidates[:, 1].clone()  # one token each
+    answers[0] = candidates[0, 0]  # and one of three
+    log_prob, entropy = model.token_log_prob(prompt, answers, 1.5)
+    _, features = model.answer(prompt, answers, logits=False)
+    for b in range(3):
+        length = int((answers[b] >= 0).sum())
+        assert torch.allclose(log_prob[b, :length], by_hand(model, prompt[b], answers[b], 1.5), atol=1e-4)
+        assert bool((log_prob[b, length:] == 0).all()) and bool((entropy[b, length:] == 0).all())
+        text = torch.cat([prompt[b][prompt[b] >= 0], answers[b, :length]])[None]
+        out = model.causal(text, output_hidden_states=True)
+        after = (out.logits[0, -length - 1 : -1] / 1.5).log_softmax(-1)
+        assert torch.allclose(entropy[b, :length], -(after.exp() * after).sum(-1), atol=1e-4)
+        assert torch.allclose(features[b, :length], out.hidden_states[-1][0, -length - 1 : -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_is_what_is_likeliest_one_row_after_the_other(kind: str) -> None:
+    model, (prompt, _, _) = model_of(kind), texts()
+    prompt = torch.cat([prompt, prompt[:1], torch.full_like(prompt[:1], -1)])  # one twice, and one that is empty
+    expected = torch.full((5, 6), -1)
+    end = 0
+    for b in range(4):
+        said = prompt[b][prompt[b] >= 0]
+        for i in range(6):
+            token = int(model.causal(said[None]).logits[0, -1].argmax())
+            if b == 1 and i == 2:
+                end = token  # so that a row ends before the others
+            expected[b, i], said = token, torch.cat([said, torch.tensor([token])])
+    for b in range(4):
+        stop = (expected[b] == end).nonzero()
+        if len(stop):
+            expected[b, int(stop[0]) + 1 :] = -1
+    assert (expected[1, 3:] == -1).all() and (expected[4] == -1).all()
+    for memory in (math.inf, 1.0):  # all together, and one by one
+        assert torch.equal(model.generate(prompt, length=6, end=end, memory=memory), expected)
+    assert model.bytes_of_row(10) == 2 * 2 * 10 * 4 * 8 * (4 if kind == "gpt2" else 2) + 12 * V
+
+
+def test_what_is_drawn_is_as_likely_as_it_is_scored() -> None:
+    model, (prompt, _, _) = model_of(), texts()
+    g, n = torch.Generator().manual_seed(0), 20_000
+    answers = model.generate(prompt[:1].expand(n, -1), length=2, end=END, temperature=0.5, generator=g)
+    assert bool((answers[answers[:, 0] == END][:, 1] == -1).all())
+    kinds, counts = torch.unique(answers, dim=0, return_counts=True)
+    log_prob, _ = model.token_log_prob(prompt[:1].expand(len(kinds), -1), kinds, 0.5)
+    expected = log_prob.detach().sum(-1).exp() * n
+    often = expected.detach() > 5
+    statistic = ((counts - expected).square() / expected)[often].sum()
+    degrees = int(often.sum())
+    assert degrees > 50 and abs(float(statistic) - degrees) < 5 * math.sqrt(2 * degrees)
+
+
+def test_an_empty_prompt_is_no_reason_for_nan() -> None:
+    model, (prompt, candidates, _) = model_of(), texts()
+    prompt[1] = -1
+    log_prob, _ = model.token_log_prob(prompt, candidates[:, 0])
+    assert bool(torch.isfinite(log_prob).all()) and bool(torch.isfinite(model.read(prompt)[1]).all())
+    assert torch.allclose(log_prob[0], by_hand(model, prompt[0], candidates[0, 0]), atol=1e-4)
+
+
+# What PPO makes of it.
+
+
+@pytest.mark.parametrize("settings", [{}, {"advantage": "grpo"}, {"ratio": "joint"}, {"critic": "shared"}])
+def test_the_first_ratio_is_one(settings: dict[str, Any]) -> None:
+    critic = {"critic": settings.pop("critic")} if "critic" in settings else {}
+    config = GROUPED if settings.get("advantage") else FREE
+    agent, env = agent_of(LanguageConfig(**{**config.to_dict(), **critic, "temperature": 0.7}), **settings)
+    rollout = collected(agent, env)
+    data, _ = agent.prepare(rollout)
+    assert bool((rollout.extras["decision"] >= 0).any(-1).eq(rollout.valid).all())
+    for rows in torch.arange(48).split(7):
+        part = data.map(lambda x, rows=rows: x[rows])
+        log_ratio = (agent.policy.distribution(part.obs).score(part.decision)[0] - part.log_prob) * part.mask
+        assert float(log_ratio.detach().abs().max()) < 1e-4
+    metrics, steps = agent.update(rollout)
+    assert steps >= 2 and bool(torch.isfinite(torch.stack(list(metrics.values()))).all())
+    assert (agent.critic is None) == ("advantage" in settings)
+    assert data.advantage.shape[-1] == (3 if not settings else 1)
+
+
+@pytest.mark.parametrize("within", [1.0, 0.9])
+def test_credit_of_each_token(within: float) -> None:
+    """POAD's recursion (arXiv:2405.15821), written out turn by turn and token by token; with a discount at every token
+    the naive one."""
+    agent, env = agent_of(gamma=0.9, gae_lambda=0.8, decision_gamma=within)
+    rollout = collected(agent, env)
+    data, _ = agent.prepare(rollout)
+    shape = (12, 4, 3)
+    advantage, value = data.advantage.view(shape).double(), data.value.view(shape).double()
+    made = rollout.extras["decision"] >= 0
+    assert agent.critic is not None
+    for n in range(4):
+        following: float = 0.0
+        with torch.no_grad():
+            next_value = float(agent.critic({k: v[-1] for k, v in rollout.obs.items()})[n])  # type: ignore[union-attr]
+        for t in reversed(range(12)):
+            tokens = int(made[t, n].sum())
+            over, cut = bool(rollout.ended[t, n]), bool(rollout.truncated[t, n] & ~rollout.terminated[t, n])
+            if cut:
+                final = {k: v[t, n : n + 1] for k, v in rollout.final_obs.items()}  # type: ignore[union-attr]
+                next_value = float(agent.critic(final).detach())
+            for j in reversed(range(tokens)):
+                if j == tokens - 1:
+                    gamma = 0.0 if bool(rollout.terminated[t, n]) else 0.9
+                    delta = float(rollout.reward[t, n]) + gamma * next_value - float(value[t, n, j])
+                    following = delta + 0.8 * (0.0 if over else gamma * following)
+                else:
+                    delta = within * float(value[t, n, j + 1]) - float(value[t, n, j])
+                    following = delta + 0.8 * within * following
+                assert float(advantage[t, n, j]) == pytest.approx(following, abs=1e-4), (t, n, j)
+            assert bool((advantage[t, n, tokens:] == 0).all())
+            next_value = float(value[t, n, 0])
+
+
+def test_nearness_to_where_it_began() -> None:
+    agent, env = agent_of(kl_coef=0.5, lr=3e-3, minibatch_size=48, epochs=1)
+    other, _ = agent_of(kl_coef=0.0, lr=3e-3, minibatch_size=48, epochs=1)
+    assert agent.reference is not None and other.reference is None
+    with torch.no_grad():  # as if weights had been read after it was made
+        for p in agent.policy.parameters():
+            p.mul_(1.01)
+    start = copy.deepcopy(agent.policy.state_dict())
+    rollout = collected(agent, env)
+    metrics, _ = agent.update(rollout)
+    assert float(metrics["kl_reference"]) == pytest.approx(0, abs=1e-5)
+    metrics, _ = agent.update(rollout)
+    for name, value in agent.reference.state_dict().items():
+        assert torch.equal(value, start[name])
+    data, _ = agent.prepare(rollout)
+    away = data.reference - data.log_prob
+    now = -torch.where(data.mask, away, 0).sum(-1).mean()
+    assert float(now) != 0
+    again = PPO(env.observation_space, env.action_space, agent.config, seed=5, network=tiny(9, config=FREE))
+    again.load_state_dict(agent.state_dict())
+    assert torch.equal(again.prepare(rollout)[0].reference, data.reference)
+    for kind in ("k1", "k2", "k3"):
+        near, env = agent_of(kl_coef=5.0, kl_estimator=kind, lr=3e-3, epochs=4)
+        far, _ = agent_of(kl_coef=1e-6, kl_estimator=kind, lr=3e-3, epochs=4)
+        rollout, moved = collected(near, env), []
+        for one in (near, far):
+            for _ in range(3):
+                metrics, _ = one.update(rollout)
+            moved.append(float(metrics["kl_reference"]))
+        assert abs(moved[0]) < abs(moved[1]), kind
+
+
+# Groups.
+
+
+def test_group_estimators_are_their_papers() -> None:
+    g, (t, n, size, rows) = torch.Generator().manual_seed(0), (8, 6, 3, 4)
+    valid = torch.ones(t, n, dtype=torch.bool)
+    valid[2:4, 1] = valid[7:, 4] = False
+    reward = torch.randint(3, (t, n), generator=g).float() * valid
+    observed = torch.randint(3, (t, n), generator=g)
+    groups = Groups(reward, valid, observed, size, rows, 0.9, 0.5)
+    by_grpo, by_rloo, by_gigpo = grpo(groups), rloo(groups), gigpo(groups)
+    for k in range(2):
+        for first in range(0, n, size):
+            members = range(first, first + size)
+            part = reward[k * rows : (k + 1) * rows]
+            returns = [float(part[:, i].sum()) for i in members]
+            mean = sum(returns) / size
+            deviation = math.sqrt(sum((r - mean) ** 2 for r in returns) / (size - 1))
+            steps = [(i, j) for i in members for j in range(rows) if valid[k * rows + j, i]]
+            to_come = {(i, j): sum(0.9 ** (m - j) * float(part[m, i]) for m in range(j, rows)) for i, j in steps}
+            for i, j in steps:
+                at = k * rows + j, i
+                own = returns[i - first]
+                others = [r for m, r in enumerate(returns) if m != i - first]
+                assert float(by_grpo[at]) == pytest.approx((own - mean) / (deviation + 1e-6), abs=1e-4)
+                assert float(by_rloo[at]) == pytest.approx(own - sum(others) / (size - 1), abs=1e-5)
+                same = [to_come[s] for s in steps if observed[k * rows + s[1], s[0]] == observed[at]]
+                centre = sum(same) / len(same)
+                spread = math.sqrt(sum((x - centre) ** 2 for x in same) / max(len(same) - 1, 1))
+                step = (to_come[i, j] - centre) / (spread + 1e-6)
+                assert float(by_gigpo[at]) == pytest.approx(float(by_grpo[at]) + 0.5 * step, abs=1e-4)
+    for advantage in (by_grpo, by_rloo, by_gigpo):
+        assert bool((advantage[~valid] == 0).all())
+
+
+def test_groups_are_given_the_same_tasks_and_wait_for_each_other() -> None:
+    env, g = echo(4, GROUPED), torch.Generator().manual_seed(0)
+    size, rows = env.task_groups or (0, 0)
+    assert (size, rows) == (2, Echo.max_turns) and env.may_be_invalid
+    obs = env.reset(3)
+    seen: list[list[str]] = []
+    for t in range(3 * rows):
+        if t % rows == 0:
+            seen.append([state.observation for state in env._states])
+            assert bool((obs["prompt"] >= 0).any(-1).all())  # type: ignore[index]
+        waits = env._waits.copy()
+        state = env.get_state()
+        action = torch.randint(2, 10, (4, 3), generator=g)
+        if t % rows == 1:  # the first answers rightly
+            word = env._tokenizer.encode(" " + (env._envs[0].expert() or ""), add_special_tokens=False)
+            action[0] = torch.tensor([*word, END, -1][:3])
+        step = env.step(action)
+        assert step.valid.tolist() == [not waiting for waiting in waits]
+        assert bool((step.reward[waits] == 0).all())
+        again = echo(4, GROUPED)
+        _, reasons = again.set_state(state, seed=0)
+        same = again.step(action)
+        assert reasons == [None] * 4 and all(torch.equal(same.obs[k], step.obs[k]) for k in step.obs)  # type: ignore[index]
+        obs = step.obs
+    assert all(row[0] == row[1] and row[2] == row[3] for row in seen)
+    assert len({row[0] for row in seen} | {row[2] for row in seen}) > 1  # not the same task for ever
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(UsageError, match="4 environments make up no groups of 3"):
+        echo(4, LanguageConfig(**{**FREE.to_dict(), "group_size": 3}))
+    agent, env = agent_of(advantage="rloo")
+    with pytest.raises(UsageError, match=r"--language\.group-size"):
+        agent.update(collected(agent, env))
+    agent, env = agent_of(GROUPED, advantage="rloo")
+    with pytest.raises(UsageError, match=r"make --rollout-steps a multiple of \d+"):
+        agent.update(collected(agent, env, Echo.max_turns + 1))
+    with pytest.raises(UsageError, match="credit per-decision is for answers made of tokens"):
+        PPO(*_box(), PPOConfig(credit="per-decision"))
+    with pytest.raises(UsageError, match="joint, where groups tell"):
+        PPOConfig(credit="per-decision", advantage="grpo")
+    with pytest.raises(UsageError, match="per-decision, where the credit is"):
+        PPOConfig(credit="per-decision", ratio="joint")
+    with pytest.raises(UsageError, match="free answers are imitated by `ctrlrl language make-lm`"):
+        BC(env.observation_space, env.action_space, network=tiny(config=FREE))
+    assert isinstance(env.action_space, TokenSpace) and env.action_space.shape == (3,)
+
+
+def _box() -> tuple[Any, Any]:
+    import gymnasium as gym
+
+    return gym.spaces.Box(-1, 1, (3,)), gym.spaces.Box(-1, 1, (2,))
+
+
+# The whole way.
+
+
+@pytest.mark.parametrize("advantage", ["gae", "gigpo"])
+def test_a_run_is_resumed_and_exported(advantage: str, tmp_path: Path, capsys: Any) -> None:
+    lm, run, env = tmp_path / "lm", tmp_path / "run", "text/GuessNumber"
+    options = ["--env-kwargs", '{"high": 4, "max_turns": 3, "free": true}', "--language.candidate-tokens", "3"]
+    options += ["--language.prompt-tokens", "40"]
+    made = ["--episodes", "20", "--epochs", "2", "--hidden", "16", "--heads", "2", "--layers", "1"]
+    assert command(["language", "make-lm", "--env", env, "--out", str(lm), *made, *options]) == 0
+    assert "words, right in" in capsys.readouterr().out
+    train = ["train", "ppo", "--env", env, *options, "--language.model", str(lm), "--num-envs", "4"]
+    train += ["--rollout-steps", "36", "--agent.epochs", "1", "--agent.minibatch-size", "12", "--eval-episodes", "4"]
+    train += ["--threads", "1", "--eval-every", "24", "--checkpoint-every", "10", "--agent.kl-coef", "0.01"]
+    train += ["--agent.advantage", advantage, *(["--language.group-size", "2"] if advantage != "gae" else [])]
+    assert command([*train, "--steps", "72", "--out", str(tmp_path / "whole")]) == 0
+    assert command([*train, "--steps", "48", "--out", str(run)]) == 0
+    assert command(["resume", str(run), "--steps", "72"]) == 0
+    assert_same(tmp_path / "whole", run)
+    assert "goal: " in (run / "report.html").read_text()
+    capsys.readouterr()
+    assert command(["eval", str(run), "--episodes", "6", "--sample"]) == 0
+    assert "tokens" in capsys.readouterr().out
+    assert command(["language", "export", str(run), "--out", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"advantage": "grpo"}, {"advantage": "rloo"}, {"advantage": "gigpo"}])
+def test_it_learns_to_answer(settings: dict[str, Any]) -> None:
+    config = FREE if not settings else LanguageConfig(**{**FREE.to_dict(), "group_size": 8})
+    agent, env = agent_of(config, 32, lr=3e-3, minibatch_size=128, epochs=2, entropy_coef=0.01, **settings)
+    won = Tensor()
+    for _ in range(60):
+        rollout = collected(agent, env, 2 * Echo.max_turns)
+        agent.update(rollout)
+        won = rollout.reward[rollout.ended]
+    assert float((won > 0).float().mean()) > 0.9
+    assert isinstance(agent.policy.trunk.model, LanguageModel)
