@@ -1,7 +1,8 @@
 """Proximal policy optimization with a clipped ratio (Schulman et al. 2017, arXiv:1707.06347).
 
 Shapes: T control steps, N environments, D decisions (a Box action is one; a MultiDiscrete action has one per
-dimension, an answer one per token), C credits (1, or D of them), R rows of a minibatch; with a recurrent layer it has S sequences of L steps, [S, L, ...] for [R, ...].
+dimension, an answer one per token), C credits (1, or D of them), R rows of a minibatch; with a recurrent layer it has
+S sequences of L steps, [S, L, ...] for [R, ...].
 
 A rollout's values, log-probabilities and advantages are computed once, by the weights that collected it, before its
 first minibatch. Observation statistics move only after the last one, so the first minibatch's ratio is 1. An episode
@@ -328,9 +329,7 @@ class PPO(OnPolicyAgent):
             reward=rewards,
             discount=torch.where(last, (c.gamma * ~rollout.terminated)[..., None], c.decision_gamma),
             value=seen.value,
-            next_value=next_values(
-                seen.value, seen.last_value, seen.final_value, rollout.ended & rollout.valid, mask
-            ),
+            next_value=next_values(seen.value, seen.last_value, seen.final_value, rollout.ended & rollout.valid, mask),
             end=ends(rollout.ended, rollout.valid)[..., None] & last,
             mask=mask,
         )
