@@ -168,6 +168,8 @@ class LanguageConfig(Config):
     """Names of the modules that get one; by default peft's for the model."""
     history: int = 0
     """Earlier turns of the episode that the prompt tells."""
+    chat: bool = False
+    """Tell it as a conversation, by the chat template of an instructed model: the goal is what the system says."""
     prompt_tokens: int = 64
     """Tokens of the prompt, the goal's not counted; of longer ones the oldest are left out, and counted."""
     goal_tokens: int = 32

@@ -33,9 +33,10 @@ from ctrlrl.envs.text.registry import make_text_env
 from ctrlrl.errors import UsageError
 from ctrlrl.language.adapter import word_starts
 from ctrlrl.language.backbone import LanguageBackbone, Tokens
-from ctrlrl.language.make_lm import make_lm, word_tokenizer
+from ctrlrl.language.make_lm import PLAIN, make_lm, word_tokenizer
 from ctrlrl.language.model import LanguageModel, digest_of, load_model
-from ctrlrl.language.text_vector import TextVector, command_text, goal_text, prompt_text
+from ctrlrl.language.prompts import ChatPrompts
+from ctrlrl.language.text_vector import TextVector
 from ctrlrl.language.tiny_config import TinyConfig
 from ctrlrl.replay.rollout import Rollout
 from ctrlrl.training.collect import RandomPolicy
@@ -218,8 +219,8 @@ SMALL = LanguageConfig(
 
 
 def said() -> set[str]:
-    words = {goal_text("say it back"), prompt_text("say", [("say", "red")], 1)}
-    return words | {command_text(word) for word in Echo.words}
+    words = {PLAIN.goal("say it back"), PLAIN.prompt("", "say", [("say", "red")], 1)}
+    return words | {PLAIN.command(word) for word in Echo.words}
 
 
 def echo(n: int = 4, config: LanguageConfig = SMALL) -> TextVector:
@@ -248,7 +249,9 @@ def test_what_is_said_is_told_in_tokens_once() -> None:
         for row in range(3):
             shown, past = env._states[row], env.transcript[row][-1:]
             prompt = obs["prompt"][row]
-            assert tokenizer.decode(prompt[prompt >= 0]) == " ".join(prompt_text(shown.observation, past, 1).split())
+            assert tokenizer.decode(prompt[prompt >= 0]) == " ".join(
+                PLAIN.prompt(shown.goal, shown.observation, past, 1).split()
+            )
             assert bool((prompt.sign().diff() >= 0).all()) or prompt[0] >= 0  # padded on the left alone
             offered = [tokenizer.decode(c[c >= 0]) for c in obs["candidates"][row][obs["candidate_mask"][row] > 0]]
             assert offered == list(shown.commands)
@@ -277,6 +280,39 @@ def test_what_is_said_is_told_in_tokens_once() -> None:
     while not bool((step := short.step(torch.zeros(1, dtype=torch.int64))).truncated | step.terminated):
         pass
     assert float(step.log["episode/cut"][0]) == 1
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_conversation_is_told_by_the_models_template() -> None:
+    tokenizer = word_tokenizer(said() | {"<|system|> <|user|> <|assistant|> <eos>"})
+    config = LanguageConfig(**{**SMALL.to_dict(), "chat": True, "prompt_tokens": 40, "goal_tokens": 10})
+    with pytest.raises(UsageError, match=r"has no chat template: leave language\.chat out"):
+        TextVector([Echo()], tokenizer, config, name="echo")
+    tokenizer.chat_template = TEMPLATE
+    env = TextVector([Echo()], tokenizer, config, name="echo")
+    obs = env.reset(0)
+    for _ in range(3):
+        assert isinstance(obs, dict)
+        ids = torch.cat([obs["goal"][0], obs["prompt"][0]])
+        messages = [{"role": "system", "content": "say it back"}]
+        for shown, answer in env.transcript[0][-1:]:
+            messages += [{"role": "user", "content": shown}, {"role": "assistant", "content": answer}]
+        messages.append({"role": "user", "content": env._states[0].observation})
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert tokenizer.decode(ids[ids >= 0]) == " ".join(whole.split())
+        obs = env.step(torch.zeros(1, dtype=torch.int64)).obs
+    assert ChatPrompts(tokenizer, "m").goal("") == "" and ChatPrompts(tokenizer, "m").command("go") == "go"
+    tokenizer.chat_template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(UsageError, match=r"of m refuses a system's.*no system here; leave language\.chat out"):
+        ChatPrompts(tokenizer, "m").goal("this")
+    tokenizer.chat_template = "{{ messages[-1].content }}"
+    with pytest.raises(UsageError, match="does not begin with what the system says"):
+        ChatPrompts(tokenizer, "m").prompt("this", "that", [], 0)
 
 
 def test_text_goes_on_exactly() -> None:
@@ -546,7 +582,7 @@ def test_a_prompt_tells_as_many_turns_as_there_were() -> None:
     past = [(f"shown {i}", f"answer {i}") for i in range(4)]
     for history in (0, 1, 3, 9):
         for t in range(5):
-            told = prompt_text("now", past[:t], history)
+            told = PLAIN.prompt("", "now", past[:t], history)
             assert [i for i in range(4) if f"answer {i}\n" in told] == list(range(4))[max(0, t - history) : t]
 
 

@@ -20,10 +20,11 @@ from ctrlrl.config import LanguageConfig
 from ctrlrl.envs.text.base import TextEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.language.model import LanguageModel, require_transformers
-from ctrlrl.language.text_vector import command_text, goal_text, prompt_text
+from ctrlrl.language.prompts import Prompts
 from ctrlrl.language.tiny_config import TinyConfig
 
 UNKNOWN, END = "<unk>", "<eos>"
+PLAIN = Prompts()
 
 
 def make_lm(
@@ -104,9 +105,9 @@ def demonstrations(env: TextEnv, episodes: int, seed: int, history: int) -> tupl
             answer = env.expert()
             if answer is None:
                 raise UsageError(f"{type(env).__name__} has no scripted demonstrator to imitate")
-            goal = goal_text(state.goal) if state.goal else ""
-            prompt = prompt_text(state.observation, past, history)
-            texts |= {goal, prompt, *map(command_text, (*state.commands, answer))}
+            goal = PLAIN.goal(state.goal)
+            prompt = PLAIN.prompt(state.goal, state.observation, past, history)
+            texts |= {goal, prompt, *map(PLAIN.command, (*state.commands, answer))}
             if answer in state.commands or not state.commands:
                 chosen = state.commands.index(answer) if state.commands else -1
                 turns.append((goal, prompt, state.commands or (answer,), chosen))
@@ -125,7 +126,8 @@ def seen_at_random(env: TextEnv, episodes: int, seed: int) -> set[str]:
     for episode in range(episodes):
         state = env.reset(2_000_000 * (seed + 1) + episode)
         while True:
-            texts |= {goal_text(state.goal), prompt_text(state.observation, [], 0), *map(command_text, state.commands)}
+            texts |= {PLAIN.goal(state.goal), PLAIN.prompt(state.goal, state.observation, [], 0)}
+            texts.update(map(PLAIN.command, state.commands))
             if not state.commands:
                 break
             step = env.step(state.commands[int(random.integers(len(state.commands)))])
@@ -231,7 +233,7 @@ def _as_ids(tokenizer: Any, turns: Sequence[Turn], settings: LanguageConfig) -> 
     prompts = block([ids(prompt)[-settings.prompt_tokens :] for _, prompt, *_ in turns], left=True)
     most = max(len(commands) for _, _, commands, _ in turns)
     end = [tokenizer.eos_token_id] if any(chosen < 0 for *_, chosen in turns) else []
-    said = [[ids(command_text(command)) + end for command in commands] for _, _, commands, _ in turns]
+    said = [[ids(PLAIN.command(command)) + end for command in commands] for _, _, commands, _ in turns]
     flat = block([one for row in said for one in [*row, *[[]] * (most - len(row))]], left=False)
     candidates = flat.view(len(turns), most, -1)
     choice = torch.tensor([chosen for *_, chosen in turns])

@@ -23,6 +23,7 @@ from ctrlrl.config import LanguageConfig
 from ctrlrl.envs.text.base import TextEnv, TextState
 from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds, require_as_many, seed_per_env
 from ctrlrl.errors import UsageError
+from ctrlrl.language.prompts import ChatPrompts, Prompts
 from ctrlrl.tokens import TokenSpace
 from ctrlrl.tree import Obs
 
@@ -66,6 +67,7 @@ class TextVector(VectorEnv):
         self._envs, self._tokenizer, self._config = list(envs), tokenizer, config
         self.name, self.num_envs, self.device = name, len(self._envs), torch.device(device)
         size, c = len(tokenizer), config
+        self._prompts = ChatPrompts(tokenizer, c.model) if c.chat else Prompts()
 
         def ids(*shape: int) -> gym.spaces.Box:
             return gym.spaces.Box(-1, size - 1, shape, np.int32)
@@ -258,12 +260,12 @@ class TextVector(VectorEnv):
                 if not self._free:
                     out["candidate_mask"][row, 0] = 1  # there must be something to choose; it is not read
                 continue
-            goal = self._ids(goal_text(state.goal)) if state.goal else ()
+            goal = self._ids(self._prompts.goal(state.goal))
             if len(goal) > c.goal_tokens:
                 raise UsageError(
                     f"the goal {state.goal!r} has {len(goal)} tokens: language.goal_tokens must be as many"
                 )
-            prompt = self._ids(prompt_text(state.observation, past, c.history))
+            prompt = self._ids(self._prompts.prompt(state.goal, state.observation, past, c.history))
             if acting and len(prompt) > c.prompt_tokens:
                 self._counts[row, 2] += 1
             _to_the_right(out["goal"][row], goal)
@@ -275,7 +277,7 @@ class TextVector(VectorEnv):
                     f"{self.name} offers {len(state.commands)} commands: language.max_candidates must be as many"
                 )
             for i, command in enumerate(state.commands):
-                ids = self._ids(command_text(command))
+                ids = self._ids(self._prompts.command(command))
                 if len(ids) > c.candidate_tokens:
                     raise UsageError(
                         f"the command {command!r} has {len(ids)} tokens: language.candidate_tokens must be as many"
@@ -300,24 +302,6 @@ def _as_text(turns: Sequence[tuple[str, str]], last: TextState, reward: float) -
     for shown, answer in turns:
         lines += [shown, f"> {answer}"]
     return "\n".join([*lines, last.observation, f"(reward {reward:g})"])
-
-
-def goal_text(goal: str) -> str:
-    """How the goal stands at the beginning of a prompt."""
-    return f"goal : {goal}\n"
-
-
-def prompt_text(observation: str, past: Sequence[tuple[str, str]], history: int) -> str:
-    """What follows it: the last `history` of the turns before, what is shown now, and where the answer goes. It does
-    not end in a blank: the answer begins with one, so that a word has the same tokens there as anywhere."""
-    recent = past[-history:] if history else ()
-    before = "".join(f"state : {shown}\naction :{command_text(answer)}\n" for shown, answer in recent)
-    return f"{before}state : {observation}\naction :"
-
-
-def command_text(command: str) -> str:
-    """How a command is said after it."""
-    return f" {command}"
 
 
 def _to_the_right(row: np.ndarray[Any, Any], ids: Sequence[int]) -> None:
