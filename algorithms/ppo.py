@@ -52,7 +52,8 @@ class RolloutBatch:
 
     obs: Obs
     decision: Tensor
-    log_prob: Tensor  # (R, D), of the policy that collected them
+    behaviour: Tensor  # (R, D), log-probabilities of the policy that collected them
+    log_prob: Tensor  # (R, D), of the policy as the update begins: the same one, unless they are stale
     reference: Tensor  # (R, D), of the one to stay near to; (R, 0) without one
     value: Tensor  # (R, C), of the critic then
     advantage: Tensor  # (R, C)
@@ -68,24 +69,30 @@ class RolloutBatch:
 
     def split(self, order: Tensor) -> list[RolloutBatch]:
         """A batch for each row of `order` (M, R), of the rows that it names."""
-        columns: list[tuple[Tensor, ...]] = []  # of each tensor, in the order in which `map` comes to them
-
-        def take(value: Tensor) -> Tensor:
-            columns.append(value[order].unbind())
-            return value
-
-        self.map(take)
+        columns = [value[order].unbind() for value in self.tensors()]
         batches = []
         for parts in zip(*columns, strict=True):
             following = iter(parts)
             batches.append(self.map(lambda _, following=following: next(following)))  # type: ignore[misc]
         return batches
 
+    def tensors(self) -> list[Tensor]:
+        """All of them, in the order in which `map` comes to them."""
+        found: list[Tensor] = []
+
+        def take(value: Tensor) -> Tensor:
+            found.append(value)
+            return value
+
+        self.map(take)
+        return found
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> RolloutBatch:
         """The batch of `fn` of each tensor."""
         return RolloutBatch(
             map_obs(fn, self.obs),
             fn(self.decision),
+            fn(self.behaviour),
             fn(self.log_prob),
             fn(self.reference),
             fn(self.value),
@@ -163,6 +170,7 @@ class PPO(OnPolicyAgent):
         if self.reference is not None:
             self._begun = torch.zeros((), dtype=torch.bool, device=self.device)
             self._keep(reference=self.reference, begun=self._begun)
+        self._former: list[RolloutBatch] = []  # earlier rollouts, the newest last
         self._step = executed(self.step, c.execution, "float32", self.device, self._changing)
 
     def update(self, rollout: Rollout) -> tuple[dict[str, Tensor], int]:
@@ -174,7 +182,7 @@ class PPO(OnPolicyAgent):
         with products_of(self.config.minibatch_size, max(self.config.hidden, default=1)):
             data, metrics = self.prepare(rollout)
             if bool(rollout.valid.any()):  # else there is nothing to learn from
-                history = self._epochs(data)
+                history = self._epochs(self._with_former(data))
         if self.normalizer is not None:
             seen = map_obs(lambda value: value[:-1].flatten(0, 1), rollout.obs)
             self.normalizer.update(seen, rollout.valid.flatten())
@@ -182,6 +190,31 @@ class PPO(OnPolicyAgent):
         if self.config.lr_schedule == "adaptive":
             metrics["lr"] = self.lr.clone()
         return metrics | means, len(history)
+
+    def state_dict(self) -> dict[str, Any]:
+        former = [{name: getattr(one, name) for name in _SAVED} for one in self._former]
+        return super().state_dict() | ({"former": former} if former else {})
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+
+        def here(value: Tensor) -> Tensor:
+            return value.to(self.device, copy=True)
+
+        read = [RolloutBatch(**one, policy_state={}, critic_state={}) for one in state.get("former", [])]
+        self._former = [one.map(here) for one in read]
+
+    @torch.no_grad()
+    def _with_former(self, data: RolloutBatch) -> RolloutBatch:
+        """A rollout's rows, and those of earlier ones, by the policy of now."""
+        kept = self.config.stale_rollouts
+        if not kept:
+            return data
+        parts = [replace(one, log_prob=self._look(one.obs, one.decision)[0]) for one in self._former]
+        self._former = [*self._former, data.map(torch.clone)][-kept:]  # the rollout's own rows are written over
+        columns = zip(*(part.tensors() for part in (*parts, data)), strict=True)
+        joined = iter([torch.cat(column) for column in columns])
+        return data.map(lambda _: next(joined))
 
     def _epochs(self, data: RolloutBatch) -> list[dict[str, Tensor]]:
         """Gradient steps on all minibatches of all epochs; returns the metrics of each."""
@@ -239,6 +272,9 @@ class PPO(OnPolicyAgent):
             advantage = centered / (deviation + 1e-8)
         # L_clip, eq. 7
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage)
+        if c.stale_rollouts:
+            stale = self._of_ratio(batch.log_prob - batch.behaviour, made).exp()
+            surrogate = stale.clamp(max=c.stale_weight) * surrogate
         policy_loss = -(weight * surrogate).sum()
         entropy = (per_row * torch.where(made, entropies, 0.0).sum(-1, keepdim=True)).sum()
         loss = policy_loss - c.entropy_coef * entropy  # eq. 9, with what follows
@@ -299,7 +335,8 @@ class PPO(OnPolicyAgent):
             metrics["explained_variance"] = 1 - _variance(advantage, credited) / whole
             metrics["value_mean"] = _mean(value, credited)
         obs, start = map_obs(lambda x: x[:-1], rollout.obs), rollout.start[:-1]
-        batch = RolloutBatch(obs, decision, seen.log_prob, seen.reference, seen.value, advantage, mask, start, {}, {})
+        old = seen.log_prob
+        batch = RolloutBatch(obs, decision, old, old, seen.reference, seen.value, advantage, mask, start, {}, {})
         states = seen.states
         if not states:
             return batch.map(lambda x: x.flatten(0, 1)), metrics
@@ -361,24 +398,30 @@ class PPO(OnPolicyAgent):
         return GROUP_ESTIMATORS[c.advantage](groups)
 
     def _look_back(self, rollout: Rollout) -> _Look:
-        """Without memory: all rows in one batch, or so many at a time."""
+        """Without memory."""
         shape, decision = rollout.reward.shape, rollout.extras["decision"].flatten(0, 1)
-        flat = map_obs(lambda x: x.flatten(0, 1), rollout.obs)
-        count, parts = len(decision), []
-        for begin in range(0, count, self._rows or count):
-            rows = slice(begin, min(count, begin + (self._rows or count)))
-            obs, made = map_obs(lambda x, rows=rows: x[rows], flat), decision[rows]  # type: ignore[misc]
-            log_prob = self.policy.distribution(obs).score(made)[0]
-            value = self._value(obs, made)
-            beside = log_prob[:, :0] if self.reference is None else self.reference.distribution(obs).score(made)[0]
-            parts.append((log_prob, beside, log_prob.new_zeros(len(made), 1) if value is None else value))
-        log_prob, reference, value = (torch.cat(part).view(*shape, -1) for part in zip(*parts, strict=True))
+        found = self._look(map_obs(lambda x: x[:-1].flatten(0, 1), rollout.obs), decision)
+        log_prob, reference, value = (part.view(*shape, -1) for part in found)
         last_value, final_value = torch.zeros_like(rollout.reward[0]), torch.zeros_like(rollout.reward)
         if self.critic is not None:
             last_value = self.critic(map_obs(lambda x: x[-1], rollout.obs))
             if bool((cut := _cut_short(rollout)).any()):
                 final_value[cut] = self.critic(map_obs(lambda x: x[cut], rollout.final_obs))
         return _Look(log_prob, reference, value, last_value, final_value, [])
+
+    def _look(self, obs: Obs, decision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of rows (M, ...), all in one batch or so many at a time: log-probabilities (M, D), those of the policy to
+        stay near to, or (M, 0), and V (M, C), zero without a critic."""
+        count, parts = len(decision), []
+        for begin in range(0, count, self._rows or count):
+            rows = slice(begin, min(count, begin + (self._rows or count)))
+            seen, made = map_obs(lambda x, rows=rows: x[rows], obs), decision[rows]  # type: ignore[misc]
+            log_prob = self.policy.distribution(seen).score(made)[0]
+            value = self._value(seen, made)
+            beside = log_prob[:, :0] if self.reference is None else self.reference.distribution(seen).score(made)[0]
+            parts.append((log_prob, beside, log_prob.new_zeros(len(made), 1) if value is None else value))
+        log_prob, reference, value = (torch.cat(part) for part in zip(*parts, strict=True))
+        return log_prob, reference, value
 
     def _remember(self, rollout: Rollout) -> _Look:
         """With memory: step by step from the states before the rollout. The critic's goes on to the next one."""
@@ -417,6 +460,10 @@ class PPO(OnPolicyAgent):
         self.returns.update(torch.cat(returns), rollout.valid.flatten())
         deviation = (self.returns.variance + 1e-8).sqrt().to(rollout.reward.dtype)
         return (rollout.reward / deviation).clamp(-10, 10)
+
+
+_SAVED = ("obs", "decision", "behaviour", "log_prob", "reference", "value", "advantage", "mask", "start")
+"""What a checkpoint has of earlier rollouts."""
 
 
 class _Look(NamedTuple):

@@ -70,6 +70,12 @@ class PPOConfig(Config):
     decision_gamma: float = 1.0
     """Discount from one token to the next of an answer: 1 is POAD's (arXiv:2405.15821); gamma counts each token as a
     step."""
+    stale_rollouts: int = 0
+    """Earlier rollouts that are learned from again beside each new one, by a decoupled ratio (AReaL, arXiv:2505.24298):
+    clipped around the policy as the update begins, and weighted by how much likelier that makes what was done than the
+    policy that did it."""
+    stale_weight: float = 5.0
+    """The largest such weight."""
     hidden: tuple[int, ...] = (64, 64)
     """Hidden layers of the policy and of the critic."""
     activation: Literal["tanh", "relu", "elu"] = "tanh"
@@ -101,8 +107,10 @@ class PPOConfig(Config):
         self.require("credit", self.credit != "per-decision" or self.advantage == "gae", "joint, where groups tell")
         fits = self.credit != "per-decision" or self.ratio != "joint"
         self.require("ratio", fits, "per-decision, where the credit is")
-        fits = self.recurrent == "none" or self.advantage == "gae"
-        self.require("recurrent", fits, "none, where groups tell")
+        fits = self.recurrent == "none" or (self.advantage == "gae" and not self.stale_rollouts)
+        self.require("recurrent", fits, "none, where groups tell or earlier rollouts are learned from again")
+        self.require("stale_rollouts", 0 <= self.stale_rollouts <= 1000, "between 0 and 1,000")
+        self.require("stale_weight", self.stale_weight >= 1, "at least 1")
         self.require("epochs", 1 <= self.epochs <= 1000, "between 1 and 1,000")
         self.require("min_obs_std", self.min_obs_std >= 0, "at least 0")
         self.require("minibatch_size", 2 <= self.minibatch_size <= 10**8, "between 2 and 100,000,000")

@@ -406,6 +406,47 @@ def test_joint_and_per_decision_ratios():
     assert shares == {"joint": 0.0, "per-decision": 1.0}
 
 
+def test_earlier_rollouts_are_learned_from_again_by_a_decoupled_ratio():
+    settings = PLAIN | {"lr": 0.05, "epochs": 2, "minibatch_size": 24, "normalize_advantage": False}
+    agent, plain = (PPO(OBS, ACT, PPOConfig(**settings, stale_rollouts=n, stale_weight=1.5), seed=3) for n in (1, 0))
+    first = collect(agent, seed=1, invalid=0.2)
+    plain.load_state_dict(agent.state_dict())
+    for one in (agent, plain):
+        one.update(first)
+    for a, b in zip(agent.policy.parameters(), plain.policy.parameters(), strict=True):
+        assert torch.equal(a, b)  # there was no earlier one
+    kept = agent._former[0]
+    second = collect(agent, seed=2, invalid=0.2)
+    assert torch.equal(kept.log_prob, kept.behaviour) and len(kept.mask) == 48
+    data, _ = agent.prepare(second)
+    saved = copy.deepcopy(agent.state_dict())
+    batch = agent._with_former(data)
+    assert len(batch.mask) == 96 and torch.equal(batch.obs[:48], kept.obs)
+    now = agent.policy.distribution(batch.obs).log_prob(batch.decision).detach()
+    torch.testing.assert_close(batch.log_prob, now)
+    assert torch.equal(batch.log_prob[48:], batch.behaviour[48:])
+    weight = (batch.log_prob - batch.behaviour).exp()
+    assert bool((weight[:48] > 1.5).any()) and bool((weight[:48] < 1).any())
+    with torch.no_grad():  # move, so that ratios are clipped
+        agent.policy.head.log_std.add_(0.3)
+    moved = agent.policy.distribution(batch.obs).log_prob(batch.decision).detach()
+    ratio, advantage, mask = (moved - batch.log_prob).exp(), batch.advantage, batch.mask
+    surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+    expected = -(weight.clamp(max=1.5) * surrogate)[mask].mean()
+    torch.testing.assert_close(agent.step(batch)["policy_loss"], expected)
+
+    agent.load_state_dict(saved)
+    other = PPO(OBS, ACT, agent.config, seed=9)
+    other.load_state_dict(saved)
+    for one in (agent, other):
+        one.update(second)
+    for a, b in zip(agent.policy.parameters(), other.policy.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert len(other._former) == 1 and torch.equal(other._former[0].obs, data.obs)
+    with pytest.raises(UsageError, match="none, where groups tell or earlier rollouts"):
+        PPOConfig(stale_rollouts=1, recurrent="gru")
+
+
 def test_multidiscrete_and_discrete_actions_are_in_the_environments_units():
     space = gym.spaces.MultiDiscrete([[3, 2], [4, 2]], start=[[1, 0], [7, 0]])
     agent = PPO(OBS, space, PPOConfig(**PLAIN))
