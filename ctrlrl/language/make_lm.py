@@ -126,6 +126,7 @@ def seen_at_random(env: TextEnv, episodes: int, seed: int) -> set[str]:
         state = env.reset(2_000_000 * (seed + 1) + episode)
         while True:
             texts |= {goal_text(state.goal), prompt_text(state.observation, [], 0), *map(command_text, state.commands)}
+            texts |= set(map(goal_text, state.achieved))
             if not state.commands:
                 break
             step = env.step(state.commands[int(random.integers(len(state.commands)))])
