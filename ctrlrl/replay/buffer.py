@@ -338,11 +338,16 @@ class ReplayBuffer:
         ended = terminated | flat["truncated"].index_select(0, at)
         return following, terminated, ended, ended | ~flat["valid"].index_select(0, following)
 
-    def _after(self, key: str, following: Tensor, ended: Tensor, final: Tensor) -> Tensor:
-        """The true next observations' entry `key`, of stacks the newest frame; `final` counts where `ended`."""
-        frames = self._flat[f"obs/{key}"]
+    def _after(
+        self, key: str, following: Tensor, ended: Tensor, final: Tensor, part: slice | None = None
+    ) -> Tensor:
+        """The true next observations' entry `key`, or a part of it, of stacks the newest frame; `final` counts where
+        `ended`."""
+        frames, finals = self._flat[f"obs/{key}"], self._finals[key]
+        if part is not None:
+            frames, finals = frames[:, part], finals[:, part]
         mask = ended.view(-1, *[1] * (frames.dim() - 1))
-        return torch.where(mask, self._finals[key].index_select(0, final), frames.index_select(0, following))
+        return torch.where(mask, finals.index_select(0, final), frames.index_select(0, following))
 
     def _final(self, at: Tensor) -> Tensor:
         """Which entry of `_finals` belongs to the transitions, where an episode ended with them."""
@@ -369,7 +374,7 @@ class ReplayBuffer:
             name, part = place(hindsight.achieved)
             achieved = next_obs[name][:, part]
             following, _, ended, _ = self._look(later)
-            goal = self._after(name, following, ended, self._final(later))[:, part]
+            goal = self._after(name, following, ended, self._final(later), part)
         new, terminated = hindsight.put(obs, next_obs, achieved, goal, chosen, terminated)
         return torch.where(chosen, self._scaled(new), reward), terminated
 

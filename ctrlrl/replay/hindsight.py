@@ -22,7 +22,6 @@ class Hindsight(VectorGoals):
     """Goals of which a share is replaced.
 
     Rows that get another one have the reward, and stop where the goal is reached, as if it had been theirs all along.
-    What ends an episode by a goal's being reached ends it for that goal alone.
     """
 
     share: float = 0.8
@@ -48,9 +47,8 @@ class Hindsight(VectorGoals):
             terminated: (M,) bool, with the former goals.
         """
         name, part = place(self.desired)
-        if self.reached is not None:
-            regardless = terminated & ~self.reached(achieved, obs[name][:, part])
-            terminated = torch.where(chosen, self.reached(achieved, goal) | regardless, terminated)
+        if self.reached is not None:  # what ended by its former goal comes to nothing later, so reaches the other, too
+            terminated = terminated | (chosen & self.reached(achieved, goal))
         for entries in (obs, next_obs):
             entries[name][:, part] = torch.where(chosen[:, None], goal, entries[name][:, part])
         return self.reward(achieved, goal).to(torch.float32), terminated
@@ -83,16 +81,16 @@ class Futures:
             slots: (R + 1,), theirs in order, and the one after them.
             valid: (R, N) bool.
             ended: (R, N) bool.
-            held: (R, N), goals that hold after each valid transition, where there are several.
+            held: (R, N), goals that hold after each, where there are several; of what is no transition any number.
         """
-        over = ended | ~valid  # an episode's observations go on after a row that is none of these
+        over = ended | ~valid  # what is no transition lies between two episodes
         self._episode[slots[1:]] = self._episode[slots[0]] + over.cumsum(0)
         closes = valid & (over | torch.cat([~valid[1:], torch.ones_like(valid[:1])]))  # one row of each episode
         row, env = closes.nonzero(as_tuple=True)
         at = slots[row]
         self._last[self._episode[at, env] % self._slots, env] = at
         if self._before is not None and held is not None:
-            self._before[slots[1:]] = self._before[slots[0]] + (held * valid).cumsum(0)
+            self._before[slots[1:]] = self._before[slots[0]] + held.cumsum(0)
 
     def draw(self, first: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of each transition, a goal that held after itself or later.
@@ -107,7 +105,8 @@ class Futures:
         """
         n, size = self._n, self._slots * self._n
         slot, env = first // n, first % n
-        last = self._last[self._episode.view(-1)[first] % self._slots, env]
+        episode = self._episode.view(-1).index_select(0, first) % self._slots
+        last = self._last.view(-1).index_select(0, episode * n + env)
         span = (last - slot) % self._slots  # transitions that follow
         if self._before is None:
             ahead = torch.minimum(((span + 1) * drawn).to(torch.int64), span)

@@ -89,7 +89,6 @@ class TextEnv(ABC):
         """Reward and termination that reaching `state` would have had with another `goal`; for hindsight.
 
         The reward is one number where `goal` is among `state.achieved` and one where it is not, whatever the state.
-        Where the task's goal is reached, which another would not have been, `state` offers commands all the same.
 
         Raises:
             NotImplementedError: the task has no goals in text.
