@@ -29,6 +29,7 @@ from ctrlrl.language.text_vector import TextVector, goal_text, prompt_text
 from ctrlrl.language.tiny_config import TinyConfig
 from ctrlrl.replay.buffer import ReplayBuffer
 from ctrlrl.replay.hindsight import Hindsight
+from ctrlrl.runs.record import load_run
 from ctrlrl.training.collector import random_actions
 from tests.runs import SMALL, assert_same
 
@@ -444,3 +445,21 @@ def test_what_words_do_not_go_with_is_refused(tmp_path: Path) -> None:
         ctrlrl.train("sac-discrete", "text/FrozenLake", **entropy)
     with pytest.raises(UsageError, match=r"and text/GuessNumber is none: .* text/FrozenLake"):
         ctrlrl.train("sac-discrete", "text/GuessNumber", **settings | {"env_kwargs": {"high": 4}})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_panda_learns_from_a_sparse_reward_with_hindsight_alone(seed: int, tmp_path: Path) -> None:
+    """100 steps of -1 each; the scripted expert has -12 with actions of the joints. Observations are standardized, as
+    in the paper: differences of centimetres matter."""
+    agent = {"gamma": 0.9, "utd": 0.5, "hidden": [128, 128], "normalize_obs": True, "initial_alpha": 0.05}
+    agent |= {"actor_lr": 1e-3, "critic_lr": 1e-3, "alpha_lr": 1e-3, "execution": "eager"}
+    settings = {"steps": 9600, "learning_starts": 1600, "update_every": 16, "num_envs": 16, "agent": agent}
+    settings |= {"env_kwargs": {"reward": "sparse", "action": "tool"}, "preset": None, "seed": seed, "threads": 1}
+    settings |= {"eval_every": 9600, "eval_episodes": 16, "checkpoint_every": 10**6, "video": False, "quiet": True}
+    last = {}
+    for share in (0.8, 0.0):
+        buffer = {"capacity": 50_000, "hindsight": share}
+        run = ctrlrl.train("sac", "PandaReach-v0", out=str(tmp_path / str(share)), buffer=buffer, **settings)
+        last[share] = load_run(run.path).evaluations[-1].mean
+    assert last[0.8] > -40 and last[0.0] < -90

@@ -338,9 +338,7 @@ class ReplayBuffer:
         ended = terminated | flat["truncated"].index_select(0, at)
         return following, terminated, ended, ended | ~flat["valid"].index_select(0, following)
 
-    def _after(
-        self, key: str, following: Tensor, ended: Tensor, final: Tensor, part: slice | None = None
-    ) -> Tensor:
+    def _after(self, key: str, following: Tensor, ended: Tensor, final: Tensor, part: slice | None = None) -> Tensor:
         """The true next observations' entry `key`, or a part of it, of stacks the newest frame; `final` counts where
         `ended`."""
         frames, finals = self._flat[f"obs/{key}"], self._finals[key]
