@@ -172,13 +172,13 @@ def hindsight_of(config: OffPolicyConfig, env: VectorEnv, agent: OffPolicyAgent)
 
 
 def transition_bytes(config: OffPolicyConfig, env: VectorEnv) -> int:
-    """Bytes of one transition in the replay: observation (one frame of a stack), action, reward, flags, indices, goals
-    that hold."""
-    goals = env.goals if config.buffer.hindsight else None
-    held = 0
-    if goals is not None and goals.achieved is None and isinstance(env.observation_space, gym.spaces.Dict):
-        held = goals.most * bytes_of(env.observation_space[str(goals.desired)])
-    return 24 + bytes_of(env.observation_space, config.frame_stack) + bytes_of(env.action_space) + held
+    """Bytes of one transition in the replay: observation (one frame of a stack), action, reward, flags, indices; and
+    for hindsight its place in the episode, and goals that hold."""
+    goals, space = env.goals if config.buffer.hindsight else None, env.observation_space
+    more = 0 if goals is None else 24
+    if goals is not None and goals.achieved is None and isinstance(space, gym.spaces.Dict):
+        more += goals.most * bytes_of(space[str(goals.desired)])
+    return 24 + bytes_of(space, config.frame_stack) + bytes_of(env.action_space) + more
 
 
 def bytes_of(space: gym.Space[Any], frame_stack: int = 1) -> int:
