@@ -98,10 +98,16 @@ class ReplayConfig(Config):
     """Transitions kept; the oldest are overwritten."""
     n_step: int = 1
     """Rewards summed before the bootstrap; 1 is the papers' SAC."""
+    hindsight: float = 0.0
+    """Share of the transitions drawn that get another goal, one which their episode came to later on (arXiv:1707.01495,
+    where it is 0.8); for tasks of ours whose reward is one of goals, PandaReach-v0 with '{"reward": "sparse"}' say, and
+    text environments that know goals."""
 
     def check(self) -> None:
         self.require("capacity", 1 <= self.capacity <= 10**11, "between 1 and 100,000,000,000")
         self.require("n_step", 1 <= self.n_step <= 1000, "between 1 and 1000")
+        self.require("hindsight", 0 <= self.hindsight <= 1, "between 0 and 1")
+        self.require("n_step", self.n_step == 1 or not self.hindsight, "1 where goals are replaced (hindsight)")
 
 
 @dataclass(frozen=True, kw_only=True)

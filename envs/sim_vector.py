@@ -18,7 +18,7 @@ from ctrlrl.envs.observations import Delay, Group, require, require_figure
 from ctrlrl.envs.sim import READ_BY_SET_CONST, BatchSim, Sim
 from ctrlrl.envs.spec import Event, SimTask
 from ctrlrl.envs.tasks.registry import make_robot_task
-from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds, require_as_many, seed_per_env
+from ctrlrl.envs.vector import EnvState, Step, VectorEnv, VectorGoals, derive_seeds, require_as_many, seed_per_env
 from ctrlrl.envs.viewing import Grid
 from ctrlrl.envs.worker import draw
 from ctrlrl.envs.world import World, initial_qpos
@@ -90,6 +90,10 @@ class SimVector(VectorEnv):
         self.action_space = _box(1.0, size, None if mirror is None else mirror.action)
         spaces: dict[str, gym.Space[Any]] = {k: _box(np.inf, g.size, seen.get(k)) for k, g in self.groups.items()}
         self.observation_space = gym.spaces.Dict(spaces) if len(spaces) > 1 else next(iter(spaces.values()))
+        if task.goals is not None and len(spaces) == 1:
+            names = self.groups[task.policy_group].names
+            achieved, desired = names[task.goals.achieved], names[task.goals.desired]
+            self.goals = VectorGoals(achieved=achieved, desired=desired, reward=task.goals.reward)
 
     # --- the contract -------------------------------------------------------------------------------------------------
 

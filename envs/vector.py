@@ -8,7 +8,7 @@ every row: a row of an automatic reset is never a transition.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +46,9 @@ class Step:
     reward zero and no flags, and its `obs` is the first one of a new episode."""
     log: dict[str, Tensor] = field(default_factory=dict)
     """Per-row figures (N,), `success` among them where the task knows it: 1, 0, or NaN in a step that does not say."""
+    achieved: Tensor | None = None
+    """(N, A, g) goals that hold after the step, those of a row one after the other and then rows of -1; where
+    `VectorEnv.goals` says that steps have them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,27 @@ class EnvState:
 
     json: list[dict[str, Any] | None]
     arrays: list[dict[str, np.ndarray[Any, Any]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VectorGoals:
+    """That rewards are of goals, and where these are, so that transitions can be given others afterwards (hindsight).
+
+    Nothing else that is observed may depend on the goal, and how episodes end only by its being reached.
+    """
+
+    achieved: str | slice | None = None
+    """What was achieved, (N, g): an entry's name in observations, or a slice of the one vector. None: several goals may
+    hold at once, or none, and `Step.achieved` has them."""
+    desired: str | slice
+    """The goal in observations, (N, g)."""
+    reward: Callable[[Tensor, Tensor], Tensor]
+    """The reward (M,) of a transition: of what was achieved after it (M, g), or the goals that hold then (M, A, g), and
+    of the goal (M, g)."""
+    reached: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Of the same, whether the goal is reached (M,), bool, which ends the episode. None: goals end no episodes."""
+    most: int = 1
+    """A: goals that hold at once at most."""
 
 
 class RenderFailure(EnvironmentFailure):
@@ -83,6 +107,7 @@ class VectorEnv(ABC):
         may_be_invalid: whether `Step.valid` can ever be False; lets loops skip counting where it cannot.
         task_groups: (G, H) where environments G * i to G * i + G - 1 are given the same tasks, and their episodes begin
             together every H steps, between which who has finished waits, in rows that are no transitions; else None.
+        goals: what of it are goals, where rewards are of goals alone.
     """
 
     name: str
@@ -93,6 +118,7 @@ class VectorEnv(ABC):
     control_dt: float | None = None
     may_be_invalid: bool = False
     task_groups: tuple[int, int] | None = None
+    goals: VectorGoals | None = None
 
     @property
     def batched_observation_space(self) -> gym.Space[Any]:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from ctrlrl.data.store import Column, Dataset, DatasetWriter, Episode
 from ctrlrl.errors import UsageError
-from ctrlrl.replay.dataset import DatasetSampler, Hindsight, MixedSampler, return_weights, returns_to_go
+from ctrlrl.replay.dataset import DatasetSampler, MixedSampler, return_weights, returns_to_go
+from ctrlrl.replay.hindsight import Hindsight
 
 LENGTHS = [3, 1, 5, 2]
 ENDED = [True, False, False, True]

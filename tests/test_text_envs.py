@@ -272,7 +272,7 @@ def test_the_lake_is_as_said_and_slips_to_either_side() -> None:
                 row, column = row + moves[command][0], column + moves[command][1]
             step = env.step(command)
             state = step.state
-            assert env.reward_of(state.goal, state) == (step.reward, step.success is True)
+            assert env.reward_of(state.goal, state) == (step.reward, step.terminated)
     slippery, ends = FrozenLake(slippery=True, holes=0.0), []
     for _ in range(300):
         slippery.reset()

@@ -31,15 +31,16 @@ def text_environments(
     num_envs: int,
     env_kwargs: Mapping[str, Any],
     device: torch.device | str = "cpu",
+    achieved: bool = False,
 ) -> TextVector:
-    """`num_envs` text environments for the model that `config` names.
+    """`num_envs` text environments for the model that `config` names; `achieved` as `TextVector` takes it.
 
     Raises:
         UsageError: there is no such environment or tokenizer, or the environment does not take these arguments.
     """
     tokenizer = _tokenizer(config.model)
     envs = [make_text_env(env_id, dict(env_kwargs)) for _ in range(num_envs)]
-    return TextVector(envs, tokenizer, config, name=env_id, device=device)
+    return TextVector(envs, tokenizer, config, name=env_id, device=device, achieved=achieved)
 
 
 def backbone(config: LanguageConfig) -> LanguageBackbone:

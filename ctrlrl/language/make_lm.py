@@ -128,6 +128,7 @@ def seen_at_random(env: TextEnv, episodes: int, seed: int) -> set[str]:
         while True:
             texts |= {PLAIN.goal(state.goal), PLAIN.prompt(state.goal, state.observation, [], 0)}
             texts.update(map(PLAIN.command, state.commands))
+            texts.update(map(PLAIN.goal, state.achieved))
             if not state.commands:
                 break
             step = env.step(state.commands[int(random.integers(len(state.commands)))])

@@ -5,7 +5,8 @@ each padded on its left, and where one is chosen `candidates` (n, C), padded on 
 action is the index of a candidate, or an answer's ids (C,), -1 after its end. Ids are what is stored and learned from;
 no text is tokenized a second time.
 
-The goal stands first, so that another goal can be put in its place: what follows does not depend on it.
+The goal stands first, so that another goal can be put in its place: what follows does not depend on it. Goals that hold
+after a step are no part of what is observed: `Step.achieved` has them, as the ids that `goal` would have.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from ctrlrl.config import LanguageConfig
 from ctrlrl.envs.text.base import TextEnv, TextState
-from ctrlrl.envs.vector import EnvState, Step, VectorEnv, derive_seeds, require_as_many, seed_per_env
+from ctrlrl.envs.vector import EnvState, Step, VectorEnv, VectorGoals, derive_seeds, require_as_many, seed_per_env
 from ctrlrl.errors import UsageError
 from ctrlrl.language.prompts import ChatPrompts, Prompts
 from ctrlrl.tokens import TokenSpace
@@ -47,6 +48,7 @@ class TextVector(VectorEnv):
         config: how long texts may be, and how much of the past a prompt tells.
         name: what a user types to get it.
         device: where the tensors lie.
+        achieved: whether steps say which goals hold after them, where the environments know goals.
 
     Attributes:
         transcript: of each row, what was shown and answered in the episode so far.
@@ -63,6 +65,7 @@ class TextVector(VectorEnv):
         *,
         name: str,
         device: torch.device | str = "cpu",
+        achieved: bool = False,
     ) -> None:
         self._envs, self._tokenizer, self._config = list(envs), tokenizer, config
         self.name, self.num_envs, self.device = name, len(self._envs), torch.device(device)
@@ -92,6 +95,7 @@ class TextVector(VectorEnv):
             self.task_groups, self.may_be_invalid = (c.group_size, self._envs[0].max_turns), True
         self._clock, self._seed = 0, 0  # of groups: turns since all began, and what their tasks are drawn from
         self._waits = np.zeros(self.num_envs, np.bool_)
+        self.goals = _goals_of(self._envs[0]) if achieved else None
         self._states: list[TextState] = []
         self.transcript: list[list[tuple[str, str]]] = [[] for _ in self._envs]
         self._counts = np.zeros((self.num_envs, 4), np.int64)  # turns, valid answers, cut prompts, tokens of answers
@@ -165,6 +169,7 @@ class TextVector(VectorEnv):
             final_obs=final_obs,
             valid=torch.from_numpy(acted).to(self.device),
             log={name: torch.from_numpy(value).to(self.device) for name, value in figures.items()},
+            achieved=None if self.goals is None else self._achieved(finals, self.goals.most),
         )
 
     def get_state(self) -> EnvState:
@@ -260,11 +265,7 @@ class TextVector(VectorEnv):
                 if not self._free:
                     out["candidate_mask"][row, 0] = 1  # there must be something to choose; it is not read
                 continue
-            goal = self._ids(self._prompts.goal(state.goal))
-            if len(goal) > c.goal_tokens:
-                raise UsageError(
-                    f"the goal {state.goal!r} has {len(goal)} tokens: language.goal_tokens must be as many"
-                )
+            goal = self._goal(state.goal) if state.goal else ()
             prompt = self._ids(self._prompts.prompt(state.goal, state.observation, past, c.history))
             if acting and len(prompt) > c.prompt_tokens:
                 self._counts[row, 2] += 1
@@ -286,6 +287,39 @@ class TextVector(VectorEnv):
                 out["candidate_mask"][row, i] = 1
         return {name: torch.from_numpy(value).to(self.device) for name, value in out.items()}
 
+    def _achieved(self, states: Sequence[TextState], most: int) -> Tensor:
+        """The goals (N, most, g) that hold in `states`.
+
+        Raises:
+            UsageError: goals could not be told apart, or there are more.
+        """
+        out = np.full((len(states), most, self._config.goal_tokens), -1, np.int32)
+        for row, state in enumerate(states):
+            if len(state.achieved) > most:
+                raise UsageError(
+                    f"{self.name}: {len(state.achieved)} goals hold at once, and its max_achieved says {most} at most"
+                )
+            for i, goal in enumerate(state.achieved):
+                ids = self._goal(goal)
+                if self._tokenizer.unk_token_id in ids:
+                    raise UsageError(
+                        f"the goal {goal!r} has words that the model does not know, so that hindsight would take it "
+                        "for others: make the model anew (ctrlrl language make-lm), or leave out --buffer.hindsight"
+                    )
+                _to_the_right(out[row, i], ids)
+        return torch.from_numpy(out).to(self.device)
+
+    def _goal(self, goal: str) -> tuple[int, ...]:
+        """Its ids.
+
+        Raises:
+            UsageError: there are too many.
+        """
+        ids = self._ids(self._prompts.goal(goal))
+        if len(ids) > self._config.goal_tokens:
+            raise UsageError(f"the goal {goal!r} has {len(ids)} tokens: language.goal_tokens must be as many")
+        return ids
+
     def _tokenized(self, text: str) -> tuple[int, ...]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return tuple(ids)
@@ -294,6 +328,24 @@ class TextVector(VectorEnv):
 _FIGURES = ("episode/turns", "episode/valid", "episode/cut", "episode/tokens")
 _WAITING = TextState("")
 """Of an environment whose episode is over and whose group goes on; known by being this one."""
+
+
+def _goals_of(env: TextEnv) -> VectorGoals | None:
+    """What of an observation are goals; None where the task has none that could be others."""
+    if not env.max_achieved:
+        return None
+    (missed, _), (won, ends) = (env.reward_of("it", TextState("", achieved=(held,))) for held in ("another", "it"))
+
+    def reward(achieved: Tensor, desired: Tensor) -> Tensor:
+        return torch.where(_holds(achieved, desired), won, missed)
+
+    return VectorGoals(desired="goal", reward=reward, reached=_holds if ends else None, most=env.max_achieved)
+
+
+def _holds(achieved: Tensor, desired: Tensor) -> Tensor:
+    """Whether the goals (M, g) are among those that hold (M, A, g); (M,) bool."""
+    same = (achieved == desired[:, None]).all(-1) & (achieved >= 0).any(-1)
+    return same.any(-1)
 
 
 def _as_text(turns: Sequence[tuple[str, str]], last: TextState, reward: float) -> str:

@@ -8,6 +8,8 @@ episode's first observation. Discount and end are made when sampling, from the a
 
 Of stacked images only the newest frame of each slot is kept, and how far back its episode reaches; the stack is rebuilt
 when sampling, from the slots before. The ring is longer by as many slots as the oldest row's stack reaches back.
+
+With hindsight (`ctrlrl.replay.hindsight`) goals are replaced when sampling, too; what is stored are the episodes' own.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from ctrlrl.envs.vector import Step
 from ctrlrl.replay.batch import Batch
+from ctrlrl.replay.hindsight import Futures, Hindsight, held, place, require_one_step
 from ctrlrl.tree import Obs, is_image
 
 Extras = dict[str, Tensor]
@@ -47,6 +50,7 @@ class ReplayBuffer:
             stored once. 1: they are stored as they come.
         reward_scale: batches have rewards (r + reward_shift) * reward_scale; stored they stay as they are.
         reward_shift: see there.
+        hindsight: give a share of the transitions drawn other goals.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class ReplayBuffer:
         frame_stack: int = 1,
         reward_scale: float = 1.0,
         reward_shift: float = 0.0,
+        hindsight: Hindsight | None = None,
     ) -> None:
         if capacity < num_envs:
             raise ValueError(f"buffer.capacity must be at least num_envs = {num_envs}, got {capacity}")
@@ -102,6 +107,14 @@ class ReplayBuffer:
         for prefix in ("extras", "next_extras") if next_extras else ("extras",):
             for name, example in (extras or {}).items():
                 self._columns[f"{prefix}/{name}"] = zeros(r, *example.shape, dtype=example.dtype)
+        self._hindsight, self._futures = hindsight, None
+        if hindsight is not None:
+            several = hindsight.achieved is None
+            self._futures = Futures(r, n, self.device, several=several)
+            if several:  # as the goals in observations
+                name, part = place(hindsight.desired)
+                goal = self._obs[name][:, :, part]
+                self._columns["achieved"] = zeros(r, n, hindsight.most, goal.shape[-1], dtype=goal.dtype)
         columns = {f"obs/{key}": value for key, value in self._obs.items()} | self._columns
         self._flat = {name: value.view(r * n, *value.shape[2:]) for name, value in columns.items()}  # the same memory
         # Final observations, in the order of their rows, entry i at i % len; grows by doubling.
@@ -136,7 +149,16 @@ class ReplayBuffer:
         for age in reversed(range(self.frame_stack)):  # frame by frame: `obs` may be of an episode that goes on
             images = {key: value[:, -1 - age, None] for key, value in self._entries(obs) if key in self._stacked}
             frame = self._wrap(dict(self._entries(obs)) | images)
-            filler = Step(frame, nothing["action"], torch.zeros(self.num_envs), no, no, frame, no)
+            filler = Step(
+                frame,
+                nothing["action"],
+                torch.zeros(self.num_envs),
+                no,
+                no,
+                frame,
+                no,
+                achieved=nothing.get("achieved"),
+            )
             self.add(filler, _part(nothing, "extras/"), _part(nothing, "next_extras/"))
         self._reach[self._slot(0)] = self.frame_stack - 1
 
@@ -151,6 +173,9 @@ class ReplayBuffer:
         column["terminated"][slot] = step.terminated
         column["truncated"][slot] = step.truncated
         column["valid"][slot] = step.valid
+        if "achieved" in column:
+            assert step.achieved is not None  # `VectorEnv.goals` said so
+            column["achieved"][slot] = step.achieved
         for prefix, values in (("extras/", extras), ("next_extras/", next_extras)):
             for name, value in _part(column, prefix).items():
                 value[slot] = (values or {})[name]
@@ -159,6 +184,8 @@ class ReplayBuffer:
         if self._stacked:
             further = (self._reach[slot] + 1).clamp(max=self.frame_stack - 1)
             self._reach[following] = torch.where((ended | ~step.valid).to(self.device), 0, further)
+        if self._futures is not None:
+            self._follow(self._futures, torch.tensor([slot, following], device=self.device), ended[None])
         self.total_rows += 1
 
         begin, n = self._order_head % len(self._order), self.num_envs
@@ -177,6 +204,7 @@ class ReplayBuffer:
 
         Raises:
             ValueError: if nothing has been stored yet.
+            UsageError: goals are replaced, and `n_step` is above 1.
         """
         if not len(self):
             raise ValueError("sample() from an empty replay buffer")
@@ -185,16 +213,8 @@ class ReplayBuffer:
         first = self._order.index_select(0, entry)
         # Transitions are meant by their place in the columns laid flat, slot * N + environment, and (G * B) in one row.
         flat, size, n = self._flat, self.slots * self.num_envs, self.num_envs
-
-        def look(at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            """What follows, whether it was terminated or ended, and whether a trace stops there."""
-            following = (at + n) % size  # after the newest row, never valid
-            terminated = flat["terminated"].index_select(0, at)
-            ended = terminated | flat["truncated"].index_select(0, at)
-            return following, terminated, ended, ended | ~flat["valid"].index_select(0, following)
-
         last, reward = first, self._rewards(first)
-        following, terminated, ended, end = look(first)
+        following, terminated, ended, end = self._look(first)
         discount = torch.where(terminated, 0.0, gamma)
         if n_step > 1:
             length = torch.ones_like(reward)
@@ -202,22 +222,24 @@ class ReplayBuffer:
                 last = torch.where(end, last, following)
                 reward = reward + torch.where(end, 0.0, gamma**k * self._rewards(last))
                 length += ~end
-                following, terminated, ended, stop = look(last)
+                following, terminated, ended, stop = self._look(last)
                 end = end | stop
             discount = torch.pow(gamma, length) * ~terminated
 
-        final = flat["final"].index_select(0, last) % self._finals_capacity
+        final = self._final(last)
         obs, next_obs = {}, {}
-        for key, finals in self._finals.items():
-            frames = flat[f"obs/{key}"]
-            mask = ended.view(-1, *[1] * (frames.dim() - 1))
-            after = torch.where(mask, finals.index_select(0, final), frames.index_select(0, following))
+        for key in self._obs:
+            frames, after = flat[f"obs/{key}"], self._after(key, following, ended, final)
             if key in self._stacked:
                 obs[key] = self._stack(frames, first)
                 past = obs[key] if n_step == 1 else self._stack(frames, last)
                 next_obs[key] = torch.cat([past[:, 1:], after[:, None]], 1)
             else:
                 obs[key], next_obs[key] = frames.index_select(0, first), after
+        if self._hindsight is not None:
+            require_one_step(n_step)
+            reward, terminated = self._relabel(self._hindsight, first, obs, next_obs, reward, terminated)
+            discount, end = torch.where(terminated, 0.0, gamma), end | terminated
 
         oldest = self._slot(0) * n  # where the ring begins, in rows that may have been forgotten
         batch = Batch(
@@ -280,6 +302,8 @@ class ReplayBuffer:
             value[slots] = kept[f"obs/{key}"]
         if self._stacked:
             self._reach[slots] = kept["reach"]
+        if self._futures is not None:
+            self._follow(self._futures, slots, _ended(kept))
         self.total_rows = start + len(kept["reward"])
         skipped_finals = int(_ended({name: value[:skip] for name, value in rows.items()}).sum())
         finals = {key: rows[f"finals/{key}"][skipped_finals:].to(self.device) for key in self._obs}
@@ -300,9 +324,57 @@ class ReplayBuffer:
         return len(next(iter(self._finals.values())))
 
     def _rewards(self, at: Tensor) -> Tensor:
-        reward = self._flat["reward"].index_select(0, at)
+        return self._scaled(self._flat["reward"].index_select(0, at))
+
+    def _scaled(self, reward: Tensor) -> Tensor:
         plain = (self._scale, self._shift) == (1.0, 0.0)
         return reward if plain else (reward + self._shift) * self._scale
+
+    def _look(self, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What follows, whether it was terminated or ended, and whether a trace stops there."""
+        flat = self._flat
+        following = (at + self.num_envs) % (self.slots * self.num_envs)  # after the newest row, never valid
+        terminated = flat["terminated"].index_select(0, at)
+        ended = terminated | flat["truncated"].index_select(0, at)
+        return following, terminated, ended, ended | ~flat["valid"].index_select(0, following)
+
+    def _after(self, key: str, following: Tensor, ended: Tensor, final: Tensor, part: slice | None = None) -> Tensor:
+        """The true next observations' entry `key`, or a part of it, of stacks the newest frame; `final` counts where
+        `ended`."""
+        frames, finals = self._flat[f"obs/{key}"], self._finals[key]
+        if part is not None:
+            frames, finals = frames[:, part], finals[:, part]
+        mask = ended.view(-1, *[1] * (frames.dim() - 1))
+        return torch.where(mask, finals.index_select(0, final), frames.index_select(0, following))
+
+    def _final(self, at: Tensor) -> Tensor:
+        """Which entry of `_finals` belongs to the transitions, where an episode ended with them."""
+        return self._flat["final"].index_select(0, at) % self._finals_capacity
+
+    def _relabel(
+        self,
+        hindsight: Hindsight,
+        first: Tensor,
+        obs: dict[str, Tensor],
+        next_obs: dict[str, Tensor],
+        reward: Tensor,
+        terminated: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """Put other goals into `obs` and `next_obs`; returns the rewards and terminations that follow."""
+        assert self._futures is not None
+        drawn = torch.rand(2, len(first), generator=self.generator, device=self.device)
+        later, which, there = self._futures.draw(first, drawn[1])
+        chosen = (drawn[0] < hindsight.share) & there
+        if hindsight.achieved is None:
+            achieved = self._flat["achieved"].index_select(0, first)
+            goal = self._flat["achieved"][later, which]
+        else:
+            name, part = place(hindsight.achieved)
+            achieved = next_obs[name][:, part]
+            following, _, ended, _ = self._look(later)
+            goal = self._after(name, following, ended, self._final(later), part)
+        new, terminated = hindsight.put(obs, next_obs, achieved, goal, chosen, terminated)
+        return torch.where(chosen, self._scaled(new), reward), terminated
 
     def _wrap(self, parts: dict[str, Tensor]) -> Obs:
         return parts[""] if self._bare else parts
@@ -323,6 +395,12 @@ class ReplayBuffer:
         back = torch.arange(self.frame_stack - 1, -1, -1, device=self.device)
         back = torch.minimum(back, self._reach.view(-1)[at][..., None])
         return frames[(at[..., None] - back * self.num_envs) % len(frames)]
+
+    def _follow(self, futures: Futures, slots: Tensor, ended: Tensor) -> None:
+        """Let `futures` know of freshly written rows, all but the last of `slots` (R + 1,); `ended` (R, N)."""
+        rows, column = slots[:-1], self._columns
+        goals = held(column["achieved"][rows]) if "achieved" in column else None
+        futures.extend(slots, column["valid"][rows], ended.to(self.device), goals)
 
     def _evict(self, slot: int) -> None:
         """Forget the oldest row, which lies in `slot`."""

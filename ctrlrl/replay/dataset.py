@@ -9,8 +9,7 @@ on the disk, mapped.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,6 +19,7 @@ from torch import Tensor
 from ctrlrl.data.store import Dataset, Ragged
 from ctrlrl.errors import UsageError
 from ctrlrl.replay.batch import Batch
+from ctrlrl.replay.hindsight import Hindsight, place, require_one_step
 from ctrlrl.tree import Obs
 
 Array = np.ndarray[Any, Any]
@@ -30,24 +30,6 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
     def sample(self, groups: int, batch_size: int, *, gamma: float, n_step: int = 1) -> Batch: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hindsight:
-    """Goals that are put in the place of others afterwards (Andrychowicz et al. 2017, arXiv:1707.01495).
-
-    A share of the rows gets for a goal what its episode achieved later on, and the reward that follows from that. For
-    tasks whose discount does not depend on the goal.
-    """
-
-    achieved: str | slice
-    """Where an observation has what was achieved: an entry's name, or a slice of the one vector."""
-    desired: str | slice
-    """Where it has the goal; nothing else in it may depend on it."""
-    reward: Callable[[Tensor, Tensor], Tensor]
-    """Rewards (M,) of the achieved goals (M, g) after a transition and the desired ones (M, g)."""
-    share: float = 0.8
-    """Of the rows that get another goal; 0.8 is the paper's four in five (k = 4)."""
 
 
 class DatasetSampler:
@@ -75,7 +57,7 @@ class DatasetSampler:
 
     Raises:
         UsageError: the dataset has no transition, no such column, or columns that are no tensors; or returns of the
-            former goals are asked for where goals are replaced.
+            former goals are asked for where goals are replaced; or these stand in no observation.
     """
 
     def __init__(
@@ -102,6 +84,10 @@ class DatasetSampler:
                 "where goals are replaced (--sampling.hindsight) the return that followed in the data is of another "
                 "goal, so nothing can be calibrated by it: leave out one of --sampling.hindsight and --agent.calibrate"
             )
+        if hindsight is not None:
+            if hindsight.achieved is None:
+                raise UsageError("a dataset has what was achieved in its observations: say where (Hindsight.achieved)")
+            self._achieved = place(hindsight.achieved)
         self.dataset, self.device = dataset, torch.device(device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self._bare = not isinstance(dataset.observation, dict)
@@ -170,7 +156,9 @@ class DatasetSampler:
         obs = {name: value.index_select(0, seen) for name, value in self._observed()}
         next_obs = {name: value.index_select(0, last + episode + 1) for name, value in self._observed()}
         if self._hindsight is not None:
-            reward = self._relabel(self._hindsight, obs, next_obs, reward, last, final, episode, n_step)
+            require_one_step(n_step)
+            reward, terminated = self._relabel(self._hindsight, obs, next_obs, reward, terminated, last, final, episode)
+            end = end | terminated
         extras = [name for name in self._columns if name.startswith("extras/")]
         batch = Batch(
             obs=self._wrap(obs),
@@ -245,27 +233,20 @@ class DatasetSampler:
         obs: dict[str, Tensor],
         next_obs: dict[str, Tensor],
         reward: Tensor,
+        terminated: Tensor,
         last: Tensor,
         final: Tensor,
         episode: Tensor,
-        n_step: int,
-    ) -> Tensor:
-        """Put other goals into `obs` and `next_obs`; returns the rewards that follow."""
-        if n_step > 1:
-            raise UsageError(
-                "hindsight goals go with --buffer.n-step 1: rewards in between would be of the former goal"
-            )
+    ) -> tuple[Tensor, Tensor]:
+        """Put other goals into `obs` and `next_obs`; returns the rewards and terminations that follow."""
         drawn = torch.rand(2, len(reward), generator=self.generator, device=self.device).to(self._where)
         chosen = drawn[0] < hindsight.share
         ahead = ((final - last + 1) * drawn[1]).to(torch.int64)
         later = torch.minimum(last + ahead, final)  # what followed this transition, or a later one of its episode
-        name, part = _place(hindsight.achieved)
-        achieved = dict(self._observed())[name].index_select(0, later + episode + 1)[:, part]
-        goal_name, goal_part = _place(hindsight.desired)
-        for entries in (obs, next_obs):
-            entries[goal_name][:, goal_part] = torch.where(chosen[:, None], achieved, entries[goal_name][:, goal_part])
-        new = hindsight.reward(next_obs[name][:, part], next_obs[goal_name][:, goal_part])
-        return torch.where(chosen, self._scaled(new.to(torch.float32)), reward)
+        name, part = self._achieved
+        goal = dict(self._observed())[name].index_select(0, later + episode + 1)[:, part]
+        new, terminated = hindsight.put(obs, next_obs, next_obs[name][:, part], goal, chosen, terminated)
+        return torch.where(chosen, self._scaled(new), reward), terminated
 
 
 class MixedSampler:
@@ -349,10 +330,6 @@ def returns_to_go(rewards: Array, starts: Array, lengths: Array, gamma: float, b
         at = ends[: np.searchsorted(-lengths, -back, side="right")] - back
         out[at] += gamma * out[at + 1]
     return out
-
-
-def _place(where: str | slice) -> tuple[str, slice]:
-    return (where, slice(None)) if isinstance(where, str) else ("", where)
 
 
 def _tensor(value: Array, device: torch.device, *, copy: bool) -> Tensor:

@@ -18,6 +18,7 @@ from ctrlrl.envs.vector import Step, VectorEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.replay.buffer import ReplayBuffer
 from ctrlrl.replay.dataset import DatasetSampler, MixedSampler, Source
+from ctrlrl.replay.hindsight import Hindsight
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.training.collecting import CollectingLoop
 from ctrlrl.training.loop import memory_of, passed
@@ -78,6 +79,7 @@ class OffPolicyLoop(CollectingLoop):
             frame_stack=config.frame_stack,
             reward_scale=config.sampling.reward_scale,
             reward_shift=config.sampling.reward_shift,
+            hindsight=hindsight_of(config, env, agent),
         )
 
     @staticmethod
@@ -146,9 +148,37 @@ def groups_at_once(observation_space: gym.Space[Any], batch_size: int) -> int:
     return max(1, min(MAX_GROUPS, MAX_SAMPLED_BYTES // group))
 
 
+def hindsight_of(config: OffPolicyConfig, env: VectorEnv, agent: OffPolicyAgent) -> Hindsight | None:
+    """How goals of `env` are replaced in the replay of `agent`; None: not at all.
+
+    Raises:
+        UsageError: the environment has no goals, or the agent reads what was said for the former ones.
+    """
+    if not config.buffer.hindsight:
+        return None
+    if env.goals is None:
+        raise UsageError(
+            f"--buffer.hindsight needs a task whose reward is a function of goals, and {env.name} is none: "
+            'PandaReach-v0 and PandaLift-v0 are, with --env-kwargs \'{"reward": "sparse"}\', and text/FrozenLake, '
+            "text/Maze and text/BabyAI-GoTo..."
+        )
+    if agent.reads:
+        raise UsageError(
+            "--buffer.hindsight gives transitions other goals, and the agent learns from what its policy said of each "
+            f"action for the former ones ({', '.join(sorted(agent.reads))}): leave it out. Of sac-discrete "
+            "--agent.entropy-penalty 0 does without"
+        )
+    return Hindsight(**vars(env.goals), share=config.buffer.hindsight)
+
+
 def transition_bytes(config: OffPolicyConfig, env: VectorEnv) -> int:
-    """Bytes of one transition in the replay: observation (one frame of a stack), action, reward, flags, indices."""
-    return 24 + bytes_of(env.observation_space, config.frame_stack) + bytes_of(env.action_space)
+    """Bytes of one transition in the replay: observation (one frame of a stack), action, reward, flags, indices; and
+    for hindsight its place in the episode, and goals that hold."""
+    goals, space = env.goals if config.buffer.hindsight else None, env.observation_space
+    more = 0 if goals is None else 24
+    if goals is not None and goals.achieved is None and isinstance(space, gym.spaces.Dict):
+        more += goals.most * bytes_of(space[str(goals.desired)])
+    return 24 + bytes_of(space, config.frame_stack) + bytes_of(env.action_space) + more
 
 
 def bytes_of(space: gym.Space[Any], frame_stack: int = 1) -> int:

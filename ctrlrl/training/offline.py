@@ -11,11 +11,11 @@ from torch import Tensor
 from ctrlrl.algorithms.agent import ReplayAgent
 from ctrlrl.config import OfflineConfig, OfflineSamplingConfig, SamplingConfig
 from ctrlrl.data.store import Dataset
-from ctrlrl.envs.sim_vector import SimVector
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.residual import BASE
-from ctrlrl.replay.dataset import DatasetSampler, Hindsight
+from ctrlrl.replay.dataset import DatasetSampler
+from ctrlrl.replay.hindsight import Hindsight
 from ctrlrl.training.base_policy import base_actions
 from ctrlrl.training.loop import Loop, memory_of
 from ctrlrl.training.off_policy import KEPT_BATCHES, bytes_of, groups_at_once
@@ -80,14 +80,12 @@ def hindsight_of(env: VectorEnv, share: float) -> Hindsight:
     Raises:
         UsageError: it has none, or its reward is not one of them alone.
     """
-    goals = env.task.goals if isinstance(env, SimVector) else None
-    if goals is None or not isinstance(env, SimVector) or len(env.groups) > 1:
+    if env.goals is None:
         raise UsageError(
             f"--sampling.hindsight needs a task of ours whose reward is a function of goals, and {env.name} is none: "
             'PandaReach-v0 and PandaLift-v0 are, with --env-kwargs \'{"reward": "sparse"}\''
         )
-    names = env.groups["policy"].names
-    return Hindsight(achieved=names[goals.achieved], desired=names[goals.desired], reward=goals.reward, share=share)
+    return Hindsight(**vars(env.goals), share=share)
 
 
 def make_sampler(

@@ -12,7 +12,7 @@ import gymnasium as gym
 import torch
 
 from ctrlrl.algorithms.registry import ALGORITHMS, find_algorithm, train_config_class
-from ctrlrl.config import Config, TrainConfig
+from ctrlrl.config import Config, OffPolicyConfig, TrainConfig
 from ctrlrl.envs.frame_stack import FrameStack
 from ctrlrl.envs.make import has_native, make_env
 from ctrlrl.envs.tasks.registry import is_robot_task
@@ -57,7 +57,10 @@ def make(
             if getattr(config, name) != plain[name]:
                 raise UsageError(f"{env} is stepped in this process and has no pictures: leave {name} out")
         language = config.language if grouped else dataclasses.replace(config.language, group_size=1)
-        return text_environments(str(env), language, num_envs=num_envs, env_kwargs=kwargs, device=device)
+        achieved = isinstance(config, OffPolicyConfig) and config.buffer.hindsight > 0
+        return text_environments(
+            str(env), language, num_envs=num_envs, env_kwargs=kwargs, device=device, achieved=achieved
+        )
     backend, cores = config.backend, config.threads
     if render and not config.env_python and not is_robot_task(env):
         backend = "gymnasium"

@@ -59,9 +59,11 @@ class TextEnv(ABC):
 
     Attributes:
         max_turns: turns after which an episode is cut off.
+        max_achieved: goals that hold in a state at most; 0 where the task has none that could be others.
     """
 
     max_turns: int
+    max_achieved: int = 0
 
     @abstractmethod
     def reset(self, seed: int | None = None) -> TextState:
@@ -85,6 +87,8 @@ class TextEnv(ABC):
 
     def reward_of(self, goal: str, state: TextState) -> tuple[float, bool]:
         """Reward and termination that reaching `state` would have had with another `goal`; for hindsight.
+
+        The reward is one number where `goal` is among `state.achieved` and one where it is not, whatever the state.
 
         Raises:
             NotImplementedError: the task has no goals in text.

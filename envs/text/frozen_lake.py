@@ -28,6 +28,8 @@ _DISCOUNT, _SWEEPS = 0.99, 150
 class FrozenLake(Replayed):
     """From the top left to the bottom right; reward 1 there, and a hole ends the episode."""
 
+    max_achieved = 1
+
     def __init__(
         self,
         size: int = 4,
@@ -95,7 +97,7 @@ class FrozenLake(Replayed):
 
     def reward_of(self, goal: str, state: TextState) -> tuple[float, bool]:
         reached = goal in state.achieved
-        return reached - self.time_penalty, reached
+        return reached - self.time_penalty, reached or not state.achieved  # a hole is no goal
 
     def expert(self) -> str:
         """The shortest way; where one slips, what dynamic programming finds best, with a discount of 0.99 a turn."""
