@@ -90,6 +90,9 @@ class Agent(ABC):
 class OnPolicyAgent(Agent):
     """A policy that learns from rollouts, each once."""
 
+    def require(self, rollout: Rollout) -> None:
+        """Raise UsageError unless it can learn from rollouts like this one, which is empty still."""
+
     @abstractmethod
     def update(self, rollout: Rollout) -> tuple[dict[str, Tensor], int]:
         """Learn from a full rollout; metrics are 0-d tensors, the means over the gradient steps, whose number follows.

@@ -31,7 +31,7 @@ from ctrlrl.nn.actor import StochasticPolicy, make_head
 from ctrlrl.nn.cpu import products_of
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.execution import executed
-from ctrlrl.nn.mlp import Backbone, NetworkFactory
+from ctrlrl.nn.mlp import Backbone, NetworkFactory, TokenNetwork
 from ctrlrl.nn.networks import OnPolicyNetworks, ValueFunction
 from ctrlrl.nn.normalizer import RunningNormalizer
 from ctrlrl.nn.optim import Adam, trained
@@ -146,10 +146,14 @@ class PPO(OnPolicyAgent):
             raise UsageError(f"agent.credit per-decision is for answers made of tokens; actions are {action_space}")
         self._joint = c.ratio == "joint" or (c.ratio == "auto" and not tokens)
         self._per_token = c.advantage == "gae" and tokens and c.credit != "joint" and not self._joint
+        if c.decision_gamma != 1 and not self._per_token:
+            raise UsageError("agent.decision_gamma is for answers of tokens with credit for each: leave it at 1")
         with self._weights_from(seed):
             networks = OnPolicyNetworks(head.observation_space, c, network, encoder, action_space=action_space)
             self.normalizer = networks.normalizer
             memory, trunk = networks.policy_trunk(head.outputs, actions=head.inputs, gain=0.01)
+            if tokens and not isinstance(trunk, TokenNetwork):
+                raise UsageError("answers of tokens need a language model: network=..., a Backbone that writes")
             self.policy = StochasticPolicy(networks.policy_encoder, memory, trunk, head, self.normalizer)
             self.critic = networks.value_function(gain=1.0) if c.advantage == "gae" else None
         self.policy.to(self.device)
@@ -172,6 +176,24 @@ class PPO(OnPolicyAgent):
             self._keep(reference=self.reference, begun=self._begun)
         self._former: list[RolloutBatch] = []  # earlier rollouts, the newest last
         self._step = executed(self.step, c.execution, "float32", self.device, self._changing)
+
+    def require(self, rollout: Rollout) -> None:
+        c = self.config
+        if c.advantage == "gae":
+            if rollout.groups is not None:
+                raise UsageError("language.group_size is for agent.advantage grpo, rloo and gigpo: leave it out")
+            return
+        if rollout.groups is None:
+            raise UsageError(
+                f"agent.advantage {c.advantage} compares environments that are given the same tasks: text environments "
+                "with --language.group-size"
+            )
+        _, rows = rollout.groups
+        if rollout.horizon % rows:
+            raise UsageError(
+                f"episodes of groups take {rows} steps, and a rollout has {rollout.horizon} of each environment: make "
+                f"--rollout-steps a multiple of {rows * rollout.num_envs}"
+            )
 
     def update(self, rollout: Rollout) -> tuple[dict[str, Tensor], int]:
         """All epochs on a full rollout; returns the metrics' means (0-d) and the number of gradient steps."""
@@ -210,7 +232,7 @@ class PPO(OnPolicyAgent):
         kept = self.config.stale_rollouts
         if not kept:
             return data
-        parts = [replace(one, log_prob=self._look(one.obs, one.decision)[0]) for one in self._former]
+        parts = [replace(one, log_prob=self._scored(self.policy, one.obs, one.decision)) for one in self._former]
         self._former = [*self._former, data.map(torch.clone)][-kept:]  # the rollout's own rows are written over
         columns = zip(*(part.tensors() for part in (*parts, data)), strict=True)
         joined = iter([torch.cat(column) for column in columns])
@@ -219,6 +241,9 @@ class PPO(OnPolicyAgent):
     def _epochs(self, data: RolloutBatch) -> list[dict[str, Tensor]]:
         """Gradient steps on all minibatches of all epochs; returns the metrics of each."""
         c = self.config
+        if self._rows is not None:  # what waits, or is no transition, takes as long as what counts
+            counted = data.mask.any(-1)
+            data = data.map(lambda x: x[counted])
         counts = data.mask.flatten(1).any(1)  # (units,): rows, or sequences
         units = len(counts)
         size = max(1, round(c.minibatch_size * units / data.start.numel()))
@@ -251,7 +276,8 @@ class PPO(OnPolicyAgent):
             value = self.critic.unroll(obs, batch.critic_state, start)[0].view(-1, 1)  # (R, 1)
             batch = batch.rows()
         else:
-            distribution, value = self.policy.distribution(batch.obs), self._value(batch.obs, batch.decision)
+            distribution = self.policy.distribution(batch.obs)
+            value = None if self.critic is None else self._value(batch.obs, batch.decision)
         log_prob, entropies = distribution.score(batch.decision)  # (R, D)
         # What does not count may be anything, and has no weight: a row, or one of its decisions.
         rows = batch.mask.any(-1, keepdim=True)
@@ -311,11 +337,16 @@ class PPO(OnPolicyAgent):
         logarithms = torch.where(made, logarithms, 0.0)
         return logarithms.sum(-1, keepdim=True) if self._joint else logarithms
 
-    def _value(self, obs: Obs, decision: Tensor) -> Tensor | None:
-        """V (R, C), without memory; None without a critic."""
-        if self.critic is None:
-            return None
-        return self.critic.along(obs, decision) if self._per_token else self.critic(obs)[:, None]
+    def _value(self, obs: Obs, decision: Tensor) -> Tensor:
+        """V (R, C), without memory."""
+        assert self.critic is not None
+        return self.critic.along(obs, decision) if self._per_token else self._plain_value(obs)[:, None]
+
+    def _plain_value(self, obs: Obs) -> Tensor:
+        """V (R,), without memory."""
+        assert self.critic is not None
+        value: Tensor = self.critic(obs)
+        return value
 
     @torch.no_grad()
     def prepare(self, rollout: Rollout) -> tuple[RolloutBatch, dict[str, Tensor]]:
@@ -372,56 +403,58 @@ class PPO(OnPolicyAgent):
         )
 
     def _by_groups(self, rollout: Rollout) -> Tensor:
-        """Advantages (T, N) of what others of the same task came to.
-
-        Raises:
-            UsageError: the environments are in no groups, or rollouts cut through episodes.
-        """
+        """Advantages (T, N) of what others of the same task came to."""
         c = self.config
-        if rollout.groups is None:
-            raise UsageError(
-                f"agent.advantage {c.advantage} compares environments that are given the same tasks: text environments "
-                "with --language.group-size"
-            )
+        assert rollout.groups is not None  # see `require`
         size, rows = rollout.groups
-        if rollout.horizon % rows:
-            raise UsageError(
-                f"episodes of groups take {rows} steps, and a rollout has {rollout.horizon} of each environment: make "
-                f"--rollout-steps a multiple of {rows * rollout.num_envs}"
-            )
         reward, valid = torch.where(rollout.valid, rollout.reward, 0.0), rollout.valid
-        if self.reference is not None and c.kl_estimator == "k1":
-            raise UsageError("agent.kl_estimator k1 is taken from rewards by a critic's estimator: take k2 or k3 here")
-        flat = [x[:-1].flatten(0, 1).flatten(1) for x in _entries(rollout.obs)]
-        observed = torch.unique(torch.cat([x.double() for x in flat], -1), dim=0, return_inverse=True)[1]
-        groups = Groups(reward, valid, observed.view_as(reward), size, rows, c.gamma, c.step_weight)
+        observed = torch.zeros_like(reward, dtype=torch.int64)
+        if c.advantage == "gigpo":
+            flat = [x[:-1].flatten(0, 1).flatten(1) for x in _entries(rollout.obs)]
+            same = torch.unique(torch.cat([x.double() for x in flat], -1), dim=0, return_inverse=True)[1]
+            observed = same.view_as(reward)
+        groups = Groups(reward, valid, observed, size, rows, c.gamma, c.step_weight)
         return GROUP_ESTIMATORS[c.advantage](groups)
 
     def _look_back(self, rollout: Rollout) -> _Look:
         """Without memory."""
         shape, decision = rollout.reward.shape, rollout.extras["decision"].flatten(0, 1)
-        found = self._look(map_obs(lambda x: x[:-1].flatten(0, 1), rollout.obs), decision)
-        log_prob, reference, value = (part.view(*shape, -1) for part in found)
-        last_value, final_value = torch.zeros_like(rollout.reward[0]), torch.zeros_like(rollout.reward)
+        obs = map_obs(lambda x: x[:-1].flatten(0, 1), rollout.obs)
+        # Of a network that takes long only what counts is asked.
+        asked = slice(None) if self._rows is None else rollout.valid.flatten()
+
+        def everywhere(found: Tensor) -> Tensor:
+            out = found.new_zeros(len(decision), found.shape[-1])
+            out[asked] = found
+            return out.view(*shape, -1)
+
+        obs, made = map_obs(lambda x: x[asked], obs), decision[asked]
+        log_prob = everywhere(self._scored(self.policy, obs, made))
+        reference = log_prob[..., :0] if self.reference is None else everywhere(self._scored(self.reference, obs, made))
+        value, last_value = log_prob.new_zeros(*shape, 1), torch.zeros_like(rollout.reward[0])
+        final_value = torch.zeros_like(rollout.reward)
         if self.critic is not None:
-            last_value = self.critic(map_obs(lambda x: x[-1], rollout.obs))
+            value = everywhere(self._blocks(self._value, obs, made))
+            last_value = self._blocks(self._plain_value, map_obs(lambda x: x[-1], rollout.obs))
             if bool((cut := _cut_short(rollout)).any()):
-                final_value[cut] = self.critic(map_obs(lambda x: x[cut], rollout.final_obs))
+                final_value[cut] = self._blocks(self._plain_value, map_obs(lambda x: x[cut], rollout.final_obs))
         return _Look(log_prob, reference, value, last_value, final_value, [])
 
-    def _look(self, obs: Obs, decision: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of rows (M, ...), all in one batch or so many at a time: log-probabilities (M, D), those of the policy to
-        stay near to, or (M, 0), and V (M, C), zero without a critic."""
-        count, parts = len(decision), []
-        for begin in range(0, count, self._rows or count):
-            rows = slice(begin, min(count, begin + (self._rows or count)))
-            seen, made = map_obs(lambda x, rows=rows: x[rows], obs), decision[rows]  # type: ignore[misc]
-            log_prob = self.policy.distribution(seen).score(made)[0]
-            value = self._value(seen, made)
-            beside = log_prob[:, :0] if self.reference is None else self.reference.distribution(seen).score(made)[0]
-            parts.append((log_prob, beside, log_prob.new_zeros(len(made), 1) if value is None else value))
-        log_prob, reference, value = (torch.cat(part) for part in zip(*parts, strict=True))
-        return log_prob, reference, value
+    def _scored(self, policy: StochasticPolicy, obs: Obs, decision: Tensor) -> Tensor:
+        """Log-probabilities (M, D) by `policy` of the decisions at rows (M, ...)."""
+        return self._blocks(lambda obs, made: policy.distribution(obs).score(made)[0], obs, decision)
+
+    def _blocks(self, ask: Callable[..., Tensor], obs: Obs, *given: Tensor) -> Tensor:
+        """What `ask(obs, *given)` says of rows (M, ...), all in one batch or so many at a time."""
+        count = len(_entries(obs)[0])
+        if self._rows is None or count <= self._rows:
+            return ask(obs, *given)
+        parts = []
+        for begin in range(0, count, self._rows):
+            rows = slice(begin, begin + self._rows)
+            part = map_obs(lambda x, rows=rows: x[rows], obs)  # type: ignore[misc]
+            parts.append(ask(part, *(x[rows] for x in given)))
+        return torch.cat(parts)
 
     def _remember(self, rollout: Rollout) -> _Look:
         """With memory: step by step from the states before the rollout. The critic's goes on to the next one."""

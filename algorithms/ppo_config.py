@@ -104,6 +104,8 @@ class PPOConfig(Config):
         self.require("step_weight", self.step_weight >= 0, "0 or more")
         self.require("decision_gamma", 0 < self.decision_gamma <= 1, "in (0, 1]")
         self.require("kl_coef", self.kl_coef >= 0, "0 or more")
+        fits = self.kl_coef == 0 or self.kl_estimator != "k1" or self.advantage == "gae"
+        self.require("kl_estimator", fits, "k2 or k3, where groups tell: k1 is taken from rewards by a critic's")
         self.require("credit", self.credit != "per-decision" or self.advantage == "gae", "joint, where groups tell")
         fits = self.credit != "per-decision" or self.ratio != "joint"
         self.require("ratio", fits, "per-decision, where the credit is")

@@ -118,6 +118,18 @@ def test_against_a_single_simulation() -> None:
     assert env.control_dt == pytest.approx(0.04)
 
 
+@pytest.mark.parametrize("action", panda.ACTIONS)
+@pytest.mark.parametrize("env_id", IDS)
+def test_nothing_but_the_goal_depends_on_the_goal_where_goals_may_be_replaced(env_id: str, action: str) -> None:
+    env = make(env_id, 4, reward="sparse", action=action)
+    env.reset(0)
+    other = make(env_id, 4, reward="sparse", action=action)
+    other.reset(0)
+    other.world.command.add_(0.1)
+    seen, moved = (entries(e, e.step(torch.zeros(4, *e.action_space.shape)).obs) for e in (env, other))  # type: ignore[misc]
+    assert [name for name in seen if not torch.equal(seen[name], moved[name])] == ["desired goal"]
+
+
 def test_actions_of_the_tool_move_it_in_the_world_and_keep_it_pointing_down() -> None:
     env = make("PandaLift-v0", 10, randomize=False, action="tool")
     env.reset(3)

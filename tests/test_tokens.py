@@ -95,7 +95,8 @@ def test_what_is_written_is_what_is_likeliest_one_row_after_the_other(kind: str)
     assert (expected[1, 3:] == -1).all() and (expected[4] == -1).all()
     for memory in (math.inf, 1.0):  # all together, and one by one
         assert torch.equal(model.generate(prompt, length=6, end=end, memory=memory), expected)
-    assert model.bytes_of_row(10) == 2 * 2 * 10 * 4 * 8 * (4 if kind == "gpt2" else 2) + 12 * V
+    heads, of_layers = 4 if kind == "gpt2" else 2, 3 * 32
+    assert model.bytes_of_row(10) == (2 * 2 * 8 * heads + of_layers) * 10 * 4 + 12 * V
 
 
 def test_what_is_drawn_is_as_likely_as_it_is_scored() -> None:
@@ -270,15 +271,71 @@ def test_groups_are_given_the_same_tasks_and_wait_for_each_other() -> None:
     assert len({row[0] for row in seen} | {row[2] for row in seen}) > 1  # not the same task for ever
 
 
+@pytest.mark.parametrize("form", ["tokens", "candidates"])
+def test_all_may_wait_at_once(form: str) -> None:
+    config = LanguageConfig(**{**GROUPED.to_dict(), "form": form})
+    agent, env = agent_of(config, advantage="grpo")
+    obs = env.reset(0)
+    extras = agent.policy.act(obs, explore=False)[2]
+    rollout = Rollout(env.observation_space, horizon=3, num_envs=4, extras=extras, groups=env.task_groups)
+    rollout.begin(obs)
+    for t in range(3):
+        action, _, extras = agent.policy.act(obs, explore=True)
+        if t == 0:  # all are right
+            right = [env._envs[i].expert() or "" for i in range(4)]
+            action = torch.full((4, 3), -1)
+            for i, word in enumerate(right):
+                ids = [*env._tokenizer.encode(" " + word, add_special_tokens=False), END]
+                action[i, : len(ids)] = torch.tensor(ids)
+            if form == "candidates":
+                action = torch.tensor([env._states[i].commands.index(word) for i, word in enumerate(right)])
+            extras = {"decision": action if form == "tokens" else action[:, None]}
+        step = env.step(action)
+        rollout.add(step, extras)
+        obs = step.obs
+    assert rollout.valid.tolist() == [[True] * 4, [False] * 4, [False] * 4]
+    metrics, steps = agent.update(rollout)
+    assert steps > 0 and bool(torch.isfinite(torch.stack(list(metrics.values()))).all())
+
+
+def test_equal_returns_are_no_reason_to_move() -> None:
+    for value, count in ((0.7, 64), (0.9606, 64), (5.3, 8)):
+        reward = torch.full((1, count), value)
+        same = Groups(reward, reward > 0, torch.zeros(1, count, dtype=torch.int64), count, 1, 0.99, 1.0)
+        for estimator in (grpo, rloo, gigpo):
+            assert float(estimator(same).abs().max()) < 1e-5
+
+
+def test_words_that_the_tokenizer_does_not_know_are_never_written() -> None:
+    model, (prompt, _, _) = model_of(), texts()
+    model.words = 5
+    answers = model.generate(prompt.repeat(100, 1), length=3, end=END, generator=torch.Generator().manual_seed(0))
+    assert int(answers.max()) == 4
+    kinds = torch.cartesian_prod(torch.arange(5)[:5], torch.tensor([END]))
+    log_prob, entropy = model.token_log_prob(prompt[:1].expand(5, -1), kinds)
+    assert float(log_prob[:, 0].detach().exp().sum()) == pytest.approx(1, abs=1e-5) and float(
+        entropy.detach().max()
+    ) <= math.log(5)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(UsageError, match="4 environments make up no groups of 3"):
         echo(4, LanguageConfig(**{**FREE.to_dict(), "group_size": 3}))
     agent, env = agent_of(advantage="rloo")
     with pytest.raises(UsageError, match=r"--language\.group-size"):
-        agent.update(collected(agent, env))
+        agent.require(collected(agent, env))
     agent, env = agent_of(GROUPED, advantage="rloo")
     with pytest.raises(UsageError, match=r"make --rollout-steps a multiple of \d+"):
-        agent.update(collected(agent, env, Echo.max_turns + 1))
+        agent.require(collected(agent, env, Echo.max_turns + 1))
+    agent, env = agent_of(GROUPED)
+    with pytest.raises(UsageError, match=r"language\.group_size is for agent\.advantage grpo"):
+        agent.require(collected(agent, env))
+    with pytest.raises(UsageError, match="k2 or k3, where groups tell"):
+        PPOConfig(advantage="grpo", kl_coef=0.1, kl_estimator="k1")
+    with pytest.raises(UsageError, match="with credit for each: leave it at 1"):
+        agent_of(decision_gamma=0.9, credit="joint")
+    with pytest.raises(UsageError, match="answers of tokens need a language model"):
+        PPO(_box()[0], env.action_space)
     with pytest.raises(UsageError, match="credit per-decision is for answers made of tokens"):
         PPO(*_box(), PPOConfig(credit="per-decision"))
     with pytest.raises(UsageError, match="joint, where groups tell"):

@@ -52,7 +52,9 @@ def backbone(config: LanguageConfig) -> LanguageBackbone:
     model = load_model(config)
     tokenizer = _tokenizer(config.model)
     require_fits(config, model.longest)
-    return LanguageBackbone(model, config, word_starts(tokenizer, model.vocabulary), end_of(tokenizer, config.model))
+    model.words = min(model.vocabulary, len(tokenizer))
+    end = -1 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
+    return LanguageBackbone(model, config, word_starts(tokenizer, model.vocabulary), end)
 
 
 def digests(config: LanguageConfig, policy: Policy) -> dict[str, str]:
@@ -81,17 +83,6 @@ def require_fits(config: LanguageConfig, longest: int) -> None:
             f"the model reads {longest:,} tokens; language.goal_tokens, prompt_tokens and candidate_tokens are "
             f"{config.goal_tokens} + {config.prompt_tokens} + {config.candidate_tokens} = {total:,}"
         )
-
-
-def end_of(tokenizer: Any, name: str | None) -> int:
-    """The token that ends an answer.
-
-    Raises:
-        UsageError: the tokenizer knows none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise UsageError(f"the tokenizer of {name} has no token that ends a text (eos_token): set one in its folder")
-    return int(tokenizer.eos_token_id)
 
 
 def word_starts(tokenizer: Any, size: int) -> torch.Tensor:

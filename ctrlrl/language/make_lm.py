@@ -53,11 +53,15 @@ def make_lm(
     """
     transformers = require_transformers()
     c, settings = config or TinyConfig(), language or LanguageConfig()
+    if settings.chat:
+        raise UsageError("a tiny model knows no conversation: leave language.chat out")
     path = Path(out)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path} is not empty: choose another --out; nothing was overwritten")
     env = make()
-    turns, texts = demonstrations(env, c.episodes, c.seed, settings.history)
+    turns, texts = demonstrations(env, c.episodes, c.seed, settings.history, settings.form)
+    if len({chosen < 0 for *_, chosen in turns}) > 1:
+        raise UsageError("the task offers commands now and then: --language.form tokens takes all answers as free")
     texts |= seen_at_random(env, vocabulary_episodes, c.seed)
     env.close()
     tokenizer = word_tokenizer(texts)
@@ -91,8 +95,8 @@ Turn = tuple[str, str, tuple[str, ...], int]
 alone, and -1."""
 
 
-def demonstrations(env: TextEnv, episodes: int, seed: int, history: int) -> tuple[list[Turn], set[str]]:
-    """The turns of a demonstrator's episodes, and all texts in them.
+def demonstrations(env: TextEnv, episodes: int, seed: int, history: int, form: str) -> tuple[list[Turn], set[str]]:
+    """The turns of a demonstrator's episodes, and all texts in them; with the form `tokens` all answers are free.
 
     Raises:
         UsageError: there is no demonstrator.
@@ -109,8 +113,9 @@ def demonstrations(env: TextEnv, episodes: int, seed: int, history: int) -> tupl
             prompt = PLAIN.prompt(state.goal, state.observation, past, history)
             texts |= {goal, prompt, *map(PLAIN.command, (*state.commands, answer))}
             if answer in state.commands or not state.commands:
-                chosen = state.commands.index(answer) if state.commands else -1
-                turns.append((goal, prompt, state.commands or (answer,), chosen))
+                free = form == "tokens" or not state.commands
+                said = (answer,) if free else state.commands
+                turns.append((goal, prompt, said, -1 if free else said.index(answer)))
             past.append((state.observation, answer))
             step = env.step(answer)
             if step.terminated or step.truncated:

@@ -40,6 +40,7 @@ class LanguageModel(nn.Module):
     Attributes:
         hidden_size: H.
         vocabulary: V.
+        words: of them those that the tokenizer knows, which answers are made of; the first ones.
         adapted: whether there is an adapter.
     """
 
@@ -49,6 +50,7 @@ class LanguageModel(nn.Module):
         self._adapter = [adapter]  # in a list: its weights are in the model
         config = causal.config
         self.hidden_size, self.vocabulary = int(config.hidden_size), int(config.vocab_size)
+        self.words = self.vocabulary
         self.longest = int(getattr(config, "max_position_embeddings", 10**9) or 10**9)
         nn.Module.train(self, False)
         named = self.named_parameters(remove_duplicate=False)  # a tied output has two names
@@ -140,12 +142,17 @@ class LanguageModel(nn.Module):
         tokens = tokens[:, : max(1, int((tokens >= 0).sum(-1).max()))]  # as far as the longest goes
         logits, _ = self.answer(ids, tokens, logits=True)
         assert logits is not None
-        log_probs = (logits / temperature).log_softmax(-1)
         there = tokens >= 0
-        log_prob = log_probs.gather(-1, tokens.clamp(min=0).long().unsqueeze(-1)).squeeze(-1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        chosen = logits[there][:, : self.words] / temperature  # (M, V), of what there is
+        total = chosen.logsumexp(-1)
+        log_prob = chosen.gather(-1, tokens[there].long()[:, None])[:, 0] - total
+        entropy = total - (chosen.softmax(-1) * chosen).sum(-1)
         missing = (0, width - tokens.shape[1])
-        return F.pad(torch.where(there, log_prob, 0.0), missing), F.pad(torch.where(there, entropy, 0.0), missing)
+        each = torch.zeros(there.shape, device=tokens.device)
+        return (
+            F.pad(each.masked_scatter(there, log_prob), missing),
+            F.pad(each.masked_scatter(there, entropy), missing),
+        )
 
     @torch.no_grad()
     def generate(
@@ -175,18 +182,21 @@ class LanguageModel(nn.Module):
         """
         out = torch.full((len(prompt), length), -1, dtype=torch.long, device=prompt.device)
         asked = (prompt >= 0).any(-1).nonzero().squeeze(-1)
+        if not len(asked):  # all wait
+            return out
         at_once = max(1, int(min(memory / self.bytes_of_row(prompt.shape[1] + length), len(prompt))))
         for rows in asked.split(at_once):  # type: ignore[no-untyped-call]
             out[rows] = self._generate(prompt[rows], length, end, temperature, generator)
         return out
 
     def bytes_of_row(self, tokens: int) -> int:
-        """What a row of so many tokens takes while it is written: keys and values of each layer, and logits three
-        times."""
+        """What a row of so many tokens takes while it is written: keys and values of each layer, what each gives, and
+        logits three times."""
         c = self.causal.config
         heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
         width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        of_token = 2 * int(c.num_hidden_layers) * int(heads) * int(width)
+        layers = int(c.num_hidden_layers)
+        of_token = 2 * layers * int(heads) * int(width) + (layers + 1) * self.hidden_size
         return of_token * tokens * int(next(self.causal.parameters()).element_size()) + 3 * 4 * self.vocabulary
 
     def _generate(
@@ -200,7 +210,7 @@ class LanguageModel(nn.Module):
         rows = torch.arange(len(prompt), device=prompt.device)  # that are written still
         said = prompt  # what each of them has read and written
         for i in range(length):
-            token = _draw(logits / temperature, generator)
+            token = _draw(logits[:, : self.words] / temperature, generator)
             out[rows, i] = token
             going = (token != end).nonzero().squeeze(-1)
             if i == length - 1 or not len(going):
@@ -227,6 +237,9 @@ class LanguageModel(nn.Module):
             log-probabilities of each token (B, n, C), 0 where there is none, and which tokens there are (B, n, C).
         """
         which, of_prompt, ids = _existing(candidates, exists)
+        if not len(which):  # all wait
+            nothing = torch.zeros(candidates.shape, device=ids.device)
+            return nothing, nothing.bool()
         first, _, cache = self.read(prompt, cache=True)
         cache.batch_select_indices(of_prompt)
         logits, _ = self.go_on(ids, prompt[of_prompt], cache)
@@ -248,6 +261,8 @@ class LanguageModel(nn.Module):
         """Features of each candidate's last token after the prompt (B, n, H), zeros where there is no candidate.
         Arguments as those of `score`."""
         which, of_prompt, ids = _existing(candidates, exists)
+        if not len(which):
+            return torch.zeros(*candidates.shape[:2], self.hidden_size, device=ids.device)
         _, _, cache = self.read(prompt, cache=True)
         cache.batch_select_indices(of_prompt)
         _, features = self.go_on(ids, prompt[of_prompt], cache, logits=False)

@@ -79,6 +79,11 @@ class TextVector(VectorEnv):
         self._free = c.form == "tokens" or (c.form == "auto" and not offers)
         if not self._free and not offers:
             raise UsageError(f"{name} takes any text for an answer and offers no candidates: --language.form tokens")
+        if self._free and tokenizer.eos_token_id is None:
+            raise UsageError(
+                f"the tokenizer of {c.model} has no token that ends a text (eos_token), which free answers need: set "
+                "one in its folder"
+            )
         entries: dict[str, gym.Space[Any]] = {"goal": ids(c.goal_tokens), "prompt": ids(c.prompt_tokens)}
         if not self._free:
             entries["candidates"] = ids(c.max_candidates, c.candidate_tokens)

@@ -45,12 +45,12 @@ class Groups:
 
     def spread(self, value: Tensor) -> Tensor:
         """Of each episode (T / H, N / G, G) to each of its rows (T, N)."""
-        return value.flatten(1).repeat_interleave(self.rows, 0) * self.valid
+        return value.float().flatten(1).repeat_interleave(self.rows, 0) * self.valid
 
 
 def grpo(groups: Groups) -> Tensor:
     """(R - mean) / standard deviation, within the group (Shao et al. 2024, arXiv:2402.03300, section 4.1.2)."""
-    returns = groups.returns()
+    returns = groups.returns().double()  # where all are equal, the difference is to be none
     centered = returns - returns.mean(-1, keepdim=True)
     return groups.spread(centered / (returns.std(-1, keepdim=True) + _EPS))
 
@@ -65,7 +65,7 @@ def gigpo(groups: Groups) -> Tensor:
     """GRPO's, and with `weight` the same of the rewards to come, discounted, among all steps of the group at which the
     same was observed (Feng et al. 2025, arXiv:2505.10978, eqs. 3, 7 and 8)."""
     t, n = groups.reward.shape
-    to_come = groups.reward.view(t // groups.rows, groups.rows, n).clone()
+    to_come = groups.reward.double().view(t // groups.rows, groups.rows, n).clone()
     for i in reversed(range(groups.rows - 1)):
         to_come[:, i] += groups.gamma * to_come[:, i + 1]
     to_come = to_come.view(t, n)
@@ -83,7 +83,7 @@ def gigpo(groups: Groups) -> Tensor:
     deviation = (sums(centered.square()) / (count - 1).clamp(min=1)).sqrt()
     step = torch.zeros_like(to_come)
     step[groups.valid] = centered / (deviation + _EPS)
-    return grpo(groups) + groups.weight * step
+    return grpo(groups) + (groups.weight * step).float()
 
 
 GROUP_ESTIMATORS: dict[str, Callable[[Groups], Tensor]] = {"grpo": grpo, "rloo": rloo, "gigpo": gigpo}

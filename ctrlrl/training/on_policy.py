@@ -38,7 +38,8 @@ class OnPolicyLoop(CollectingLoop):
 
     @staticmethod
     def make_memory(config: OnPolicyConfig, env: VectorEnv, agent: OnPolicyAgent, obs: Obs) -> Rollout:
-        needed, there = 3 * rollout_bytes(config, env), memory_of(agent.device)  # it, and twice its shuffled copies
+        # It, and twice its shuffled copies; and so of each earlier one that is kept.
+        needed, there = 3 * kept(config) * rollout_bytes(config, env), memory_of(agent.device)
         if needed > there:
             raise UsageError(
                 f"a rollout of {config.horizon * config.num_envs:,} steps takes {needed / 2**30:,.1f} GiB to learn "
@@ -46,7 +47,7 @@ class OnPolicyLoop(CollectingLoop):
             )
         policy = agent.policy
         state = policy.initial_state(config.num_envs)
-        return Rollout(
+        rollout = Rollout(
             env.observation_space,
             horizon=config.horizon,
             num_envs=config.num_envs,
@@ -55,6 +56,8 @@ class OnPolicyLoop(CollectingLoop):
             policy_state=state,
             groups=env.task_groups,
         )
+        agent.require(rollout)
+        return rollout
 
     @staticmethod
     def restore_memory(memory: Rollout, folder: RunFolder, state: dict[str, Any]) -> None:
@@ -67,7 +70,7 @@ class OnPolicyLoop(CollectingLoop):
 
     @staticmethod
     def stored_bytes(config: OnPolicyConfig, env: VectorEnv) -> int:
-        return (config.keep_checkpoints + 1) * rollout_bytes(config, env)  # a rollout is part of each
+        return (config.keep_checkpoints + 1) * kept(config) * rollout_bytes(config, env)  # rollouts are part of each
 
     @staticmethod
     def shares_environments(config: OnPolicyConfig) -> bool:
@@ -99,6 +102,11 @@ class OnPolicyLoop(CollectingLoop):
 
     def _memory(self) -> dict[str, Any]:
         return {"rollout": self.rollout.state_dict()}
+
+
+def kept(config: OnPolicyConfig) -> int:
+    """Rollouts that there are at a time: the one that is collected, and earlier ones that are learned from again."""
+    return 1 + int(getattr(config.agent, "stale_rollouts", 0))  # type: ignore[attr-defined]
 
 
 def rollout_bytes(config: OnPolicyConfig, env: VectorEnv) -> int:

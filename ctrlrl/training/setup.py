@@ -12,7 +12,7 @@ import gymnasium as gym
 import torch
 
 from ctrlrl.algorithms.registry import ALGORITHMS, find_algorithm, train_config_class
-from ctrlrl.config import Config, OffPolicyConfig, TrainConfig
+from ctrlrl.config import Config, OffPolicyConfig, OnPolicyConfig, TrainConfig
 from ctrlrl.envs.frame_stack import FrameStack
 from ctrlrl.envs.make import has_native, make_env
 from ctrlrl.envs.tasks.registry import is_robot_task
@@ -56,6 +56,8 @@ def make(
         for name in ("backend", "env_python", "pixels", "grayscale", "frame_stack"):
             if getattr(config, name) != plain[name]:
                 raise UsageError(f"{env} is stepped in this process and has no pictures: leave {name} out")
+        if grouped and config.language.group_size > 1 and not isinstance(config, OnPolicyConfig):
+            raise UsageError("language.group_size is for algorithms that learn from rollouts, ppo: leave it out")
         language = config.language if grouped else dataclasses.replace(config.language, group_size=1)
         achieved = isinstance(config, OffPolicyConfig) and config.buffer.hindsight > 0
         return text_environments(

@@ -85,6 +85,8 @@ def panda_lift(
         "to cube": Obs(lambda w: terms.cube(w) - arm.tool(w), measure=Measure("given", "m", "base")),
         "to goal": Obs(lambda w: w.command - terms.cube(w), measure=Measure("given", "m", "base")),
     }
+    if reward == "sparse":  # goals may be replaced afterwards, and nothing else may depend on them
+        del from_tool["to goal"]
     return SimTask(
         name=name,
         model=model_of(arm, folder),
