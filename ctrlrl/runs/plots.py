@@ -291,7 +291,7 @@ def returns_picture(
             drawn.values(),
             map(_legend, drawn),
             loc="outside upper left",
-            ncols=max(len(drawn), 1),
+            ncols=min(max(len(drawn), 1), 4),
             title="Mean over seeds, range from the lowest to the highest, each seed:",
             alignment="left",
         )
