@@ -221,7 +221,8 @@ def test_a_layer_that_a_users_network_does_not_use_stays_as_it_is(agent, config)
         made.step(make_batch(size=8, obs=4, act=space[1])[0], torch.rand(2, 8, 2))
     else:
         row = {"decision": torch.rand(8, 2), "start": torch.zeros(8, dtype=torch.bool), "policy_state": {}}
-        row |= {name: torch.rand(8, 1) for name in ("log_prob", "value", "advantage")}
+        row |= {name: torch.rand(8, 1) for name in ("behaviour", "log_prob", "value", "advantage")}
+        row["reference"] = torch.zeros(8, 0)
         made.step(RolloutBatch(obs=torch.rand(8, 4), mask=torch.ones(8, 1, dtype=torch.bool), critic_state={}, **row))
     after = {name: p for part in parts for name, p in part.named_parameters()}
     moved = {name: not torch.equal(p, before[name]) for name, p in after.items()}
