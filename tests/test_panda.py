@@ -164,6 +164,35 @@ def test_actions_of_the_tool_move_it_in_the_world_and_keep_it_pointing_down() ->
     assert make("PandaReach-v0", 1, action="tool").action_space.shape == (4,)
 
 
+def test_at_another_rate_actions_move_things_as_fast() -> None:
+    slow, usual = make("PandaReach-v0", 2, randomize=False, rate=10), make("PandaReach-v0", 2, randomize=False)
+    assert (slow.task.substeps, usual.task.substeps) == (20, 8)
+    assert slow.task.action.effect is not None and usual.task.action.effect is not None
+    np.testing.assert_allclose(slow.task.action.effect.scale, 2.5 * np.array(usual.task.action.effect.scale))
+    moves = torch.linspace(-1, 1, 14).reshape(2, 7)
+    after = []
+    for env, steps in ((slow, 2), (usual, 5)):  # 0.2 s of both
+        env.reset(4)
+        before = env.sim.field("ctrl").clone()
+        for _ in range(steps):
+            env.step(moves)
+        after.append((env.sim.field("ctrl") - before)[:, :7])
+    assert after[0].abs().amax() > 0.1
+    torch.testing.assert_close(after[0], after[1], atol=0.06, rtol=0)  # leads bound both, at other moments
+
+
+@pytest.mark.parametrize("action", ["joints", "tool"])
+@pytest.mark.parametrize("rate", [10, 50])
+def test_experts_succeed_at_other_rates(action: str, rate: int) -> None:
+    env = make("PandaLift-v0", 20, action=action, rate=rate)
+    policy, obs = expert(env), env.reset(0)
+    for _ in range(4 * rate):
+        step = env.step(policy(obs))
+        obs = step.obs
+    assert step.truncated.all()
+    assert step.log["success"].mean() >= 0.9
+
+
 def test_dense_reward_of_reaching() -> None:
     env = make("PandaReach-v0", 8, randomize=False)
     env.reset(1)
@@ -358,9 +387,10 @@ def test_success_is_rewarded_once_and_ends_the_episode(env_id: str) -> None:
             "reward must be one of dense, sparse, success, got 'spars'. Did you mean sparse",
         ),
         ("PandaLift-v0", {"action": "tol"}, "action must be one of joints, tool, got 'tol'. Did you mean tool"),
+        ("PandaLift-v0", {"rate": 30}, "rate, of actions a second, must be one of 8, 10, 20, 25, 40, 50, got 30"),
         ("PandaLift-v0", {"reward": None}, "option reward takes text, got None"),
         ("PandaReach-v0", {"orientatoin": True}, "PandaReach-v0 has no option 'orientatoin'. Did you mean orientation"),
-        ("PandaLift-v0", {"orientation": True}, "has no option 'orientation'.*reward, action, randomize, folder"),
+        ("PandaLift-v0", {"orientation": True}, "has no option 'orientation'.*reward, action, rate, randomize, folder"),
         ("PandaReach-v0", {"reward": "sparse", "orientation": True}, "sparse reward is of positions alone"),
         ("PandaLift-v0", {"folder": "/nowhere"}, "/nowhere is no model file"),
     ],

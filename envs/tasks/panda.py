@@ -21,12 +21,15 @@ from ctrlrl.envs.world import World
 from ctrlrl.errors import UsageError, nearest
 from ctrlrl.robots.robot import Robot, get_robot
 
-TIMESTEP, SUBSTEPS = 0.005, 8  # s; 25 actions a second
-STEP = 0.05  # rad, what an action of 1 adds to a joint's target: 1.25 rad/s
+TIMESTEP = 0.005  # s
+RATE = 25  # actions a second, unless another rate is asked for
+RATES = (8, 10, 20, 25, 40, 50)
+# What actions of 1 do, at 25 of them a second; at other rates the speeds are the same.
+STEP = 0.05  # rad, added to a joint's target: 1.25 rad/s
 LEAD = 0.2  # rad, by which a joint's target may be away from the joint
 SMOOTHING = 0.04  # s, time constant with which the arm follows its targets' jumps, as controllers of real arms do
 TOOL_STEP, TOOL_TURN = 0.02, 0.1  # m, rad, by which an action of 1 moves and turns the tool's target
-FASTEST_TURN = 0.2  # rad, by which a tool that does not point down is turned back in one step
+FASTEST_TURN = 0.2  # rad, by which a tool that does not point down is turned back in one step, at 25 a second
 GRIP_STEP = 0.01  # m, what an action of 1 adds to the gripper's target
 TOLERANCE = 0.025  # m, within which a goal is reached (ManiSkill's)
 POSE = {"joint2": -0.04, "joint4": -2.34, "joint6": 2.3}  # rad; the tool at (0.5, 0, 0.25), pointing down
@@ -52,9 +55,12 @@ class Arm:
     Args:
         gripper: whether actions move the gripper; else it stays open.
         action: what they move besides: `joints`, or the `tool`.
+        rate: of actions, Hz.
     """
 
-    def __init__(self, *, gripper: bool, action: str) -> None:
+    def __init__(self, *, gripper: bool, action: str, rate: int) -> None:
+        self.substeps = round(1 / (TIMESTEP * rate))
+        self._longer = RATE / rate  # than an action of the usual rate lasts
         self.robot: Robot = get_robot("panda")
         self.joints = [joint.name for joint in self.robot.joints]  # the gripper's the last
         own = {joint.name: (POSE.get(joint.name, joint.default),) for joint in self.robot.joints}
@@ -67,11 +73,13 @@ class Arm:
     @property
     def action(self) -> Action:
         """Each entry moves a target on, from where it is: a joint's by STEP; or the tool's, which points down, by
-        TOOL_STEP along x, y and z, and by TOOL_TURN about z. The gripper's by GRIP_STEP."""
+        TOOL_STEP along x, y and z, and by TOOL_TURN about z. The gripper's by GRIP_STEP. At other rates than RATE by as
+        much more or less as an action lasts."""
         gripper = self.joints[7:] if self._gripper else []
         if self._kind == "tool":
             return Action(["x", "y", "z", "turn", *gripper], self._control)
-        steps, leads = (*[STEP] * 7, GRIP_STEP), (*[LEAD] * 7, 0.0)
+        steps = (*[STEP * self._longer] * 7, GRIP_STEP * self._longer)
+        leads = (*[LEAD] * 7, 0.0)
         names = self.joints[:7] + gripper
         moves = Effect("joint position step", "rad, m", steps[: len(names)], lead=leads[: len(names)])
         return Action(names, self._control, effect=moves)
@@ -83,9 +91,9 @@ class Arm:
         if self._kind == "tool":
             target[:, :7] += self._turns(w, target[:, :7], action[:, :4])
         else:
-            target[:, :7] += action[:, :7] * STEP
+            target[:, :7] += action[:, :7] * (STEP * self._longer)
         if self._gripper:
-            target[:, 7] += action[:, -1] * GRIP_STEP
+            target[:, 7] += action[:, -1] * (GRIP_STEP * self._longer)
         now = w.live("qpos")[:, w.joint_qpos].to(torch.float32)
         # What is blocked, by the floor say, comes back at once. The gripper's target may be ahead: that is its force.
         target[:, :7] = target[:, :7].clamp(now[:, :7] - LEAD, now[:, :7] + LEAD)
@@ -96,9 +104,9 @@ class Arm:
         if self._chain is None:
             self._chain = Chain(w.model, self.joints[:7], "tool", w.device)
         _, axes, jacobian = self._chain(target)
-        yaw = torch.atan2(-axes[:, 0, 0], axes[:, 1, 0]) + action[:, 3] * TOOL_TURN
-        turn = shorten(turn_down(axes, yaw.sin(), yaw.cos()), FASTEST_TURN)
-        return joints_for(jacobian, torch.cat([action[:, :3] * TOOL_STEP, turn], 1))
+        yaw = torch.atan2(-axes[:, 0, 0], axes[:, 1, 0]) + action[:, 3] * (TOOL_TURN * self._longer)
+        turn = shorten(turn_down(axes, yaw.sin(), yaw.cos()), FASTEST_TURN * self._longer)
+        return joints_for(jacobian, torch.cat([action[:, :3] * (TOOL_STEP * self._longer), turn], 1))
 
     def track(self, w: World) -> None:
         """Once a step: takes over targets, and puts the goal's mark where the goal is."""
@@ -184,7 +192,7 @@ class Arm:
             body.gravcomp = 1.0
 
         for joint in self.joints[:7]:
-            # Else each action, 25 times a second, would be a blow that shakes things out of the fingers.
+            # Else each action would be a blow that shakes things out of the fingers.
             actuator = spec.actuator(joint)
             actuator.dyntype, actuator.dynprm[0] = mujoco.mjtDyn.mjDYN_FILTEREXACT, SMOOTHING
 
@@ -236,6 +244,14 @@ def require_action(name: str, action: str) -> None:
     if action not in ACTIONS:
         raise UsageError(
             f"{name}: action must be one of {', '.join(ACTIONS)}, got {action!r}.{nearest(action, ACTIONS)}"
+        )
+
+
+def require_rate(name: str, rate: int) -> None:
+    """Raise UsageError unless the option `rate` is one that there is."""
+    if rate not in RATES:
+        raise UsageError(
+            f"{name}: rate, of actions a second, must be one of {', '.join(map(str, RATES))}, got {rate!r}"
         )
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ctrlrl.envs.sim_vector import SimVector
 from ctrlrl.envs.tasks.kinematics import Chain, joints_for, shorten, turn_down
-from ctrlrl.envs.tasks.panda import STEP, TOOL_STEP, TOOL_TURN, norm
+from ctrlrl.envs.tasks.panda import RATE, STEP, TIMESTEP, TOOL_STEP, TOOL_TURN, norm
 from ctrlrl.envs.tasks.panda_lift import HALF
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
@@ -44,6 +44,7 @@ class PandaExpert:
         self._lifts = "gripper" in self._names
         self._turns = "turn" in self._names
         self._tool = "turn" in env.task.action.names  # which actions move, instead of joints
+        self._longer = env.task.substeps * TIMESTEP * RATE  # than an action of the usual rate lasts
         self._home = env.world.default_joint_pos[:7]
         self._chain = Chain(env.sim.model, env.task.joints[:7], "tool", env.device)
 
@@ -100,6 +101,7 @@ class PandaExpert:
             action = torch.cat([(error - ahead)[:, :3] / TOOL_STEP, (error - ahead)[:, 5:] / TOOL_TURN], 1)
         else:
             action = (joints_for(jacobian, error) - seen["leads"][:, :7]) / STEP
+        action = action / self._longer
         slower: Tensor = action / action.abs().amax(1, keepdim=True).clamp(min=1.0)
         return slower
 

@@ -19,7 +19,7 @@ from ctrlrl.envs.tasks.panda import (
     FLOOR_BIT,
     OBJECT_BIT,
     PADS,
-    SUBSTEPS,
+    RATE,
     TIMESTEP,
     TOLERANCE,
     Arm,
@@ -27,6 +27,7 @@ from ctrlrl.envs.tasks.panda import (
     draw_in,
     norm,
     require_action,
+    require_rate,
     require_reward,
     sparse_reward,
 )
@@ -42,7 +43,13 @@ STILL = 0.2  # rad/s, of the fastest joint, below which the arm is still
 
 
 def panda_lift(
-    name: str, *, reward: str = "dense", action: str = "joints", randomize: bool = True, folder: str | None = None
+    name: str,
+    *,
+    reward: str = "dense",
+    action: str = "joints",
+    rate: int = RATE,
+    randomize: bool = True,
+    folder: str | None = None,
 ) -> SimTask:
     """The task.
 
@@ -53,15 +60,18 @@ def panda_lift(
         action: `joints`, or `tool`: it points down, and entries move its target by up to 2 cm along x, y and z and turn
             it by up to 0.1 rad about z. The tool's x axis, and the ways from tool to cube and from cube to goal, are
             then observed, too.
+        rate: of actions a second, one of `panda.RATES`. At other rates than 25 they last longer or shorter, and move
+            things as fast: at 10, the tool by up to 5 cm.
         randomize: gains, friction and the cube's mass differ from robot to robot, and measurements are noisy.
         folder: of the robot's model; see `Robot.find`.
 
     Raises:
-        UsageError: there is no such reward or action.
+        UsageError: there is no such reward, action or rate.
     """
     require_reward(name, reward)
     require_action(name, action)
-    arm = Arm(gripper=True, action=action)
+    require_rate(name, rate)
+    arm = Arm(gripper=True, action=action, rate=rate)
     terms = Terms(arm)
     own = arm.observed(0.01 if randomize else 0.0, 8)
     rewards = {
@@ -91,7 +101,7 @@ def panda_lift(
         name=name,
         model=model_of(arm, folder),
         timestep=TIMESTEP,
-        substeps=SUBSTEPS,
+        substeps=arm.substeps,
         episode_seconds=4.0,
         joints=arm.joints,
         pose=arm.pose | {CUBE: (0.5, 0, HALF, 1, 0, 0, 0)},

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ctrlrl.envs.spec import Command, Goals, Measure, Obs, Reward, SimTask
 from ctrlrl.envs.tasks.panda import (
-    SUBSTEPS,
+    RATE,
     TIMESTEP,
     TOLERANCE,
     Arm,
@@ -23,6 +23,7 @@ from ctrlrl.envs.tasks.panda import (
     draw_in,
     norm,
     require_action,
+    require_rate,
     require_reward,
     sparse_reward,
 )
@@ -45,6 +46,7 @@ def panda_reach(
     *,
     reward: str = "dense",
     action: str = "joints",
+    rate: int = RATE,
     orientation: bool = False,
     randomize: bool = True,
     folder: str | None = None,
@@ -58,17 +60,20 @@ def panda_reach(
         orientation: the tool is to point down and be turned, too.
         action: `joints`, or `tool`: it points down, and entries move its target by up to 2 cm along x, y and z and turn
             it by up to 0.1 rad about z.
+        rate: of actions a second, one of `panda.RATES`. At other rates than 25 they last longer or shorter, and move
+            things as fast: at 10, the tool by up to 5 cm.
         randomize: gains differ from robot to robot, and measurements are noisy.
         folder: of the robot's model; see `Robot.find`.
 
     Raises:
-        UsageError: there is no such reward or action, or the sparse one is asked to know of orientations.
+        UsageError: there is no such reward, action or rate, or the sparse one is asked to know of orientations.
     """
     require_reward(name, reward)
     require_action(name, action)
+    require_rate(name, rate)
     if orientation and reward == "sparse":
         raise UsageError(f"{name}: the sparse reward is of positions alone; leave out orientation, or take dense")
-    arm, terms = Arm(gripper=False, action=action), Terms()
+    arm, terms = Arm(gripper=False, action=action, rate=rate), Terms()
     noise = 0.01 if randomize else 0.0
     rewards = {
         "distance": Reward(terms.distance, -0.2),
@@ -94,7 +99,7 @@ def panda_reach(
         name=name,
         model=model_of(arm, folder, orientation),
         timestep=TIMESTEP,
-        substeps=SUBSTEPS,
+        substeps=arm.substeps,
         episode_seconds=4.0,
         joints=arm.joints,
         pose=arm.pose,
