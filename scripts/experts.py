@@ -3,9 +3,13 @@
 
     python scripts/experts.py PandaLift-v0 --noise 0 0.5 1
     python scripts/experts.py PandaLift-v0 --noise 0.5 --episodes 50 --out data/lift     # demonstrations
+    python scripts/experts.py PandaLift-v0 --correct runs/base --limit 0 0.2 0.5         # what a residual could reach
 
 with the interpreter of .venv. The table has the share of successes, and mean and least return. With --out the episodes,
 as many for each amount of noise, become a dataset, whose scores are relative to random actions and to no noise.
+
+With --correct another policy acts, and the expert corrects each entry of its action by no more than a limit: a residual
+with that `--agent.residual-scale` can do as well, but whether it can do better nobody knows.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +34,10 @@ from ctrlrl.envs.sim_vector import SimVector
 from ctrlrl.envs.tasks.panda_expert import expert
 from ctrlrl.envs.tasks.swing_up_expert import SwingUpExpert
 from ctrlrl.envs.vector import VectorEnv
-from ctrlrl.errors import CtrlrlError
-from ctrlrl.nn.policy import Policy
+from ctrlrl.errors import CtrlrlError, UsageError
+from ctrlrl.nn.policy import Policy, require_bounded_box
+from ctrlrl.nn.residual import Base
+from ctrlrl.training.base_policy import open_base
 from ctrlrl.training.collect import RandomPolicy, played
 from ctrlrl.training.evaluation import evaluate, evaluation_seeds
 
@@ -55,6 +62,26 @@ class Scripted(Policy):
         action = self._expert(obs["policy"] if isinstance(obs, dict) else obs)
         drawn = 2 * torch.rand(action.shape, generator=self._generator) - 1
         return (action + self._noise * drawn).clamp(-1, 1), {}, {}
+
+
+class Corrected(Scripted):
+    """The policy of `run`, each entry of whose action in [-1, 1] the expert corrects by at most `limit`.
+
+    Raises:
+        UsageError: there is no expert, or the policy does not suit the environment.
+    """
+
+    def __init__(self, env: VectorEnv, run: str, limit: float) -> None:
+        super().__init__(env)
+        task = env.task if isinstance(env, SimVector) else None
+        policy = open_base(run, env.observation_space, env.action_space, task, env.control_dt)
+        self._base, self._limit = Base(policy, require_bounded_box(env.action_space, "a correction")), limit
+        self.initial_state, self.reset = policy.initial_state, policy.reset  # type: ignore[method-assign]
+
+    def act(self, obs: Any, state: Any = None, *, explore: bool = False) -> Any:
+        action, state = self._base.act(obs, state)
+        wanted, _, extras = super().act(obs)
+        return action + (wanted - action).clamp(-self._limit, self._limit), state, extras
 
 
 def record(env_id: str, options: dict[str, Any], episodes: int, noises: list[float], seed: int, out: Path) -> str:
@@ -83,12 +110,14 @@ def record(env_id: str, options: dict[str, Any], episodes: int, noises: list[flo
     return f"{out}: {writer.num_transitions:,} transitions"
 
 
-def play(env_id: str, options: dict[str, Any], episodes: int, noise: float, seed: int) -> str:
+def play(
+    env_id: str, options: dict[str, Any], episodes: int, amount: float, make: Callable[[VectorEnv], Policy]
+) -> str:
     """A line of the table."""
     env = make_env(env_id, num_envs=episodes, env_kwargs=options)
-    result = evaluate(env, Scripted(env, noise, seed), evaluation_seeds(episodes))
+    result = evaluate(env, make(env), evaluation_seeds(episodes))
     success = np.mean(result.success)
-    return f"| {env_id} | {noise:g} | {success:.0%} | {result.mean:.1f} | {min(result.returns):.1f} |"
+    return f"| {env_id} | {amount:g} | {success:.0%} | {result.mean:.1f} | {min(result.returns):.1f} |"
 
 
 def main() -> int:
@@ -100,15 +129,26 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--env-kwargs", type=json.loads, default={}, help='{"reward": "sparse"}')
     parser.add_argument("--out", type=Path, help="a new folder, for a dataset of the episodes")
+    parser.add_argument("--correct", metavar="RUN", help="of another policy: a run, a bundle or an ONNX file")
+    parser.add_argument("--limit", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.3, 0.5, 1.0], help="of corrections")
     options = parser.parse_args()
     try:
+        if options.correct is not None and options.out is not None:
+            raise UsageError("--correct prints a table; leave out --out")
         if options.out is not None:
             given = options.env, options.env_kwargs, options.episodes, options.noise, options.seed
             print(record(*given, options.out))
             return 0
-        print("| environment | noise | success | mean return | least |\n|---|---|---|---|---|")
-        for noise in options.noise:
-            print(play(options.env, options.env_kwargs, options.episodes, noise, options.seed), flush=True)
+        corrects, given = options.correct, (options.env, options.env_kwargs, options.episodes)
+        print(f"| environment | {'limit' if corrects else 'noise'} | success | mean return | least |")
+        print("|---|---|---|---|---|")
+        for amount in options.limit if corrects else options.noise:
+            make = (
+                partial(Corrected, run=corrects, limit=amount)
+                if corrects
+                else partial(Scripted, noise=amount, seed=options.seed)
+            )
+            print(play(*given, amount, make), flush=True)
     except CtrlrlError as error:
         print(f"experts: {error}", file=sys.stderr)
         return error.exit_code

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+import ctrlrl
 from ctrlrl.runs.checkpoint import load_checkpoint, pack
 from ctrlrl.runs.folder import RunFolder
 
@@ -24,6 +26,18 @@ SMALL: dict[str, Any] = {
     "agent": {"hidden": [16, 16], "batch_size": 16},
     "quiet": True,
 }
+
+
+class InterruptAt(ctrlrl.Callback):
+    """Interrupts a training at a step, as Ctrl+C does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, loop: Any) -> None:
+        if loop.env_steps >= self.step:
+            signal.raise_signal(signal.SIGINT)
+            self.step = 10**9
 
 
 def contents(run: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from ctrlrl.replay.buffer import ReplayBuffer
 from ctrlrl.replay.hindsight import Hindsight
 from ctrlrl.runs.record import load_run
 from ctrlrl.training.collector import random_actions
-from tests.runs import SMALL, assert_same
+from tests.runs import SMALL, InterruptAt, assert_same
 
 GAMMA = 0.5
 ACTION = gym.spaces.Box(-1, 1, (1,))
@@ -372,18 +371,6 @@ def test_goals_that_cannot_be_told_apart_are_refused() -> None:
     assert TextVector(game, word_tokenizer(words), sizes, name="game", achieved=True).goals is None
 
 
-class Stop(ctrlrl.Callback):
-    """Interrupts a training."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, loop: Any) -> None:
-        if loop.env_steps >= self.step:
-            signal.raise_signal(signal.SIGINT)
-            self.step = 10**9
-
-
 REACH: dict[str, Any] = {"env_kwargs": {"reward": "sparse"}, "preset": None, "num_envs": 4}
 LAKE = {"size": 3, "holes": 0.1, "max_turns": 8}
 
@@ -407,10 +394,10 @@ def test_stopped_and_resumed_equals_uninterrupted(which: str, tmp_path: Path) ->
         algo, env, own = "sac", "PandaReach-v0", REACH | {"steps": 640, "agent": SMALL["agent"]}
         own["buffer"] = {"capacity": 400, "hindsight": 0.8}
     settings = SMALL | own | {"eval_every": 0, "agent": own["agent"] | {"utd": 0.25}}
-    ctrlrl.train(algo, env, out=str(tmp_path / "whole"), callbacks=[Stop(10**9)], **settings)
+    ctrlrl.train(algo, env, out=str(tmp_path / "whole"), callbacks=[InterruptAt(10**9)], **settings)
     with pytest.raises(Interrupted):
-        ctrlrl.train(algo, env, out=str(tmp_path / "parts"), callbacks=[Stop(170)], **settings)
-    ctrlrl.resume(tmp_path / "parts", callbacks=[Stop(10**9)], quiet=True)
+        ctrlrl.train(algo, env, out=str(tmp_path / "parts"), callbacks=[InterruptAt(170)], **settings)
+    ctrlrl.resume(tmp_path / "parts", callbacks=[InterruptAt(10**9)], quiet=True)
     assert_same(tmp_path / "whole", tmp_path / "parts")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.record import load_run
 from ctrlrl.runs.stages import better_of, change_of
 from tests.datasets import pendulum_data
-from tests.runs import SMALL, assert_same
+from tests.runs import SMALL, InterruptAt, assert_same
 
 OFFLINE: dict[str, Any] = {
     "updates": 130,
@@ -41,16 +40,6 @@ ALGORITHMS = ("bc", "td3-bc", "rebrac", "iql", "cql")
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: Any) -> Dataset:
     return pendulum_data(tmp_path_factory.mktemp("data") / "pendulum")
-
-
-class InterruptAt(ctrlrl.Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step(self, loop: Any) -> None:
-        if loop.env_steps >= self.step:
-            signal.raise_signal(signal.SIGINT)
-            self.step = 10**9
 
 
 @pytest.mark.parametrize("algo", ALGORITHMS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -398,6 +399,18 @@ def test_success_is_rewarded_once_and_ends_the_episode(env_id: str) -> None:
 def test_options_that_are_wrong(env_id: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make(env_id, 1, **options)
+
+
+def test_a_policy_that_the_expert_corrects_within_a_limit() -> None:
+    corrected = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "experts.py"))["Corrected"]
+    env = make("PandaLift-v0", 5, action="tool")
+    obs = env.reset(0)
+    assert isinstance(obs, torch.Tensor)
+    half, wanted = torch.full((5, 5), 0.5), expert(env)(obs)
+    for limit in (0.0, 0.2, 2.0):
+        action, _, _ = corrected(env, lambda seen: half[: len(seen)], limit).act(obs, {})
+        torch.testing.assert_close(action, half + (wanted - half).clamp(-limit, limit))
+    assert (wanted - half).abs().max() > 0.5
 
 
 def test_experts_that_there_are_not() -> None:
