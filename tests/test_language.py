@@ -122,6 +122,14 @@ def test_gradients_reach_prompts_through_the_cache(kind: str) -> None:
         assert torch.allclose(one, other, atol=2e-4)
 
 
+def test_the_cache_has_its_present_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each training would begin with a warning of transformers."""
+    warned: list[str] = []
+    monkeypatch.setattr(transformers.utils.generic.logger, "warning_once", warned.append)
+    model_of().score(*texts())
+    assert not warned
+
+
 def test_goal_and_prompt_are_one_text() -> None:
     space = gym.spaces.Dict({n: gym.spaces.Box(-1, V - 1, (s,), "int32") for n, s in (("goal", 3), ("prompt", 4))})
     goal, prompt = torch.tensor([[-1, 5, 6], [-1, -1, -1]]), torch.tensor([[-1, -1, 7, 8], [1, 2, 3, 4]])

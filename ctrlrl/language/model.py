@@ -103,7 +103,7 @@ class LanguageModel(nn.Module):
             output_hidden_states=True,
             logits_to_keep=1,
         )
-        return out.logits[:, -1].float(), out.hidden_states[-1][:, -1].float(), out.past_key_values if cache else None
+        return out.logits[:, -1].float(), out.hidden_states[-1][:, -1].float(), out.cache if cache else None
 
     def go_on(self, ids: Tensor, prompt: Tensor, cache: Any, *, logits: bool = True) -> tuple[Tensor, Tensor]:
         """Tokens (B, C), padded on the right, after prompts (B, L) that were read: logits (B, C, V) of the token after
