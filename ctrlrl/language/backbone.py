@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from ctrlrl.config import LanguageConfig
 from ctrlrl.errors import UsageError
 from ctrlrl.language.model import LanguageModel
+from ctrlrl.language.prefixes import Prefixes
 from ctrlrl.nn.encoder import Encoder
 from ctrlrl.nn.mlp import Backbone, CandidateNetwork, EnsembleMLP, TokenNetwork, TokenValues
+from ctrlrl.nn.recall import Recalling
 from ctrlrl.tree import Obs
 
 
@@ -44,9 +46,9 @@ class Tokens(Encoder):
         return ids[:, -max(1, longest) :]
 
 
-class LanguagePolicy(CandidateNetwork, TokenNetwork):
+class LanguagePolicy(CandidateNetwork, TokenNetwork, Recalling):
     """The policy: of each candidate the log-probability of its tokens after the prompt, summed, or their mean; or
-    answers of its own."""
+    answers of its own. Where it acts turn after turn it reads what prompts begin with once."""
 
     starts_word: Tensor
 
@@ -57,7 +59,9 @@ class LanguagePolicy(CandidateNetwork, TokenNetwork):
         self.register_buffer("starts_word", starts_word, persistent=False)
 
     def forward(self, features: Tensor, candidates: Tensor, exists: Tensor | None) -> Tensor:
-        log_prob, there = self.model.score(features, candidates, exists, self.temperature)
+        log_prob, there = self.model.score(
+            features, candidates, exists, self.temperature, kept=self.kept, memory=self._memory
+        )
         total = log_prob.sum(-1)
         if self.normalize == "sum":
             return total
@@ -74,7 +78,11 @@ class LanguagePolicy(CandidateNetwork, TokenNetwork):
             temperature=self.temperature,
             generator=generator,
             memory=self._memory,
+            kept=self.kept,
         )
+
+    def nothing_kept(self) -> Prefixes:
+        return Prefixes()
 
     def log_prob(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return self.model.token_log_prob(features, tokens, self.temperature)

@@ -26,6 +26,8 @@ from ctrlrl.errors import UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ctrlrl.language.prefixes import Prefixes
+
 _EXTRA = "pip install 'ctrlrl[language]'"
 
 
@@ -47,6 +49,7 @@ class LanguageModel(nn.Module):
     def __init__(self, causal: Any, *, adapter: Any = None) -> None:
         super().__init__()
         self.causal, self.adapted = causal, adapter is not None
+        self._is_plain = False
         self._adapter = [adapter]  # in a list: its weights are in the model
         config = causal.config
         self.hidden_size, self.vocabulary = int(config.hidden_size), int(config.vocab_size)
@@ -76,11 +79,17 @@ class LanguageModel(nn.Module):
         layers = [m for m in self.causal.modules() if hasattr(m, "_disable_adapters")] if self.adapted else []
         for layer in layers:
             layer._disable_adapters = True
+        self._is_plain = True
         try:
             yield
         finally:
+            self._is_plain = False
             for layer in layers:
                 layer._disable_adapters = False
+
+    def stamp(self) -> tuple[object, ...]:
+        """Another one where weights have changed in place or were replaced, and without the adapter."""
+        return self._is_plain, *((p.data_ptr(), p._version) for p in self.parameters())
 
     def save(self, folder: Path, *, adapter: bool = False) -> None:
         """Write an ordinary folder of transformers, an adapter merged into the weights; with `adapter` one of peft, of
@@ -91,19 +100,36 @@ class LanguageModel(nn.Module):
         merged = copy.deepcopy(self._adapter[0]).merge_and_unload() if self.adapted else self.causal
         merged.save_pretrained(folder)
 
-    def read(self, ids: Tensor, *, cache: bool = False) -> tuple[Tensor, Tensor, Any]:
+    def read(
+        self, ids: Tensor, *, cache: bool = False, before: tuple[Tensor, Any] | None = None
+    ) -> tuple[Tensor, Tensor, Any]:
         """Prompts (B, L), padded on the left: log-probabilities (B, V) of the next token at temperature 1, as logits,
-        the last token's features (B, H), and a cache of what was read, if asked."""
-        there = _not_empty(ids >= 0, ids.shape[1])
+        the last token's features (B, H), and a cache of what was read, if asked. Of what stands `before` them, ids
+        (B, S) with -1 anywhere, the cache is given, and goes on."""
+        said, past = before or (ids[:, :0], None)
+        there = torch.cat([said, ids], -1) >= 0
+        there = _not_empty(there, there.shape[1])
         out = self.causal(
             input_ids=ids.clamp(min=0).long(),
             attention_mask=there.long(),
-            position_ids=(there.long().cumsum(-1) - 1).clamp(min=0),
+            position_ids=(there.long().cumsum(-1) - 1).clamp(min=0)[:, said.shape[1] :],
+            cache=past,
             use_cache=cache,
             output_hidden_states=True,
             logits_to_keep=1,
         )
         return out.logits[:, -1].float(), out.hidden_states[-1][:, -1].float(), out.cache if cache else None
+
+    @staticmethod
+    def cache_of(layers: list[tuple[Tensor, Tensor]]) -> Any:
+        """A cache of keys and values (B, heads, L, width) of each layer."""
+        return require_transformers().DynamicCache(layers)
+
+    @staticmethod
+    def may_be_cut(cache: Any) -> bool:
+        """Whether a cache has keys and values of all tokens in each layer, not those of a window, or a state."""
+        whole = require_transformers().cache_utils.DynamicLayer
+        return all(type(layer) is whole for layer in cache.layers)
 
     def go_on(self, ids: Tensor, prompt: Tensor, cache: Any, *, logits: bool = True) -> tuple[Tensor, Tensor]:
         """Tokens (B, C), padded on the right, after prompts (B, L) that were read: logits (B, C, V) of the token after
@@ -164,6 +190,7 @@ class LanguageModel(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         memory: float = math.inf,
+        kept: Prefixes | None = None,
     ) -> Tensor:
         """Write answers.
 
@@ -176,6 +203,7 @@ class LanguageModel(nn.Module):
             temperature: that logits are divided by.
             generator: of the draws; None: the likeliest token each time.
             memory: bytes that keys, values and logits may take; as many rows at a time as fit, but at least one.
+            kept: of the rows' prompts before, where they are the same rows; of these, within the same memory.
 
         Returns:
             (B, C) int64, -1 after the end.
@@ -185,27 +213,54 @@ class LanguageModel(nn.Module):
         if not len(asked):  # all wait
             return out
         at_once = max(1, int(min(memory / self.bytes_of_row(prompt.shape[1] + length), len(prompt))))
+        if kept is not None and len(asked) > at_once:
+            kept.clear()  # there is room for no more than what is written
+            kept = None
         for rows in asked.split(at_once):  # type: ignore[no-untyped-call]
-            out[rows] = self._generate(prompt[rows], length, end, temperature, generator)
+            different, of_prompt = torch.unique(prompt[rows], dim=0, return_inverse=True)
+            if kept is None:
+                logits, _, cache = self.read(different, cache=True)
+            else:
+                room = memory - len(rows) * self.bytes_of_row(prompt.shape[1] + length)
+                most = self.most_kept(prompt.shape[1], room)
+                logits, cache = kept.read(self, different, rows, of_prompt, total=len(prompt), most=most)
+            cache.batch_select_indices(of_prompt)
+            out[rows] = self._generate(prompt[rows], logits[of_prompt], cache, length, end, temperature, generator)
         return out
 
     def bytes_of_row(self, tokens: int) -> int:
         """What a row of so many tokens takes while it is written: keys and values of each layer, what each gives, and
         logits three times."""
+        of_layers = (int(self.causal.config.num_hidden_layers) + 1) * self.hidden_size * self._bytes
+        return (self._bytes_of_token + of_layers) * tokens + 3 * 4 * self.vocabulary
+
+    def most_kept(self, tokens: int, memory: float) -> int:
+        """Of how many prompts of so many tokens keys and values may be kept: twice, since new ones are made while the
+        former are there."""
+        return int(min(max(memory, 0) / (2 * self._bytes_of_token * tokens), 10**9))
+
+    @property
+    def _bytes(self) -> int:
+        return int(next(self.causal.parameters()).element_size())
+
+    @property
+    def _bytes_of_token(self) -> int:
+        """Of its keys and values in all layers."""
         c = self.causal.config
         heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
         width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        layers = int(c.num_hidden_layers)
-        of_token = 2 * layers * int(heads) * int(width) + (layers + 1) * self.hidden_size
-        return of_token * tokens * int(next(self.causal.parameters()).element_size()) + 3 * 4 * self.vocabulary
+        return 2 * int(c.num_hidden_layers) * int(heads) * int(width) * self._bytes
 
     def _generate(
-        self, prompt: Tensor, length: int, end: int, temperature: float, generator: torch.Generator | None
+        self,
+        prompt: Tensor,
+        logits: Tensor,
+        cache: Any,
+        length: int,
+        end: int,
+        temperature: float,
+        generator: torch.Generator | None,
     ) -> Tensor:
-        different, of_prompt = torch.unique(prompt, dim=0, return_inverse=True)
-        logits, _, cache = self.read(different, cache=True)
-        cache.batch_select_indices(of_prompt)
-        logits = logits[of_prompt]
         out = torch.full((len(prompt), length), -1, dtype=torch.long, device=prompt.device)
         rows = torch.arange(len(prompt), device=prompt.device)  # that are written still
         said = prompt  # what each of them has read and written
@@ -223,7 +278,14 @@ class LanguageModel(nn.Module):
         return out
 
     def score(
-        self, prompt: Tensor, candidates: Tensor, exists: Tensor | None, temperature: float = 1.0
+        self,
+        prompt: Tensor,
+        candidates: Tensor,
+        exists: Tensor | None,
+        temperature: float = 1.0,
+        *,
+        kept: Prefixes | None = None,
+        memory: float = math.inf,
     ) -> tuple[Tensor, Tensor]:
         """How likely each candidate follows, with one cache for all of a prompt.
 
@@ -232,6 +294,8 @@ class LanguageModel(nn.Module):
             candidates: (B, n, C).
             exists: (B, n) bool; None: all of them.
             temperature: that logits are divided by.
+            kept: of the rows' prompts before, where they are the same rows.
+            memory: bytes that these may take.
 
         Returns:
             log-probabilities of each token (B, n, C), 0 where there is none, and which tokens there are (B, n, C).
@@ -240,7 +304,11 @@ class LanguageModel(nn.Module):
         if not len(which):  # all wait
             nothing = torch.zeros(candidates.shape, device=ids.device)
             return nothing, nothing.bool()
-        first, _, cache = self.read(prompt, cache=True)
+        if kept is None:
+            first, _, cache = self.read(prompt, cache=True)
+        else:
+            rows, most = torch.arange(len(prompt), device=ids.device), self.most_kept(prompt.shape[1], memory)
+            first, cache = kept.read(self, prompt, rows, rows, total=len(prompt), most=most)
         cache.batch_select_indices(of_prompt)
         logits, _ = self.go_on(ids, prompt[of_prompt], cache)
         token = ids.clamp(min=0)
@@ -252,10 +320,10 @@ class LanguageModel(nn.Module):
             -1,
         )
         log_prob = log_prob * (ids >= 0)
-        rows, n, length = candidates.shape
-        scores = log_prob.new_zeros(rows * n, length).index_copy(0, which, log_prob)
-        there = torch.zeros(rows * n, length, dtype=torch.bool, device=ids.device).index_copy(0, which, ids >= 0)
-        return scores.view(rows, n, length), there.view(rows, n, length)
+        count, n, length = candidates.shape
+        scores = log_prob.new_zeros(count * n, length).index_copy(0, which, log_prob)
+        there = torch.zeros(count * n, length, dtype=torch.bool, device=ids.device).index_copy(0, which, ids >= 0)
+        return scores.view(count, n, length), there.view(count, n, length)
 
     def features(self, prompt: Tensor, candidates: Tensor, exists: Tensor | None) -> Tensor:
         """Features of each candidate's last token after the prompt (B, n, H), zeros where there is no candidate.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ctrlrl.envs.vector import Step, VectorEnv
 from ctrlrl.errors import NonFiniteError, UsageError
 from ctrlrl.nn.cpu import products_of
 from ctrlrl.nn.policy import Policy, PolicyState
+from ctrlrl.nn.recall import Recall
 from ctrlrl.tokens import TokenSpace
 from ctrlrl.tree import Obs, obs_items, obs_to
 
@@ -43,7 +45,13 @@ class Collector:
         policy: what acts.
         obs: the first observations.
         seed: of the uniformly random actions before learning starts.
+
+    Attributes:
+        recall: what the networks keep from step to step, where anything is to be kept: by who knows when weights
+            change, and clears it then.
     """
+
+    recall: Recall | None = None
 
     def __init__(self, env: VectorEnv, policy: Policy, obs: Obs, *, seed: int) -> None:
         n = env.num_envs
@@ -64,7 +72,7 @@ class Collector:
         """
         # Before learning starts the policy acts too, so that its state and extras exist from the first step on.
         device = self._device
-        with products_of(self.env.num_envs):
+        with products_of(self.env.num_envs), self.recall or nullcontext():
             action, state, extras = self.policy.act(obs_to(self.obs, device), self.policy_state, explore=True)
         if random:
             own = self.policy.warm_up(extras, self.generator)
@@ -83,6 +91,14 @@ class Collector:
         self.policy_state = state
         self.obs = step.obs
         return step, extras, next_extras
+
+    def recollect(self, past: Sequence[Obs]) -> None:
+        """Have the networks keep what they would if the policy had just acted on `past`, observations (N, ...) each;
+        nothing is drawn."""
+        assert self.recall is not None
+        for obs in past if self.recall else ():
+            with products_of(self.env.num_envs), self.recall:
+                self.policy.act(obs_to(obs, self._device), self.policy_state, explore=False)
 
     def finished(self, step: Step) -> tuple[list[Episode], int]:
         """The episodes that ended with `step`, and how many of its rows are transitions."""

@@ -11,6 +11,7 @@ import torch
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.nn.cpu import products_of
 from ctrlrl.nn.policy import Policy
+from ctrlrl.nn.recall import Recall
 from ctrlrl.training.collector import EPISODE, require_finite
 from ctrlrl.tree import obs_to
 
@@ -83,6 +84,7 @@ def _evaluate(
         chunk = list(seeds[first : first + n])
         running = torch.arange(n, device=env.device) < len(chunk)
         obs = env.reset([*chunk, *chunk[:1] * (n - len(chunk))])  # rows beyond the list run along unseen
+        recall = Recall(policy)
         state = policy.initial_state(n)
         total = torch.zeros(n, dtype=torch.float64, device=env.device)
         count = torch.zeros(n, dtype=torch.int64, device=env.device)
@@ -91,7 +93,7 @@ def _evaluate(
         for _ in range(MAX_STEPS):
             if before_step is not None and first == 0 and bool(running[0]):
                 before_step()
-            with products_of(n):
+            with products_of(n), recall:
                 action, state, _ = policy.act(obs_to(obs, policy.device), state, explore=explore)
             step = env.step(action.to(env.device))
             counted = running & step.valid

@@ -13,12 +13,13 @@ from ctrlrl.config import OnPolicyConfig
 from ctrlrl.envs.vector import Step, VectorEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.cpu import SMALL
+from ctrlrl.nn.recall import Recall
 from ctrlrl.replay.rollout import Rollout
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.training.collecting import CollectingLoop
 from ctrlrl.training.loop import memory_of
 from ctrlrl.training.off_policy import bytes_of
-from ctrlrl.tree import Obs, obs_to
+from ctrlrl.tree import Obs, map_obs, obs_to
 
 _SHARED_FROM = 50_000
 """Environment steps of a training from which on its environments are worth several processes."""
@@ -35,6 +36,10 @@ class OnPolicyLoop(CollectingLoop):
     def __init__(self, **shared: Any) -> None:
         super().__init__(**shared)
         self.rollout: Rollout = self.memory
+        # What is kept begins with each rollout: after a resumption it is made again from the rollout so far, in the
+        # same steps, since products of other shapes are rounded otherwise and may draw another action.
+        self.collector.recall = Recall(self.agent.policy)
+        self.collector.recollect([map_obs(lambda x, t=t: x[t], self.rollout.obs) for t in range(self.rollout.length)])  # type: ignore[misc]
 
     @staticmethod
     def make_memory(config: OnPolicyConfig, env: VectorEnv, agent: OnPolicyAgent, obs: Obs) -> Rollout:
@@ -95,6 +100,8 @@ class OnPolicyLoop(CollectingLoop):
 
     def _learn(self, before: int) -> None:
         if self.rollout.full:
+            assert self.collector.recall is not None
+            self.collector.recall.clear()  # of weights that will have changed; the update may need its memory
             metrics, updates = self.agent.update(self.rollout)
             self.rollout.clear(self.collector.policy_state)
             if updates:  # none, where no row was a transition
