@@ -267,7 +267,8 @@ def returns_picture(
         for index, (env, groups) in enumerate(panels):
             axes = figure.add_subplot(rows, columns, index + 1)
             counts = [len(curves) for _, curves in groups]
-            seeds = " and ".join(map(str, counts if len(set(counts)) > 1 else counts[:1]))
+            several = " and ".join(map(str, counts)) if len(counts) < 3 else f"{min(counts)} to {max(counts)}"
+            seeds = several if len(set(counts)) > 1 else str(counts[0])
             axes.set_title(
                 f"{env}, {seeds} seed{'' if seeds == '1' else 's'}{' each' * (seeds.isdigit() and len(counts) > 1)}"
             )
