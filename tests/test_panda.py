@@ -22,6 +22,8 @@ from ctrlrl.errors import UsageError
 from tests.conformance import check_vector_env
 from tests.simulations import make_cart
 
+ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
+
 IDS = ("PandaReach-v0", "PandaLift-v0")
 PAGE = (Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1])) / "docs" / "panda.md").read_text()
 
@@ -402,7 +404,7 @@ def test_options_that_are_wrong(env_id: str, options: dict[str, Any], message: s
 
 
 def test_a_policy_that_the_expert_corrects_within_a_limit() -> None:
-    corrected = runpy.run_path(str(Path(__file__).parent.parent / "scripts" / "experts.py"))["Corrected"]
+    corrected = runpy.run_path(str(ROOT / "scripts" / "experts.py"))["Corrected"]
     env = make("PandaLift-v0", 5, action="tool")
     obs = env.reset(0)
     assert isinstance(obs, torch.Tensor)
