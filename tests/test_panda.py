@@ -25,7 +25,7 @@ from tests.simulations import make_cart
 ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
 
 IDS = ("PandaReach-v0", "PandaLift-v0")
-PAGE = (Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1])) / "docs" / "panda.md").read_text()
+PAGE = (ROOT / "docs" / "panda.md").read_text()
 
 
 def make(env_id: str, num_envs: int, **options: Any) -> SimVector:
