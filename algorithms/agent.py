@@ -121,10 +121,12 @@ class ReplayAgent(Agent):
         normalizer: of observations, if any; it belongs to the policy's state.
         updates: gradient steps so far, 0-d; which of them improve the policy too follows from it.
         policy_delay: every so many steps one improves the policy too.
+        trains_base: whether it goes on training the policy that it builds on.
     """
 
     normalizer: ObservationNormalizer | None
     policy_delay: int = 1
+    trains_base: bool = False
 
     def __init__(self, config: ReplayAgentConfig, seed: int, device: torch.device | str) -> None:
         super().__init__(seed, device)

@@ -38,7 +38,7 @@ from ctrlrl.nn.discrete import CategoricalPolicy, make_choices, require_discrete
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import Ensemble, EnsembleMLP, NetworkFactory
 from ctrlrl.nn.networks import Critics, Networks
-from ctrlrl.nn.optim import Adam, polyak
+from ctrlrl.nn.optim import Adam, polyak, trained, trained_beside
 from ctrlrl.replay.batch import Batch
 from ctrlrl.tree import Obs
 
@@ -96,8 +96,8 @@ class CQLDiscrete(ReplayAgent):
         self.policy = CategoricalPolicy(self.critics.encoder, trunk, choices, self.normalizer)
         self.policy.to(self.device).generator = self.generator
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
-        self._critic = list(self.critics.parameters())
-        self._target = list(self.target_critics.parameters())
+        self._critic = trained(self.critics)
+        self._target = trained_beside(self.critics, self.target_critics)
         self.critic_optimizer = Adam(self._critic, c.critic_lr)
         self._keep(policy=self.policy, critics=self.critics, target_critics=self.target_critics)
         self._keep(critic_optimizer=self.critic_optimizer)

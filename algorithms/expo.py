@@ -37,7 +37,7 @@ from ctrlrl.nn.distributions import TanhNormal
 from ctrlrl.nn.encoder import Encoder, EncoderFactory, ObservationNormalizer
 from ctrlrl.nn.mlp import NetworkFactory, at_least_float32
 from ctrlrl.nn.networks import Critics, Networks
-from ctrlrl.nn.optim import Adam, polyak
+from ctrlrl.nn.optim import Adam, polyak, trained, trained_beside
 from ctrlrl.nn.policy import ActionScaling, Policy, PolicyState, require_bounded_box
 from ctrlrl.replay.batch import Batch
 from ctrlrl.tree import Obs, is_image, map_obs, obs_items
@@ -147,6 +147,7 @@ class EXPO(OffPolicyAgent):
     config: EXPOConfig
     policy: EXPOPolicy
     title = "EXPO"
+    trains_base = True
     config_class = EXPOConfig
 
     def __init__(
@@ -196,9 +197,9 @@ class EXPO(OffPolicyAgent):
         learned = [p for p in nn.ModuleList([self.base.encoder, self.base.head]).parameters() if p.requires_grad]
         acting_parameters = nn.ModuleList([acting.encoder, acting.head]).parameters()
         self._learned, self._acting = learned, list(acting_parameters)
-        self._critic, self._target = list(self.critics.parameters()), list(self.target_critics.parameters())
+        self._critic, self._target = trained(self.critics), trained_beside(self.critics, self.target_critics)
         shared = set(self._critic)
-        self.actor_optimizer = Adam([p for p in edits.parameters() if p not in shared], c.actor_lr)
+        self.actor_optimizer = Adam([p for p in trained(edits) if p not in shared], c.actor_lr)
         self.base_optimizer, self.critic_optimizer = Adam(learned, c.base_lr), Adam(self._critic, c.critic_lr)
         self.alpha_optimizer = Adam([self.log_alpha], c.alpha_lr)
         self._keep(policy=self.policy, critics=self.critics, base=self.base, log_alpha=self.log_alpha)

@@ -159,6 +159,8 @@ class PPO(OnPolicyAgent):
         self.policy.to(self.device)
         # With an adapter the copy is one of the adapter alone: what is frozen is shared.
         self.reference = copy.deepcopy(self.policy).requires_grad_(False) if c.kl_coef else None
+        if self.reference is not None:
+            self.reference.encoder.refer_to(self.reference.normalizer)  # which stays as it was, as the weights do
         self.policy.generator = self.generator
         # A network of a user's, a language model say, is asked about so many rows at a time.
         self._rows = c.minibatch_size if isinstance(network, Backbone) else None

@@ -33,7 +33,7 @@ from ctrlrl.algorithms.resfit_config import ResFiTConfig
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.nn.networks import Networks
-from ctrlrl.nn.optim import Adam, polyak
+from ctrlrl.nn.optim import Adam, polyak, trained, trained_beside
 from ctrlrl.nn.policy import Policy, require_bounded_box
 from ctrlrl.nn.residual import BASE, Base, ResidualPolicy, groups_of, with_base_space
 from ctrlrl.replay.batch import Batch
@@ -99,10 +99,14 @@ class ResFiT(OffPolicyAgent):
         for target in (self.target_critics, target_encoder, target_trunk):
             target.requires_grad_(False)
 
-        self._critic, self._target_critic = list(self.critics.parameters()), list(self.target_critics.parameters())
-        targets = nn.ModuleList([target_encoder, target_trunk]).parameters()
+        self._critic, self._target_critic = trained(self.critics), trained_beside(self.critics, self.target_critics)
+        own, beside = (
+            nn.ModuleList([self.policy.encoder, self.policy.trunk]),
+            nn.ModuleList([target_encoder, target_trunk]),
+        )
         shared = set(self._target_critic)
-        self._actor, self._target_actor = self.actor_parameters(), [p for p in targets if p not in shared]
+        self._actor = self.actor_parameters()
+        self._target_actor = [p for p in trained_beside(own, beside) if p not in shared]
         self.actor_optimizer = Adam(self._actor, c.actor_lr)
         self.critic_optimizer = Adam(self._critic, c.critic_lr)
         self._keep(policy=self.policy, critics=self.critics)

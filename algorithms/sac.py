@@ -29,7 +29,7 @@ from ctrlrl.algorithms.sac_config import SACConfig
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.nn.networks import Networks
-from ctrlrl.nn.optim import Adam, polyak
+from ctrlrl.nn.optim import Adam, polyak, trained, trained_beside
 from ctrlrl.nn.policy import SquashedGaussianPolicy, require_bounded_box
 from ctrlrl.nn.residual import GaussianResidualPolicy
 from ctrlrl.replay.batch import Batch
@@ -86,8 +86,8 @@ class SAC(OffPolicyAgent):
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = torch.tensor(math.log(c.initial_alpha), device=self.device, requires_grad=True)
 
-        self._critic = list(self.critics.parameters())
-        self._target = list(self.target_critics.parameters())
+        self._critic = trained(self.critics)
+        self._target = trained_beside(self.critics, self.target_critics)
         self.actor_optimizer = Adam(self.actor_parameters(), c.actor_lr)
         self.critic_optimizer = Adam(self._critic, c.critic_lr)
         self.alpha_optimizer = Adam([self.log_alpha], c.alpha_lr)

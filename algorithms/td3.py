@@ -31,7 +31,7 @@ from ctrlrl.algorithms.td3_config import TD3Config
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.nn.networks import Networks
-from ctrlrl.nn.optim import Adam, polyak
+from ctrlrl.nn.optim import Adam, polyak, trained
 from ctrlrl.nn.policy import DeterministicPolicy, require_bounded_box
 from ctrlrl.replay.batch import Batch
 from ctrlrl.tree import Obs
@@ -79,7 +79,7 @@ class TD3(OffPolicyAgent):
         self._online = list(nn.ModuleList([self.critics, self.policy]).parameters())
         self._target = list(nn.ModuleList([self.target_critics, self.target_policy]).parameters())
         self.actor_optimizer = Adam(self.actor_parameters(), c.actor_lr)
-        self.critic_optimizer = Adam(list(self.critics.parameters()), c.critic_lr)
+        self.critic_optimizer = Adam(trained(self.critics), c.critic_lr)
         self._keep(policy=self.policy, critics=self.critics)
         self._keep(target_policy=self.target_policy, target_critics=self.target_critics)
         self._keep(actor_optimizer=self.actor_optimizer, critic_optimizer=self.critic_optimizer)

@@ -31,7 +31,7 @@ from ctrlrl.envs.make import make_env
 from ctrlrl.envs.text.base import TextEnv, TextState, TextStep
 from ctrlrl.envs.text.registry import make_text_env
 from ctrlrl.errors import UsageError
-from ctrlrl.language.adapter import word_starts
+from ctrlrl.language.adapter import text_environments, word_starts
 from ctrlrl.language.backbone import LanguageBackbone, Tokens
 from ctrlrl.language.make_lm import PLAIN, make_lm, word_tokenizer
 from ctrlrl.language.model import LanguageModel, digest_of, load_model
@@ -609,3 +609,15 @@ def test_a_tied_output_is_frozen_with_its_embedding() -> None:
     assert own == {id(p) for p in copied.parameters() if not p.requires_grad}  # there once, however many read it
     assert not {id(p) for p in model.parameters() if p.requires_grad} & {id(p) for p in copied.parameters()}
     copied.load_state_dict(model.state_dict())
+
+
+def test_commands_that_the_model_cannot_tell_apart_are_refused_and_a_model_made_anew_is_read(tmp_path: Path) -> None:
+    small, path = TinyConfig(hidden=16, layers=1, heads=2, episodes=3, epochs=1), tmp_path / "model"
+    make_lm(lambda: make_text_env("text/GuessNumber", {"high": 4}), path, small)
+    language = LanguageConfig(model=str(path))
+    env = text_environments("text/GuessNumber", language, num_envs=1, env_kwargs={"high": 16})
+    with pytest.raises(UsageError, match=r"the command '5' has words that the model does not know.*make-lm"):
+        env.reset(0)
+    shutil.rmtree(path)
+    make_lm(lambda: make_text_env("text/GuessNumber", {"high": 16}), path, small)
+    text_environments("text/GuessNumber", language, num_envs=1, env_kwargs={"high": 16}).reset(0)

@@ -581,3 +581,12 @@ def test_unsuitable_action_spaces():
             UsageError, match=r"PPO needs actions of a Box with low < high in every dimension, Discrete"
         ):
             PPO(OBS, space)
+
+
+def test_what_to_stay_near_to_keeps_its_statistics():
+    agent = PPO(OBS, ACT, PPOConfig(kl_coef=0.1, normalize_obs=True, hidden=(8,)), seed=0)
+    obs = torch.randn(5, *OBS.shape)
+    before = agent.reference.distribution(obs).mode
+    agent.normalizer.update(torch.randn(100, *OBS.shape) * 3 + 2, torch.ones(100, dtype=torch.bool))
+    assert torch.equal(agent.reference.distribution(obs).mode, before)
+    assert not torch.equal(agent.policy.distribution(obs).mode, before)

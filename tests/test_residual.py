@@ -24,6 +24,8 @@ from ctrlrl.algorithms.policy_decorator import PolicyDecorator
 from ctrlrl.algorithms.policy_decorator_config import PolicyDecoratorConfig
 from ctrlrl.algorithms.resfit import ResFiT
 from ctrlrl.algorithms.resfit_config import ResFiTConfig
+from ctrlrl.algorithms.sac import SAC
+from ctrlrl.algorithms.td3 import TD3
 from ctrlrl.cli.main import run as command
 from ctrlrl.data.store import Dataset
 from ctrlrl.errors import BadBaseAction, UsageError
@@ -130,6 +132,35 @@ def test_it_begins_as_the_base_and_stays_so_while_only_critics_learn() -> None:
     agent.update(batch_with_base(7))
     assert "actor_loss" in agent.update(batch_with_base(8))
     assert not torch.equal(agent.policy.act(obs)[0], no_base(obs))
+
+
+class Frozen(nn.Module):
+    """Features that somebody else learned."""
+
+    def __init__(self, space: gym.Space[Any]) -> None:
+        super().__init__()
+        entries = space.spaces.values() if isinstance(space, gym.spaces.Dict) else [space]
+        self.pretrained = nn.Linear(sum(int(np.prod(entry.shape or ())) for entry in entries), 6).requires_grad_(False)
+
+    def forward(self, obs: Obs) -> Tensor:
+        values = torch.cat(list(obs.values()), -1) if isinstance(obs, dict) else obs
+        features: Tensor = self.pretrained(values)
+        return features
+
+
+@pytest.mark.parametrize("make", [ResFiT, EXPO, SAC, TD3])
+def test_what_a_users_encoder_keeps_frozen_stays_so(make: type[Any]) -> None:
+    config = make.config_class(hidden=(8,), normalize_obs=False)
+    if make is ResFiT:
+        config = replace(config, critic_only=0, policy_delay=1)
+    more = {ResFiT: {"base": CallablePolicy(no_base)}, EXPO: {"base": flow_base()}}.get(make, {})
+    agent = make(OBS, ACT, config, encoder=Frozen, seed=1, **more)
+    before = copy.deepcopy({name: part.state_dict() for name, part in (("p", agent.policy), ("c", agent.critics))})
+    for i in range(2):
+        agent.update(batch_with_base(i))
+    after = {"p": agent.policy.state_dict(), "c": agent.critics.state_dict()}
+    changed = {name for k in before for name, v in before[k].items() if not torch.equal(v, after[k][name])}
+    assert changed and not any("pretrained" in name for name in changed)
 
 
 @needs_compiler
@@ -432,6 +463,9 @@ def test_the_others_resume_and_are_exported_as_well(algo: str, base_run: tuple[P
     ctrlrl.train(algo, "Pendulum-v1", out=str(tmp_path / "parts"), **how | {"steps": 37})
     ctrlrl.resume(tmp_path / "parts", steps=60, quiet=True)
     assert_same(tmp_path / "whole", tmp_path / "parts")
+    if algo == "expo":
+        with pytest.raises(UsageError, match=r"EXPO begins with what --base does.*leave it out.*resume"):
+            ctrlrl.train(algo, "Pendulum-v1", out=str(tmp_path / "on"), init_from=str(tmp_path / "whole"), **how)
     assert "onnx" in export_run(tmp_path / "whole", tmp_path / "bundle", checkpoint="last").manifest.network.runtimes
 
 
@@ -443,6 +477,9 @@ def test_nothing_is_imported_because_a_run_says_so(tmp_path: Path, capsys: pytes
     arguments = ["eval", str(run.path), "--checkpoint", "last", "--episodes", "1"]
     assert command(arguments) == 2 and "if you trust it" in capsys.readouterr().err
     assert command([*arguments, "--base", "tests.test_residual:make_still"]) == 0
+    with pytest.raises(UsageError, match=r"that run builds on tests.* itself.*ctrlrl export .* --base tests"):
+        ctrlrl.train("policy-decorator", "Pendulum-v1", base=run.path, out=str(tmp_path / "over"), **how)
+    assert not (tmp_path / "over").exists()
 
 
 def test_a_run_whose_copy_of_the_base_is_gone_says_so(base_run: tuple[Path, Dataset], tmp_path: Path) -> None:

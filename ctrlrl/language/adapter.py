@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,14 @@ from ctrlrl.language.text_vector import TextVector
 from ctrlrl.nn.policy import Policy
 
 
-@functools.lru_cache(1)
 def _tokenizer(path: str | None) -> Any:
+    """That of a model, read once as long as its file is the same."""
+    file = Path(path or "") / "tokenizer.json"
+    return _read_tokenizer(path, file.stat().st_mtime_ns if file.is_file() else None)
+
+
+@functools.lru_cache(1)
+def _read_tokenizer(path: str | None, changed: int | None) -> Any:
     return load_tokenizer(LanguageConfig(model=path))
 
 

@@ -288,6 +288,11 @@ class TextVector(VectorEnv):
                     raise UsageError(
                         f"the command {command!r} has {len(ids)} tokens: language.candidate_tokens must be as many"
                     )
+                if self._tokenizer.unk_token_id in ids:
+                    raise UsageError(
+                        f"the command {command!r} has words that the model does not know, so that it could not tell it "
+                        "from others: make the model for this environment (ctrlrl language make-lm)"
+                    )
                 out["candidates"][row, i, : len(ids)] = ids
                 out["candidate_mask"][row, i] = 1
         return {name: torch.from_numpy(value).to(self.device) for name, value in out.items()}

@@ -165,7 +165,8 @@ class ResidualPolicy(OverBase):
         self.normalizer = normalizer  # what `encoder` refers to; here, so that it is saved with the policy
         self.encoder, self.trunk = encoder, zero_last_layer(trunk)
         with torch.no_grad():
-            if bool(trunk(torch.randn(2, encoder.out_features)).any()):
+            device = next(trunk.parameters(), torch.empty(0)).device
+            if bool(trunk(torch.ones(2, encoder.out_features, device=device)).any()):
                 raise UsageError("network=... must end in a linear layer, so that the residual can begin at zero")
         self.scale, self.noise, self.noise_clip = scale, noise, noise_clip
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ctrlrl.errors import UsageError
 from ctrlrl.mirror import ReflectedBox, Reflection
-from ctrlrl.nn.encoder import Encoder
+from ctrlrl.nn.encoder import Encoder, ObservationNormalizer
 from ctrlrl.tree import Obs
 
 
@@ -57,6 +57,9 @@ class BothSides(Encoder):
             order, sign = reflection.tensors()
             self.register_buffer(f"order{i}", order, persistent=False)
             self.register_buffer(f"sign{i}", sign, persistent=False)
+
+    def refer_to(self, normalizer: ObservationNormalizer | None) -> None:
+        self.encoder.refer_to(normalizer)
 
     def forward(self, obs: Obs) -> Tensor:
         if isinstance(obs, Tensor):

@@ -336,6 +336,12 @@ def _open_run(
         if theirs.action.effect != task.action.effect:
             actions.append(f"action: for the base it is {theirs.action.effect}, here {task.action.effect}")
     _require_same(str(path), differences, actions + _of_periods(environment.get("control_dt"), control_dt))
+    inner = kept_base(folder, getattr(config, "base", None))
+    if isinstance(inner, str) and _is_code(inner):
+        raise UsageError(
+            f"--base {path}: that run builds on {inner} itself, which would be imported and called. If you trust it: "
+            f"ctrlrl export {path} --base {inner} --out BUNDLE, and --base BUNDLE"
+        )
     return load(path, checkpoint=_checkpoint_of(folder).name).policy
 
 

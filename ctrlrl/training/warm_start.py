@@ -52,6 +52,11 @@ def warm_start(
     Raises:
         UsageError: there is no such run, or its policy does not fit.
     """
+    if agent.trains_base:
+        raise UsageError(
+            f"--init-from {run}: {type(agent).__name__} begins with what --base does, and learns that: leave it out. "
+            "(ctrlrl resume goes on with a run)"
+        )
     folder = RunFolder.open(Path(run))
     algo, config = read_config(folder)
     there = sorted(p.name for p in folder.checkpoints.glob("best-*"))
