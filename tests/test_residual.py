@@ -362,6 +362,17 @@ def test_what_the_base_would_have_done_in_a_dataset(tmp_path: Path) -> None:
     torch.testing.assert_close(got, torch.stack(expected))
 
 
+def test_the_replays_memory_is_told_with_the_bases_actions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a transition 3 numbers are observed and 1 is the action, the base has 1 here and 1 next; 24 bytes besides."""
+    how = SMALL | {"eval_every": 0, "preset": False, "out": str(tmp_path / "run"), "buffer": {"capacity": 1000}}
+    monkeypatch.setattr("ctrlrl.training.off_policy.memory_of", lambda device: 47_999)
+    with pytest.raises(UsageError, match="a replay of 1,000 transitions takes"):
+        ctrlrl.train("resfit", "Pendulum-v1", base=lambda obs: torch.zeros(len(obs), 1), **how)
+    monkeypatch.setattr("ctrlrl.training.off_policy.memory_of", lambda device: 48_000)
+    run = ctrlrl.train("resfit", "Pendulum-v1", base=lambda obs: torch.zeros(len(obs), 1), **how | {"steps": 2})
+    assert run.path.exists()
+
+
 # --- where bases come from --------------------------------------------------------------------------------------------
 
 
