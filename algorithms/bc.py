@@ -52,6 +52,8 @@ from ctrlrl.tree import Obs
 
 _INSIDE = 0.999
 """Share of the range within which a squashed Gaussian sees the data's actions."""
+_SHOWN = 8
+"""Rows of a batch whose plans are compared with the data: each is many passes of a flow. Records are means of many."""
 
 
 class BC(ReplayAgent):
@@ -168,7 +170,12 @@ class BC(ReplayAgent):
         policy = self.policy
         if isinstance(policy, ChunkPolicy):
             assert mask is not None
-            return policy.head.loss(policy.encoder(obs), policy.scaling.to_unit(action), mask, draws), {}
+            features, target = policy.encoder(obs), policy.scaling.to_unit(action)  # (B, F), (B, H, A)
+            with torch.no_grad():
+                mode = policy.head.plan(features[:_SHOWN], None)
+                error = (mode - target[:_SHOWN]).abs().mean(-1) * mask[:_SHOWN]
+            loss = policy.head.loss(features, target, mask, draws)
+            return loss, {"action_error": error.sum() / mask[:_SHOWN].sum()}
         if isinstance(policy, CategoricalPolicy):
             choices = policy.distribution(obs)
             choice = policy.choices.to_choice(action)  # (B, D)

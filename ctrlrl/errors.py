@@ -35,7 +35,7 @@ class BadBaseAction(CtrlrlError):
     """A base policy gave an action that is none.
 
     Attributes:
-        evidence: the observation and the action, as tensors by name.
+        evidence: the observation and the action, as tensors by name, and `where` it was.
     """
 
     exit_code = 3

@@ -41,6 +41,9 @@ from ctrlrl.training.base_policy import open_base
 from ctrlrl.training.collect import RandomPolicy, played
 from ctrlrl.training.evaluation import evaluate, evaluation_seeds
 
+LIMITS = [0.0, 0.1, 0.2, 0.3, 0.5, 1.0]
+"""Of corrections, in [-1, 1]."""
+
 
 class Scripted(Policy):
     """The expert of an environment, with uniform noise of half width `noise` on its actions in [-1, 1].
@@ -124,25 +127,30 @@ def main() -> int:
     """Play and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("env", help="PandaReach-v0, PandaLift-v0, CartPoleSwingUp-v0 or PendulumSwingUp-v0")
-    parser.add_argument("--noise", type=float, nargs="+", default=[0.0])
+    parser.add_argument("--noise", type=float, nargs="+", help="half widths, of actions in [-1, 1]; by default 0")
     parser.add_argument("--episodes", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--env-kwargs", type=json.loads, default={}, help='{"reward": "sparse"}')
     parser.add_argument("--out", type=Path, help="a new folder, for a dataset of the episodes")
     parser.add_argument("--correct", metavar="RUN", help="of another policy: a run, a bundle or an ONNX file")
-    parser.add_argument("--limit", type=float, nargs="+", default=[0.0, 0.1, 0.2, 0.3, 0.5, 1.0], help="of corrections")
+    parser.add_argument("--limit", type=float, nargs="+", help="of corrections; by default several from 0 to 1")
     options = parser.parse_args()
+    if options.correct is not None and options.noise is not None:
+        parser.error("--correct RUN acts by the run's policy, without noise: leave out --noise")
+    if options.correct is None and options.limit is not None:
+        parser.error("--limit is of corrections, and nothing is corrected: give --correct RUN, or leave out --limit")
+    noises, limits = options.noise or [0.0], options.limit or LIMITS
     try:
         if options.correct is not None and options.out is not None:
             raise UsageError("--correct prints a table; leave out --out")
         if options.out is not None:
-            given = options.env, options.env_kwargs, options.episodes, options.noise, options.seed
+            given = options.env, options.env_kwargs, options.episodes, noises, options.seed
             print(record(*given, options.out))
             return 0
         corrects, given = options.correct, (options.env, options.env_kwargs, options.episodes)
         print(f"| environment | {'limit' if corrects else 'noise'} | success | mean return | least |")
         print("|---|---|---|---|---|")
-        for amount in options.limit if corrects else options.noise:
+        for amount in limits if corrects else noises:
             make = (
                 partial(Corrected, run=corrects, limit=amount)
                 if corrects

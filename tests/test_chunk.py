@@ -73,6 +73,16 @@ def test_what_each_head_loses(trunk: str) -> None:
         assert got.tolist() == pytest.approx(rows, rel=1e-9), policy
 
 
+@pytest.mark.parametrize("policy", ["deterministic", "mixture", "flow"])
+def test_metrics_say_how_far_from_the_data_plans_are(policy: str) -> None:
+    own, batch = agent(policy=policy), make_batch(rows=20)
+    assert isinstance(own.policy, ChunkPolicy) and isinstance(batch.obs, Tensor) and batch.mask is not None
+    plan = own.policy.head.plan(own.policy.encoder(batch.obs[0]), None)
+    gap = (plan - own.policy.scaling.to_unit(batch.action[0])).abs()[:8][batch.mask[0, :8]].mean()
+    metrics = own.update(batch)
+    assert metrics["action_error"].item() == pytest.approx(gap.item(), rel=1e-5) and not batch.mask.all()
+
+
 class Counting(ChunkHead):
     """Plans 100 times how often it was asked, and the place in the chunk."""
 

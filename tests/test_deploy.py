@@ -172,6 +172,18 @@ def test_what_cannot_be_deployed(
     assert what in capsys.readouterr().err
 
 
+def test_policies_whose_actions_are_not_of_joints_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = {**SMALL, "steps": 20, "learning_starts": 20, "env_kwargs": {"action": "tool"}, "eval_every": 0}
+    run = ctrlrl.train("sac", env="PandaReach-v0", preset=None, out=str(tmp_path / "run"), **settings)
+    assert command(["export", str(run.path), "--checkpoint", "last", "--out", str(tmp_path / "bundle")]) == 0
+    assert "controller  cannot run it: how PandaReach-v0 makes commands to joints" in capsys.readouterr().out
+    deployed = ["deploy", str(tmp_path / "bundle"), "--out", str(tmp_path / "out")]
+    for words in ([], ["--env-kwargs", '{"action": "tool"}'], ["--driver", "udp", "--address", "127.0.0.1:9"]):
+        assert command([*deployed, *words]) == 2
+        assert "train with actions of joints (on the Panda's tasks without" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_real_time_scheduling_that_is_not_permitted(bundle: Bundle, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may do everything")

@@ -283,6 +283,17 @@ def test_a_simulated_task_says_what_its_goals_are(name: str) -> None:
     assert make_env(name, num_envs=1).goals is None  # its dense reward is no function of goals alone
 
 
+@pytest.mark.parametrize("kind", [NUMBERS, WORDS], ids=["numbers", "words"])
+def test_the_memory_of_a_transition_is_told(kind: Hindsight) -> None:
+    def taken(capacity: int) -> int:
+        buffer = Model(kind, 2, capacity).buffer
+        parts = [*buffer._obs.values(), *buffer._columns.values(), *vars(buffer._futures).values(), buffer._order]
+        return sum(part.nbytes for part in [*parts, buffer._reach] if isinstance(part, Tensor))
+
+    told = Model(kind, 2, 2).buffer.transition_bytes  # by the smallest, of every one
+    assert told == (taken(3000) - taken(1000)) / 2000 == Model(kind, 2, 1000).buffer.transition_bytes
+
+
 def test_without_hindsight_nothing_else_is_drawn() -> None:
     model = Model(NUMBERS, 2, 50)
     for t in range(40):

@@ -415,6 +415,19 @@ def test_a_policy_that_the_expert_corrects_within_a_limit() -> None:
     assert (wanted - half).abs().max() > 0.5
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--correct", "run", "--noise", "0.5"], "leave out --noise"), (["--limit", "0.2"], "leave out --limit")],
+)
+def test_what_the_experts_would_ignore_is_refused(
+    flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["experts.py", "PandaReach-v0", "--episodes", "1", *flags])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts" / "experts.py"))["main"]()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
 def test_experts_that_there_are_not() -> None:
     with pytest.raises(UsageError, match="PandaReach-v0 and PandaLift-v0, not for Cart-v0"):
         expert(make_cart(1))

@@ -393,6 +393,17 @@ def test_what_the_base_would_have_done_in_a_dataset(tmp_path: Path) -> None:
     torch.testing.assert_close(got, torch.stack(expected))
 
 
+def test_the_replays_memory_is_told_with_the_bases_actions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a transition 3 numbers are observed and 1 is the action, the base has 1 here and 1 next; 24 bytes besides."""
+    how = SMALL | {"eval_every": 0, "preset": False, "out": str(tmp_path / "run"), "buffer": {"capacity": 1000}}
+    monkeypatch.setattr("ctrlrl.training.off_policy.memory_of", lambda device: 47_999)
+    with pytest.raises(UsageError, match="a replay of 1,000 transitions takes"):
+        ctrlrl.train("resfit", "Pendulum-v1", base=lambda obs: torch.zeros(len(obs), 1), **how)
+    monkeypatch.setattr("ctrlrl.training.off_policy.memory_of", lambda device: 48_000)
+    run = ctrlrl.train("resfit", "Pendulum-v1", base=lambda obs: torch.zeros(len(obs), 1), **how | {"steps": 2})
+    assert run.path.exists()
+
+
 # --- where bases come from --------------------------------------------------------------------------------------------
 
 
@@ -627,6 +638,30 @@ def test_a_base_that_gives_no_action_stops_the_run_with_what_it_was_asked(
     evidence = load_checkpoint(kept)
     assert evidence["obs"].shape == (3,) and evidence["action"].shape == (1,)
     assert f"Step {int(kept.name.rpartition('-')[2]):,}" in str(raised.value)
+
+
+def test_a_base_that_has_no_action_for_the_data_leaves_what_it_was_asked(tmp_path: Path) -> None:
+    data = pendulum_data(tmp_path / "data", episodes=3, length=7)
+    row = int(data.starts[1]) + 1 + 2  # one more observation than steps in each episode before
+    culprit = torch.from_numpy(np.array(data.observation[row])).float()
+
+    def base(obs: Tensor) -> Tensor:
+        action = torch.zeros(len(obs), 1)
+        action[(obs == culprit).all(-1)] = float("nan")
+        return action
+
+    with pytest.raises(BadBaseAction, match=rf"in step 2 of episode 1 of .*data \(row {row} of its obs") as raised:
+        ctrlrl.train(
+            "resfit",
+            "Pendulum-v1",
+            base=base,
+            preset=False,
+            **SMALL | {"eval_every": 0, "data": str(data.path), "out": str(tmp_path / "run")},
+        )
+    (kept,) = (tmp_path / "run").iterdir()
+    assert f"What it was asked: {kept}. The run has not begun" in str(raised.value)
+    evidence = load_checkpoint(kept)
+    assert torch.equal(evidence["obs"], culprit) and evidence["action"].isnan() and "episode 1" in evidence["where"]
 
 
 # --- scripted controllers ---------------------------------------------------------------------------------------------

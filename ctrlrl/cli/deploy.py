@@ -93,6 +93,7 @@ def run(arguments: Sequence[str]) -> int:
         raise UsageError(
             f"{bundle.path} is for the robot {bundle.manifest.robot or 'nobody knows'}, not {options.robot}"
         )
+    bundle.manifest.require_robot()  # before anything is started
     out = Path(options.out) if options.out is not None else free_folder(bundle.manifest.name)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty: choose another --out; nothing was overwritten")

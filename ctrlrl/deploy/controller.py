@@ -125,11 +125,9 @@ class Controller:
         told: Callable[[str], None] = lambda text: None,
     ) -> None:
         m = bundle.manifest
-        if not m.is_robot or m.control_dt is None:
-            raise UsageError(
-                f"{m.name} does not say how to drive a robot: it was trained on {m.task}, of whose observation nothing "
-                "is known but its shape"
-            )
+        m.require_robot()
+        if m.control_dt is None:
+            raise UsageError(f"{m.name} does not say how often it acts: name control_dt where the bundle is exported")
         if not bundle.measured:
             raise UsageError(f"{bundle.path} has no goldens of measurements: whether its terms are right is not known")
         robot = driver.description

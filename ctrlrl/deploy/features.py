@@ -97,11 +97,7 @@ class FeatureBuilder:
     """
 
     def __init__(self, manifest: Manifest, joints: Sequence[str]) -> None:
-        if not manifest.is_robot:
-            raise UsageError(
-                f"{manifest.name} was trained on {manifest.task}, of whose observation nothing is known but its shape: "
-                "call the policy with observations of your own (ctrlrl.deploy.Actor)"
-            )
+        manifest.require_robot()
         require_joints(manifest, joints)
         self.manifest = manifest
         self._joints = list(joints)

@@ -195,7 +195,28 @@ class Manifest:
     @property
     def is_robot(self) -> bool:
         """Whether it says how to make observations of a robot's measurements, and commands of actions."""
-        return self.action.kind.startswith("joint") and all(entry.terms for entry in self.observation)
+        return not self.unknown
+
+    @property
+    def unknown(self) -> str:
+        """What a controller would have to know besides, to drive a robot; empty where there is nothing."""
+        if not all(entry.terms for entry in self.observation):
+            return f"it was trained on {self.task}, of whose observation nothing is known but its shape"
+        if not self.action.kind.startswith("joint"):
+            return f"how {self.task} makes commands to joints of its actions (inverse kinematics, say) is in no bundle"
+        return ""
+
+    def require_robot(self) -> None:
+        """Raise UsageError where it does not say how to drive a robot; says what is missing, and what to do."""
+        if not self.unknown:
+            return
+        remedy = "call the policy with observations of your own (ctrlrl.deploy.Actor)"
+        if all(entry.terms for entry in self.observation):
+            remedy = (
+                'train with actions of joints (on the Panda\'s tasks without --env-kwargs \'{"action": "tool"}\'), or '
+                "make commands of the actions in a program of your own (ctrlrl.deploy.Actor)"
+            )
+        raise UsageError(f"{self.name} does not say how to drive a robot: {self.unknown}. To use it, {remedy}")
 
     def _check_entry(self, entry: Entry, known: Mapping[str, Joint]) -> None:
         size = 0

@@ -42,6 +42,8 @@ def _lines(bundle: Bundle) -> Iterator[str]:
             yield f"            {joint.name}: {limits}{gains}{effort}"
     if (hint := saturation(bundle)) is not None:
         yield f"            {hint}"
+    if m.robot is not None and m.unknown:
+        yield f"controller  cannot run it: {m.unknown}"
     n = m.network
     why = f" alone: {n.why_not}" if n.why_not else ""
     memory = f", memory {', '.join(n.state)}" if n.state else ""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import gymnasium as gym
@@ -71,8 +72,10 @@ class Base(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def act(self, obs: Obs, state: PolicyState) -> tuple[Tensor, PolicyState]:
-        """Its actions (N, A) in [-1, 1], and its memory.
+    def act(
+        self, obs: Obs, state: PolicyState, where: Callable[[int], str] = "environment {}".format
+    ) -> tuple[Tensor, PolicyState]:
+        """Its actions (N, A) in [-1, 1], and its memory; `where` says what a row is, in errors.
 
         Raises:
             BadBaseAction: one is not finite, or beyond the bounds.
@@ -85,9 +88,9 @@ class Base(nn.Module):
         if not torch.compiler.is_compiling() and not bool(unit.abs().max() <= 1 + BEYOND):
             row = int((~(unit.abs().amax(-1) <= 1 + BEYOND)).nonzero()[0])
             raise BadBaseAction(
-                f"the base policy gave the action {action[row].tolist()} in environment {row}; actions must be finite "
+                f"the base policy gave the action {action[row].tolist()} in {where(row)}; actions must be finite "
                 f"and within {self.scaling.low.tolist()} and {self.scaling.high.tolist()}",
-                {name: value[row] for name, value in obs_items(obs)} | {"action": action[row]},
+                {name: value[row] for name, value in obs_items(obs)} | {"action": action[row], "where": where(row)},
             )
         return unit.clamp(-1, 1), state
 

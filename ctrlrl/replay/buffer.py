@@ -130,6 +130,13 @@ class ReplayBuffer:
         return self._order_head - self._order_tail
 
     @property
+    def transition_bytes(self) -> int:
+        """Memory that a transition takes, wherever it lies; final observations come on top."""
+        by_slot = [*self._flat.values(), self._reach, *(self._futures.tensors if self._futures else ())]
+        whole: int = sum(value.nbytes for value in by_slot)
+        return whole // (self.slots * self.num_envs) + self._order.element_size()
+
+    @property
     def oldest_row(self) -> int:
         """The first row that the ring still holds."""
         return max(0, self.total_rows - self.rows)

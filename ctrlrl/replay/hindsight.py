@@ -74,6 +74,11 @@ class Futures:
         self._last = zeros()  # by episode, the slot of its last transition so far
         self._before = zeros() if several else None  # goals that held after all transitions before, of all episodes
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All there are, (S, N)."""
+        return [self._episode, self._last, *([] if self._before is None else [self._before])]
+
     def extend(self, slots: Tensor, valid: Tensor, ended: Tensor, held: Tensor | None) -> None:
         """Take in new rows.
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,9 +20,10 @@ from ctrlrl.envs.spaces import build_space
 from ctrlrl.envs.spec import SimTask
 from ctrlrl.envs.tasks.registry import is_robot_task, make_robot_task
 from ctrlrl.envs.vector import VectorEnv
-from ctrlrl.errors import BadBaseAction, UsageError
+from ctrlrl.errors import BadBaseAction, CtrlrlError, UsageError
 from ctrlrl.nn.policy import Policy, PolicyState
 from ctrlrl.nn.residual import Base, CallablePolicy
+from ctrlrl.runs.checkpoint import save_checkpoint
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.training.spaces import alike
 from ctrlrl.tree import Obs, obs_items
@@ -162,16 +164,40 @@ def base_actions(dataset: Dataset, base: Base, device: torch.device) -> Tensor:
             going = int((lengths[own] >= t).sum())
             rows = starts[own[:going]] + t
             state = {name: value[:going] for name, value in state.items()}
-            try:
-                unit, state = base.act(_observations(dataset, rows, device), state)
-            except BadBaseAction as error:
-                error.args = (f"{error}; the rows are the episodes {own[:going].tolist()} of {dataset.path}, step {t}",)
-                raise
+
+            def where(i: int, t: int = t, rows: Any = rows, own: Any = own) -> str:
+                return f"step {t} of episode {own[i]} of {dataset.path} (row {rows[i]} of its observations)"
+
+            unit, state = base.act(_observations(dataset, rows, device), state, where)
             if out is None:
                 out = torch.zeros(dataset.num_transitions + dataset.num_episodes, unit.shape[1], device=device)
             out[torch.from_numpy(rows).to(device)] = unit
     assert out is not None
     return out
+
+
+def keep_evidence(error: BadBaseAction, folder: Path, name: str) -> Path:
+    """Write what the base was asked, and what it gave, into the run's folder; returns where."""
+    kept = folder / f"bad-base-action-{name}"
+    if not kept.exists():  # by a session that stopped at the same place
+        save_checkpoint(folder, kept.name, error.evidence)
+    return kept
+
+
+@contextlib.contextmanager
+def evidence_of_data(folder: Path) -> Iterator[None]:
+    """Keep the evidence where a base has no action for what a dataset shows, before there is a loop to do so."""
+    try:
+        yield
+    except BadBaseAction as error:
+        try:
+            ending = f"What it was asked: {keep_evidence(error, folder, 'data')}"
+            if not (folder / "config.json").exists():
+                ending += f". The run has not begun: delete {folder}, or choose another --out, once the base is mended"
+        except (CtrlrlError, OSError) as another:
+            ending = f"Besides, what it was asked could not be written: {another}"
+        error.args = (f"{error}\n{ending}",)
+        raise
 
 
 def _observations(dataset: Dataset, rows: np.ndarray[Any, Any], device: torch.device) -> Obs:

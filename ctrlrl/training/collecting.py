@@ -52,7 +52,7 @@ class CollectingLoop(Loop):
 
     @staticmethod
     @abstractmethod
-    def stored_bytes(config: Any, env: VectorEnv) -> int:
+    def stored_bytes(config: Any, env: VectorEnv, memory: Any) -> int:
         """How much of the memory the run folder will hold."""
 
     @staticmethod

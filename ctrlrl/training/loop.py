@@ -28,6 +28,7 @@ from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.metrics import JsonLines, Record, Writer
 from ctrlrl.runs.progress import Progress
 from ctrlrl.runs.stages import better_of
+from ctrlrl.training.base_policy import keep_evidence
 from ctrlrl.training.callbacks import Callback
 from ctrlrl.training.collector import Episode
 from ctrlrl.training.evaluation import evaluate, evaluation_seeds
@@ -304,10 +305,7 @@ class Loop(ABC):
                 self.checkpoint(continue_episodes=continue_episodes)
                 ending = self._go_on()
                 if isinstance(error, BadBaseAction):
-                    name = f"bad-base-action-{self.env_steps:012d}"
-                    kept = self.folder.path / name
-                    if not kept.exists():  # by a session that stopped at the same step
-                        save_checkpoint(self.folder.path, name, error.evidence)
+                    kept = keep_evidence(error, self.folder.path, f"{self.env_steps:012d}")
                     ending = f"Step {self.env_steps:,}; what it was asked: {kept}. {ending}"
             except (CtrlrlError, OSError) as another:
                 ending = f"Besides, no checkpoint could be written: {another}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import gymnasium as gym
@@ -22,7 +23,7 @@ from ctrlrl.replay.hindsight import Hindsight
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.training.collecting import CollectingLoop
 from ctrlrl.training.loop import memory_of, passed
-from ctrlrl.tree import Obs, is_image, obs_to
+from ctrlrl.tree import Obs, obs_to
 
 MAX_GROUPS = 64
 """Gradient steps sampled at once."""
@@ -59,18 +60,11 @@ class OffPolicyLoop(CollectingLoop):
 
     @staticmethod
     def make_memory(config: OffPolicyConfig, env: VectorEnv, agent: OffPolicyAgent, obs: Obs) -> ReplayBuffer:
-        needed = transition_bytes(config, env) * config.buffer.capacity
-        there = memory_of(agent.device)
-        if needed > there:  # allocating may succeed all the same, and the process be killed once it is filled
-            raise UsageError(
-                f"a replay of {config.buffer.capacity:,} transitions takes {needed / 2**30:,.1f} GiB, "
-                f"and {agent.device} has {there / 2**30:,.1f} GiB of memory: lower --buffer.capacity"
-            )
         policy = agent.policy
-        return ReplayBuffer(
+        make = partial(
+            ReplayBuffer,
             env.observation_space,
             env.action_space,
-            capacity=config.buffer.capacity,
             num_envs=config.num_envs,
             device=agent.device,
             seed=config.seed,
@@ -81,6 +75,14 @@ class OffPolicyLoop(CollectingLoop):
             reward_shift=config.sampling.reward_shift,
             hindsight=hindsight_of(config, env, agent),
         )
+        needed = make(capacity=config.num_envs).transition_bytes * config.buffer.capacity  # by the smallest one
+        there = memory_of(agent.device)
+        if needed > there:  # allocating may succeed all the same, and the process be killed once it is filled
+            raise UsageError(
+                f"a replay of {config.buffer.capacity:,} transitions takes {needed / 2**30:,.1f} GiB, "
+                f"and {agent.device} has {there / 2**30:,.1f} GiB of memory: lower --buffer.capacity"
+            )
+        return make(capacity=config.buffer.capacity)
 
     @staticmethod
     def restore_memory(memory: ReplayBuffer, folder: RunFolder, state: dict[str, Any]) -> None:
@@ -93,8 +95,8 @@ class OffPolicyLoop(CollectingLoop):
             memory.begin(obs)
 
     @staticmethod
-    def stored_bytes(config: OffPolicyConfig, env: VectorEnv) -> int:
-        return transition_bytes(config, env) * min(config.steps, config.buffer.capacity)
+    def stored_bytes(config: OffPolicyConfig, env: VectorEnv, memory: ReplayBuffer) -> int:
+        return memory.transition_bytes * min(config.steps, config.buffer.capacity)
 
     def start_remark(self) -> str:
         c = self.config
@@ -171,21 +173,10 @@ def hindsight_of(config: OffPolicyConfig, env: VectorEnv, agent: OffPolicyAgent)
     return Hindsight(**vars(env.goals), share=config.buffer.hindsight)
 
 
-def transition_bytes(config: OffPolicyConfig, env: VectorEnv) -> int:
-    """Bytes of one transition in the replay: observation (one frame of a stack), action, reward, flags, indices; and
-    for hindsight its place in the episode, and goals that hold."""
-    goals, space = env.goals if config.buffer.hindsight else None, env.observation_space
-    more = 0 if goals is None else 24
-    if goals is not None and goals.achieved is None and isinstance(space, gym.spaces.Dict):
-        more += goals.most * bytes_of(space[str(goals.desired)])
-    return 24 + bytes_of(space, config.frame_stack) + bytes_of(env.action_space) + more
-
-
-def bytes_of(space: gym.Space[Any], frame_stack: int = 1) -> int:
-    """Bytes of one observation or action as it is stored, of stacked images one frame of `frame_stack`."""
+def bytes_of(space: gym.Space[Any]) -> int:
+    """Bytes of one observation or action as it is sampled."""
     out = 0
     for entry in space.spaces.values() if isinstance(space, gym.spaces.Dict) else [space]:
         kind, count = np.dtype(entry.dtype), math.prod(entry.shape or ())
-        frames = frame_stack if is_image(entry) else 1
-        out += count // frames * (4 if kind.kind == "f" else kind.itemsize)
+        out += count * (4 if kind.kind == "f" else kind.itemsize)
     return out

@@ -74,7 +74,7 @@ class OnPolicyLoop(CollectingLoop):
             memory.begin(obs, rows)
 
     @staticmethod
-    def stored_bytes(config: OnPolicyConfig, env: VectorEnv) -> int:
+    def stored_bytes(config: OnPolicyConfig, env: VectorEnv, memory: Rollout) -> int:
         return (config.keep_checkpoints + 1) * kept(config) * rollout_bytes(config, env)  # rollouts are part of each
 
     @staticmethod

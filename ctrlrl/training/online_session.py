@@ -108,7 +108,8 @@ class OnlineSession(Session):
             self.env.close()
 
     def disk_needed(self) -> int:
-        return super().disk_needed() + self.loop_class.stored_bytes(self.config, self.env)  # what is collected, once
+        collected = self.loop_class.stored_bytes(self.config, self.env, self.memory)  # once
+        return super().disk_needed() + collected
 
     def described(self) -> dict[str, Any]:
         if self._dataset is None or not isinstance(self.config, OffPolicyConfig):

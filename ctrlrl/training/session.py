@@ -24,7 +24,7 @@ from ctrlrl.runs.provenance import (
     differences,
     now,
 )
-from ctrlrl.training.base_policy import BaseLike, keep_base, kept_base
+from ctrlrl.training.base_policy import BaseLike, evidence_of_data, keep_base, kept_base
 from ctrlrl.training.base_session import Session
 from ctrlrl.training.callbacks import Callback
 from ctrlrl.training.loading import Run
@@ -78,6 +78,7 @@ def train(
 
     Raises:
         UsageError: on bad input, before anything is written.
+        BadBaseAction: what the base would do is no action; what it was asked is in the run's folder.
         EnvironmentFailure, NonFiniteError, Interrupted: as they happen; the run is saved and can be resumed.
     """
     algorithm = find_algorithm(algo)
@@ -98,7 +99,8 @@ def train(
     config = replace(config, out=str(out))
     require_vacant(out)
 
-    session = _session_class(algo)(algo, config, env, eval_env, network, encoder, base=base, quiet=quiet)
+    with evidence_of_data(out):
+        session = _session_class(algo)(algo, config, env, eval_env, network, encoder, base=base, quiet=quiet)
     try:
         asked, config = config, session.config
         session.begin(callbacks)
@@ -187,9 +189,10 @@ def resume(
 
         source = env if env is not None else config.env or None
         made = {"base": base if base is not None else kept_base(folder, getattr(config, "base", None))}
-        session = _session_class(algo)(
-            algo, config, source, eval_env, network, encoder, **made, quiet=quiet, resumed=True
-        )
+        with evidence_of_data(folder.path):
+            session = _session_class(algo)(
+                algo, config, source, eval_env, network, encoder, **made, quiet=quiet, resumed=True
+            )
         try:
             config = session.config
             _require_same_data(provenance, session)
