@@ -18,6 +18,7 @@ from ctrlrl.algorithms.ppo import PPO
 from ctrlrl.algorithms.ppo_config import PPOConfig
 from ctrlrl.cli.main import run as command
 from ctrlrl.config import LanguageConfig
+from ctrlrl.envs.vector import Step
 from ctrlrl.errors import UsageError
 from ctrlrl.language.model import LanguageModel
 from ctrlrl.language.text_vector import TextVector
@@ -356,18 +357,23 @@ def _box() -> tuple[Any, Any]:
 # The whole way.
 
 
-@pytest.mark.parametrize("advantage", ["gae", "gigpo"])
-def test_a_run_is_resumed_and_exported(advantage: str, tmp_path: Path, capsys: Any) -> None:
-    lm, run, env = tmp_path / "lm", tmp_path / "run", "text/GuessNumber"
+def training(advantage: str, folder: Path) -> list[str]:
+    """The command that trains a tiny model made in `folder`, but for `--steps` and `--out`."""
+    lm, env = folder / "lm", "text/GuessNumber"
     options = ["--env-kwargs", '{"high": 4, "max_turns": 3, "free": true}', "--language.candidate-tokens", "3"]
     options += ["--language.prompt-tokens", "40"]
     made = ["--episodes", "20", "--epochs", "2", "--hidden", "16", "--heads", "2", "--layers", "1"]
     assert command(["language", "make-lm", "--env", env, "--out", str(lm), *made, *options]) == 0
-    assert "words, right in" in capsys.readouterr().out
     train = ["train", "ppo", "--env", env, *options, "--language.model", str(lm), "--num-envs", "4"]
     train += ["--rollout-steps", "36", "--agent.epochs", "1", "--agent.minibatch-size", "12", "--eval-episodes", "4"]
     train += ["--threads", "1", "--eval-every", "24", "--checkpoint-every", "10", "--agent.kl-coef", "0.01"]
-    train += ["--agent.advantage", advantage, *(["--language.group-size", "2"] if advantage != "gae" else [])]
+    return [*train, "--agent.advantage", advantage, *(["--language.group-size", "2"] if advantage != "gae" else [])]
+
+
+@pytest.mark.parametrize("advantage", ["gae", "gigpo"])
+def test_a_run_is_resumed_and_exported(advantage: str, tmp_path: Path, capsys: Any) -> None:
+    train, run = training(advantage, tmp_path), tmp_path / "run"
+    assert "words, right in" in capsys.readouterr().out
     assert command([*train, "--steps", "72", "--out", str(tmp_path / "whole")]) == 0
     assert command([*train, "--steps", "48", "--out", str(run)]) == 0
     assert command(["resume", str(run), "--steps", "72"]) == 0
@@ -377,6 +383,35 @@ def test_a_run_is_resumed_and_exported(advantage: str, tmp_path: Path, capsys: A
     assert command(["eval", str(run), "--episodes", "6", "--sample"]) == 0
     assert "tokens" in capsys.readouterr().out
     assert command(["language", "export", str(run), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_groups_begin_together_after_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where a stretch of the rollout is no longer an episode, or members of a group are given other tasks."""
+    train, run = training("grpo", tmp_path), tmp_path / "run"
+    step, update, calls, tasks, begun = TextVector.step, PPO.update, 0, [], []
+
+    def fails_once(env: TextVector, action: Tensor) -> Step:
+        nonlocal calls
+        if env.task_groups:
+            calls += 1
+            if calls == 5:  # within an episode, and a rollout
+                raise RuntimeError("out of coffee")
+            if env._clock == 0:
+                tasks.append([e._secret for e in env._envs])
+        return step(env, action)
+
+    def looks(agent: PPO, rollout: Rollout) -> Any:
+        begun.append((rollout.start[:-1] & rollout.valid).view(-1, 3, 4))
+        return update(agent, rollout)
+
+    monkeypatch.setattr(TextVector, "step", fails_once)
+    monkeypatch.setattr(PPO, "update", looks)
+    with pytest.raises(RuntimeError, match="out of coffee"):
+        command([*train, "--steps", "100", "--out", str(run)])
+    assert not begun
+    assert command(["resume", str(run)]) == 0
+    assert len(begun) >= 2 and all(bool(each[:, 0].all()) and not bool(each[:, 1:].any()) for each in begun)
+    assert len(tasks) >= 6 and all(row[0] == row[1] and row[2] == row[3] for row in tasks)
 
 
 @pytest.mark.slow
