@@ -307,6 +307,13 @@ def test_equal_returns_are_no_reason_to_move() -> None:
             assert float(estimator(same).abs().max()) < 1e-5
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="sums on a GPU, whose order may be another each time")
+def test_steps_are_compared_to_the_same_bits_on_a_gpu() -> None:
+    reward = torch.tensor([0.1, 0.2, 0.3]).repeat(1, 4096).cuda()
+    groups = Groups(reward, reward > 0, torch.zeros_like(reward).long(), reward.shape[1], 1, 0.99, 1.0)
+    assert all(torch.equal(gigpo(groups), gigpo(groups)) for _ in range(20))
+
+
 def test_words_that_the_tokenizer_does_not_know_are_never_written() -> None:
     model, (prompt, _, _) = model_of(), texts()
     model.words = 5
