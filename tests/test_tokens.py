@@ -21,10 +21,11 @@ from ctrlrl.config import LanguageConfig
 from ctrlrl.envs.vector import Step
 from ctrlrl.errors import UsageError
 from ctrlrl.language.model import LanguageModel
-from ctrlrl.language.text_vector import TextVector
+from ctrlrl.language.text_vector import _WAITING, TextVector
 from ctrlrl.replay.group_advantages import Groups, gigpo, grpo, rloo
 from ctrlrl.replay.rollout import Rollout
 from ctrlrl.tokens import TokenSpace
+from ctrlrl.training.collector import Collector
 from tests.runs import assert_same
 from tests.test_language import KINDS, SMALL, Echo, V, by_hand, echo, model_of, texts, tiny
 
@@ -270,6 +271,14 @@ def test_groups_are_given_the_same_tasks_and_wait_for_each_other() -> None:
         obs = step.obs
     assert all(row[0] == row[1] and row[2] == row[3] for row in seen)
     assert len({row[0] for row in seen} | {row[2] for row in seen}) > 1  # not the same task for ever
+
+
+def test_who_waits_is_no_fault_that_is_counted() -> None:
+    agent, env = agent_of(GROUPED, advantage="grpo")
+    collector = Collector(env, agent.policy, env.reset(0), seed=0)
+    env._states[0], env._waits[0] = _WAITING, True
+    step, _, _ = collector.step(random=False)
+    assert collector.finished(step)[1] == 3 and "invalid_rows" not in collector.figures()
 
 
 @pytest.mark.parametrize("form", ["tokens", "candidates"])
