@@ -91,6 +91,8 @@ language() { # a small language model, that chooses and that writes its answers
         --num-envs 20 --agent.utd 0.05 --buffer.hindsight 0.5 || failed=1
     halves_equal_whole ppo text/GuessNumber --env-kwargs '{"free": true}' --language.model "$out/writes" --num-envs 20 \
         --rollout-steps 200 --language.candidate-tokens 4 || failed=1
+    halves_equal_whole ppo text/GuessNumber --env-kwargs '{"free": true}' --language.model "$out/writes" --num-envs 20 \
+        --rollout-steps 240 --language.candidate-tokens 4 --language.group-size 4 --agent.advantage gigpo || failed=1
 }
 
 quadruped() { # 4096 of them, and that no step waits for the GPU

@@ -18,12 +18,14 @@ from ctrlrl.algorithms.ppo import PPO
 from ctrlrl.algorithms.ppo_config import PPOConfig
 from ctrlrl.cli.main import run as command
 from ctrlrl.config import LanguageConfig
+from ctrlrl.envs.vector import Step
 from ctrlrl.errors import UsageError
 from ctrlrl.language.model import LanguageModel
-from ctrlrl.language.text_vector import TextVector
+from ctrlrl.language.text_vector import _WAITING, TextVector
 from ctrlrl.replay.group_advantages import Groups, gigpo, grpo, rloo
 from ctrlrl.replay.rollout import Rollout
 from ctrlrl.tokens import TokenSpace
+from ctrlrl.training.collector import Collector
 from tests.runs import assert_same
 from tests.test_language import KINDS, SMALL, Echo, V, by_hand, echo, model_of, texts, tiny
 
@@ -271,6 +273,14 @@ def test_groups_are_given_the_same_tasks_and_wait_for_each_other() -> None:
     assert len({row[0] for row in seen} | {row[2] for row in seen}) > 1  # not the same task for ever
 
 
+def test_who_waits_is_no_fault_that_is_counted() -> None:
+    agent, env = agent_of(GROUPED, advantage="grpo")
+    collector = Collector(env, agent.policy, env.reset(0), seed=0)
+    env._states[0], env._waits[0] = _WAITING, True
+    step, _, _ = collector.step(random=False)
+    assert collector.finished(step)[1] == 3 and "invalid_rows" not in collector.figures()
+
+
 @pytest.mark.parametrize("form", ["tokens", "candidates"])
 def test_all_may_wait_at_once(form: str) -> None:
     config = LanguageConfig(**{**GROUPED.to_dict(), "form": form})
@@ -304,6 +314,13 @@ def test_equal_returns_are_no_reason_to_move() -> None:
         same = Groups(reward, reward > 0, torch.zeros(1, count, dtype=torch.int64), count, 1, 0.99, 1.0)
         for estimator in (grpo, rloo, gigpo):
             assert float(estimator(same).abs().max()) < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="sums on a GPU, whose order may be another each time")
+def test_steps_are_compared_to_the_same_bits_on_a_gpu() -> None:
+    reward = torch.tensor([0.1, 0.2, 0.3]).repeat(1, 4096).cuda()
+    groups = Groups(reward, reward > 0, torch.zeros_like(reward).long(), reward.shape[1], 1, 0.99, 1.0)
+    assert all(torch.equal(gigpo(groups), gigpo(groups)) for _ in range(20))
 
 
 def test_words_that_the_tokenizer_does_not_know_are_never_written() -> None:
@@ -356,18 +373,23 @@ def _box() -> tuple[Any, Any]:
 # The whole way.
 
 
-@pytest.mark.parametrize("advantage", ["gae", "gigpo"])
-def test_a_run_is_resumed_and_exported(advantage: str, tmp_path: Path, capsys: Any) -> None:
-    lm, run, env = tmp_path / "lm", tmp_path / "run", "text/GuessNumber"
+def training(advantage: str, folder: Path) -> list[str]:
+    """The command that trains a tiny model made in `folder`, but for `--steps` and `--out`."""
+    lm, env = folder / "lm", "text/GuessNumber"
     options = ["--env-kwargs", '{"high": 4, "max_turns": 3, "free": true}', "--language.candidate-tokens", "3"]
     options += ["--language.prompt-tokens", "40"]
     made = ["--episodes", "20", "--epochs", "2", "--hidden", "16", "--heads", "2", "--layers", "1"]
     assert command(["language", "make-lm", "--env", env, "--out", str(lm), *made, *options]) == 0
-    assert "words, right in" in capsys.readouterr().out
     train = ["train", "ppo", "--env", env, *options, "--language.model", str(lm), "--num-envs", "4"]
     train += ["--rollout-steps", "36", "--agent.epochs", "1", "--agent.minibatch-size", "12", "--eval-episodes", "4"]
     train += ["--threads", "1", "--eval-every", "24", "--checkpoint-every", "10", "--agent.kl-coef", "0.01"]
-    train += ["--agent.advantage", advantage, *(["--language.group-size", "2"] if advantage != "gae" else [])]
+    return [*train, "--agent.advantage", advantage, *(["--language.group-size", "2"] if advantage != "gae" else [])]
+
+
+@pytest.mark.parametrize("advantage", ["gae", "gigpo"])
+def test_a_run_is_resumed_and_exported(advantage: str, tmp_path: Path, capsys: Any) -> None:
+    train, run = training(advantage, tmp_path), tmp_path / "run"
+    assert "words, right in" in capsys.readouterr().out
     assert command([*train, "--steps", "72", "--out", str(tmp_path / "whole")]) == 0
     assert command([*train, "--steps", "48", "--out", str(run)]) == 0
     assert command(["resume", str(run), "--steps", "72"]) == 0
@@ -377,6 +399,35 @@ def test_a_run_is_resumed_and_exported(advantage: str, tmp_path: Path, capsys: A
     assert command(["eval", str(run), "--episodes", "6", "--sample"]) == 0
     assert "tokens" in capsys.readouterr().out
     assert command(["language", "export", str(run), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_groups_begin_together_after_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where a stretch of the rollout is no longer an episode, or members of a group are given other tasks."""
+    train, run = training("grpo", tmp_path), tmp_path / "run"
+    step, update, calls, tasks, begun = TextVector.step, PPO.update, 0, [], []
+
+    def fails_once(env: TextVector, action: Tensor) -> Step:
+        nonlocal calls
+        if env.task_groups:
+            calls += 1
+            if calls == 5:  # within an episode, and a rollout
+                raise RuntimeError("out of coffee")
+            if env._clock == 0:
+                tasks.append([e._secret for e in env._envs])
+        return step(env, action)
+
+    def looks(agent: PPO, rollout: Rollout) -> Any:
+        begun.append((rollout.start[:-1] & rollout.valid).view(-1, 3, 4))
+        return update(agent, rollout)
+
+    monkeypatch.setattr(TextVector, "step", fails_once)
+    monkeypatch.setattr(PPO, "update", looks)
+    with pytest.raises(RuntimeError, match="out of coffee"):
+        command([*train, "--steps", "100", "--out", str(run)])
+    assert not begun
+    assert command(["resume", str(run)]) == 0
+    assert len(begun) >= 2 and all(bool(each[:, 0].all()) and not bool(each[:, 1:].any()) for each in begun)
+    assert len(tasks) >= 6 and all(row[0] == row[1] and row[2] == row[3] for row in tasks)
 
 
 @pytest.mark.slow

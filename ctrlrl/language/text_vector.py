@@ -191,6 +191,8 @@ class TextVector(VectorEnv):
 
     def set_state(self, state: EnvState, *, seed: int) -> tuple[Obs, list[str | None]]:
         require_as_many(self, state)
+        if self.task_groups and None in state.json:  # its group must begin with it, and all groups begin together
+            return self.reset(seed), [f"{self.name} had crashed"] * self.num_envs
         self._states = []
         reasons: list[str | None] = []
         fresh_seeds = derive_seeds(seed, self.num_envs)

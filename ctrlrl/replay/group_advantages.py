@@ -64,15 +64,17 @@ def rloo(groups: Groups) -> Tensor:
 def gigpo(groups: Groups) -> Tensor:
     """GRPO's, and with `weight` the same of the rewards to come, discounted, among all steps of the group at which the
     same was observed (Feng et al. 2025, arXiv:2505.10978, eqs. 3, 7 and 8)."""
-    t, n = groups.reward.shape
-    to_come = groups.reward.double().view(t // groups.rows, groups.rows, n).clone()
+    # A GPU would add up in another order each time, and where all is equal but for rounding that is all there is to see.
+    reward, valid, observed = (x.cpu() for x in (groups.reward, groups.valid, groups.observed))
+    t, n = reward.shape
+    to_come = reward.double().view(t // groups.rows, groups.rows, n).clone()
     for i in reversed(range(groups.rows - 1)):
         to_come[:, i] += groups.gamma * to_come[:, i + 1]
     to_come = to_come.view(t, n)
-    stretch = torch.arange(t, device=to_come.device)[:, None] // groups.rows
-    group = torch.arange(n, device=to_come.device)[None] // groups.size
-    key = torch.stack([stretch.expand(t, n), group.expand(t, n), groups.observed], -1)[groups.valid]  # (M, 3)
-    values, anchor = to_come[groups.valid], torch.unique(key, dim=0, return_inverse=True)[1]
+    stretch = torch.arange(t)[:, None] // groups.rows
+    group = torch.arange(n)[None] // groups.size
+    key = torch.stack([stretch.expand(t, n), group.expand(t, n), observed], -1)[valid]  # (M, 3)
+    values, anchor = to_come[valid], torch.unique(key, dim=0, return_inverse=True)[1]
 
     def sums(x: Tensor) -> Tensor:
         """(M,), of each row the sum over those that share its anchor."""
@@ -82,8 +84,8 @@ def gigpo(groups: Groups) -> Tensor:
     centered = values - sums(values) / count
     deviation = (sums(centered.square()) / (count - 1).clamp(min=1)).sqrt()
     step = torch.zeros_like(to_come)
-    step[groups.valid] = centered / (deviation + _EPS)
-    return grpo(groups) + (groups.weight * step).float()
+    step[valid] = centered / (deviation + _EPS)
+    return grpo(groups) + (groups.weight * step).float().to(groups.reward.device)
 
 
 GROUP_ESTIMATORS: dict[str, Callable[[Groups], Tensor]] = {"grpo": grpo, "rloo": rloo, "gigpo": gigpo}

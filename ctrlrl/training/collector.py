@@ -111,7 +111,8 @@ class Collector:
             self.lengths += valid
             done |= ~valid
             transitions = int(valid.sum())
-            self._invalid += len(valid) - transitions
+            if not self.env.task_groups:  # where they wait for each other, which is no fault
+                self._invalid += len(valid) - transitions
         else:
             self.returns += reward
             self.lengths += 1
@@ -137,7 +138,8 @@ class Collector:
 
     def figures(self) -> dict[str, float]:
         """Means of what the environment has logged of the episodes that ended since the last call (`episode/...`), and
-        where there were any, how many rows were no transition: of simulations that diverged, say."""
+        where there were any, how many rows were no transition: of simulations that diverged, say; not those in which
+        who has finished waits for its group."""
         means = {name: total / count for name, (total, count) in self._figures.items() if count}
         if self._invalid:
             means["invalid_rows"] = float(self._invalid)

@@ -71,6 +71,8 @@ class OnPolicyLoop(CollectingLoop):
     @staticmethod
     def begin_afresh(memory: Rollout, obs: Obs, rows: Sequence[bool]) -> None:
         if any(rows):
+            if memory.groups is not None:  # a rollout of groups has whole episodes alone
+                memory.clear(memory.policy_state)
             memory.begin(obs, rows)
 
     @staticmethod
