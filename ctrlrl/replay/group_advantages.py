@@ -64,7 +64,7 @@ def rloo(groups: Groups) -> Tensor:
 def gigpo(groups: Groups) -> Tensor:
     """GRPO's, and with `weight` the same of the rewards to come, discounted, among all steps of the group at which the
     same was observed (Feng et al. 2025, arXiv:2505.10978, eqs. 3, 7 and 8)."""
-    # A GPU would add up in another order each time, and where all is equal but for rounding that is all there is to see.
+    # A GPU would add up in another order each time, and where all is equal but for rounding that is all there is.
     reward, valid, observed = (x.cpu() for x in (groups.reward, groups.valid, groups.observed))
     t, n = reward.shape
     to_come = reward.double().view(t // groups.rows, groups.rows, n).clone()
