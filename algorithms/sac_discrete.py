@@ -16,6 +16,10 @@ Here Q is the minimum of the critics. SD-SAC takes their mean (double average Q-
 with H the policy's entropy, H_old what it was when the action was taken (stored with it), Q' the target network's value
 of the same state and action, and y = r + gamma V(s').
 
+`backup_entropy=False` leaves alpha out of V(s'), as RLPD does (arXiv:2302.02948, appendix A.3): where rewards are of
+success alone, and rare, soft values else hold mostly what acting at random for ever is worth. During the first
+`critic_only` updates the policy stays as it is.
+
 Actions can be masked row by row, or be candidates with features (`ctrlrl.nn.discrete`): what does not exist has
 probability 0 in every sum above, and n is the row's number of actions.
 
@@ -117,6 +121,9 @@ class SACDiscrete(OffPolicyAgent):
     def reads(self) -> frozenset[str]:
         return frozenset(("entropy",)) if self.config.entropy_penalty > 0 else frozenset()
 
+    def improves(self) -> bool:
+        return super().improves() and self.updates > self.config.critic_only
+
     def draw(self, groups: int, rows: int) -> Draws:
         """The shift of images; expectations over actions are exact."""
         return (self.draw_shift(groups, rows),)
@@ -140,7 +147,8 @@ class SACDiscrete(OffPolicyAgent):
         with torch.no_grad():
             next_log_pi = self.policy.distribution(next_obs).log_probs.squeeze(1)  # (B, n)
             next_q = self.together(self.value(self.target_critics, target_obs))  # (B, n)
-            next_v = (next_log_pi.exp() * (next_q - alpha * next_log_pi)).sum(-1)
+            worth = alpha * next_log_pi if c.backup_entropy else 0.0  # of the entropy, which is its mean negated
+            next_v = (next_log_pi.exp() * (next_q - worth)).sum(-1)
             target = batch.reward + batch.discount * next_v  # (B,)
         choice = self.policy.choices.to_choice(batch.action).expand(c.num_critics, -1, 1)  # (K, B, 1)
         q = self.value(self.critics, critic_obs).gather(-1, choice).squeeze(-1)  # (K, B)

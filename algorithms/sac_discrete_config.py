@@ -27,6 +27,10 @@ class SACDiscreteConfig(OffPolicyAgentConfig):
     entropy_penalty: float = 0.5
     """beta, weight in the policy's loss of how far its entropy is from that when the action was taken; 0 turns it
     off."""
+    backup_entropy: bool = True
+    """Count entropy in the critics' target. Without, they tell of the return alone, as in RLPD."""
+    critic_only: int = 0
+    """Gradient updates before the first one of the policy: for one that can do something at the start."""
     q_clip: float = 10.0
     """c, how far a critic may go from its target network before the loss holds it back, in units of the return: it
     moves by about c * tau per update at most. 0 turns it off."""
@@ -39,4 +43,5 @@ class SACDiscreteConfig(OffPolicyAgentConfig):
         self.require("initial_alpha", self.initial_alpha > 0, "above 0")
         self.require("target_entropy_ratio", 0 <= self.target_entropy_ratio <= 1, "in [0, 1]")
         self.require("entropy_penalty", self.entropy_penalty >= 0, "at least 0")
+        self.require("critic_only", self.critic_only >= 0, "at least 0")
         self.require("q_clip", self.q_clip >= 0, "at least 0")

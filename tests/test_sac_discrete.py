@@ -108,7 +108,7 @@ class Reference:
             target = batch.reward[i].double()
             if batch.discount[i] > 0 and next_there[i].any():
                 p = torch.log_softmax(next_logits[i][next_there[i]], 0)
-                v = (p.exp() * (next_q[i][next_there[i]] - alpha * p)).sum()
+                v = (p.exp() * (next_q[i][next_there[i]] - alpha * p * c.backup_entropy)).sum()
                 target = target + batch.discount[i].double() * v
             y.append(target)
         y = torch.stack(y)
@@ -135,7 +135,9 @@ class Reference:
                 t[n] = t[n] + 0.005 * (p[n] - t[n])
 
 
-@pytest.mark.parametrize("variant", [VANILLA, STABLE], ids=["vanilla", "stabilized"])
+@pytest.mark.parametrize(
+    "variant", [VANILLA, STABLE, STABLE | {"backup_entropy": False}], ids=["vanilla", "stabilized", "return alone"]
+)
 def test_one_update_and_five_equal_the_float64_reference(variant):
     agent = SACDiscrete(OBS, ACT, config(**variant), seed=3)
     with torch.no_grad():  # away from the critics, so that the clip has something to do
@@ -144,7 +146,7 @@ def test_one_update_and_five_equal_the_float64_reference(variant):
     reference = Reference(agent)
     for i in range(5):
         metrics = agent.step(make_batch(i)[0])
-        assert ("q_clipped" in metrics) == (variant is STABLE)
+        assert ("q_clipped" in metrics) == (variant is not VANILLA)
         assert variant is VANILLA or 0.02 < metrics["q_clipped"] < 0.98
         reference.update(make_batch(i)[0])
         for name, value in agent.policy.trunk.state_dict().items():
@@ -413,6 +415,17 @@ def test_images_are_seen_by_the_targets_own_convolution():
     assert not torch.allclose(seen["image"], agent.critics.encoder.see(batch[0].obs)["image"])
 
 
+def test_the_policy_waits_for_the_critics():
+    agent = SACDiscrete(OBS, ACT, config(critic_only=2, policy_delay=2))
+    before, alpha = copy.deepcopy(agent.policy.trunk.state_dict()), agent.log_alpha.item()
+    for i in range(5):
+        critic = agent.critics.ensemble.layers.state_dict()["0.weight"].clone()
+        agent.update(make_batch(i))
+        assert not torch.equal(critic, agent.critics.ensemble.layers.state_dict()["0.weight"])
+        same = all(torch.equal(value, before[name]) for name, value in agent.policy.trunk.state_dict().items())
+        assert (same, agent.log_alpha.item() == alpha) == ((True, True) if i < 3 else (False, False))
+
+
 def test_same_seed_same_bits_and_groups_equal_single_steps():
     a, b, c = (SACDiscrete(OBS, ACT, config(), seed=s) for s in (7, 7, 8))
     batch = make_batch(groups=4)
@@ -512,7 +525,7 @@ def test_a_mask_of_another_name_is_taken_by_name_only():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("target_entropy_ratio", 1.5), ("entropy_penalty", -1.0), ("q_clip", -0.5), ("double_q", "median")],
+    [("target_entropy_ratio", 1.5), ("entropy_penalty", -1.0), ("q_clip", -0.5), ("critic_only", -1), ("double_q", "median")],
 )
 def test_values_out_of_range_are_named(field, value):
     with pytest.raises(UsageError, match=rf"agent\.{field} must be"):

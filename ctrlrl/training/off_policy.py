@@ -108,7 +108,9 @@ class OffPolicyLoop(CollectingLoop):
         )
 
     def _acts_at_random(self) -> bool:
-        return self.env_steps < self.config.learning_starts and self.config.init_from is None
+        c = self.config
+        knows = c.init_from is not None or c.language.model is not None  # something, and better data come of that
+        return self.env_steps < c.learning_starts and not knows
 
     def _store(self, step: Step, extras: dict[str, Tensor], next_extras: dict[str, Tensor]) -> None:
         self.buffer.add(step, extras, next_extras)
