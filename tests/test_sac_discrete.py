@@ -525,7 +525,13 @@ def test_a_mask_of_another_name_is_taken_by_name_only():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("target_entropy_ratio", 1.5), ("entropy_penalty", -1.0), ("q_clip", -0.5), ("critic_only", -1), ("double_q", "median")],
+    [
+        ("target_entropy_ratio", 1.5),
+        ("entropy_penalty", -1.0),
+        ("q_clip", -0.5),
+        ("critic_only", -1),
+        ("double_q", "median"),
+    ],
 )
 def test_values_out_of_range_are_named(field, value):
     with pytest.raises(UsageError, match=rf"agent\.{field} must be"):
