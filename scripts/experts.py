@@ -9,7 +9,10 @@ with the interpreter of .venv. The table has the share of successes, and mean an
 as many for each amount of noise, become a dataset, whose scores are relative to random actions and to no noise.
 
 With --correct another policy acts, and the expert corrects each entry of its action by no more than a limit: a residual
-with that `--agent.residual-scale` can do as well, but whether it can do better nobody knows.
+with that `--agent.residual-scale` can do as well, but whether it can do better nobody knows. With --at only one action
+of each episode is corrected, and the table says how returns change: what a residual can notice when it begins to learn.
+
+    python scripts/experts.py PandaLift-v0 --correct runs/base --limit 0.3 --at 10 20 30
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -68,21 +72,26 @@ class Scripted(Policy):
 
 
 class Corrected(Scripted):
-    """The policy of `run`, each entry of whose action in [-1, 1] the expert corrects by at most `limit`.
+    """The policy of `run`, each entry of whose action in [-1, 1] the expert corrects by at most `limit`, in the step
+    `at` alone (from 0) of episodes that begin together, or in all.
 
     Raises:
         UsageError: there is no expert, or the policy does not suit the environment.
     """
 
-    def __init__(self, env: VectorEnv, run: str, limit: float) -> None:
+    def __init__(self, env: VectorEnv, run: str, limit: float, at: int | None = None) -> None:
         super().__init__(env)
+        self._at, self._step = at, -1
         task = env.task if isinstance(env, SimVector) else None
         policy = open_base(run, env.observation_space, env.action_space, task, env.control_dt)
         self._base, self._limit = Base(policy, require_bounded_box(env.action_space, "a correction")), limit
         self.initial_state, self.reset = policy.initial_state, policy.reset  # type: ignore[method-assign]
 
     def act(self, obs: Any, state: Any = None, *, explore: bool = False) -> Any:
+        self._step += 1
         action, state = self._base.act(obs, state)
+        if self._at not in (None, self._step):
+            return action, state, {}
         wanted, _, extras = super().act(obs)
         return action + (wanted - action).clamp(-self._limit, self._limit), state, extras
 
@@ -123,6 +132,24 @@ def play(
     return f"| {env_id} | {amount:g} | {success:.0%} | {result.mean:.1f} | {min(result.returns):.1f} |"
 
 
+def changes(
+    env_id: str, options: dict[str, Any], episodes: int, run: str, limits: list[float], steps: list[int]
+) -> None:
+    """Print how returns change with a single correction, of the same episodes each."""
+    env, seeds = make_env(env_id, num_envs=episodes, env_kwargs=options), evaluation_seeds(episodes)
+
+    def returns(limit: float, at: int) -> np.ndarray[Any, np.dtype[np.float64]]:
+        return np.array(evaluate(env, Corrected(env, run, limit, at), seeds).returns)
+
+    before = returns(0.0, 0)
+    print(f"| environment | limit | step | change of the return of {before.mean():.2f} | standard error |")
+    print("|---|---|---|---|---|")
+    for limit, step in itertools.product(limits, steps):
+        change = returns(limit, step) - before
+        error = change.std(ddof=1) / math.sqrt(episodes)
+        print(f"| {env_id} | {limit:g} | {step} | {change.mean():+.3f} | {error:.3f} |", flush=True)
+
+
 def main() -> int:
     """Play and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -134,7 +161,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="a new folder, for a dataset of the episodes")
     parser.add_argument("--correct", metavar="RUN", help="of another policy: a run, a bundle or an ONNX file")
     parser.add_argument("--limit", type=float, nargs="+", help="of corrections; by default several from 0 to 1")
+    parser.add_argument(
+        "--at", type=int, nargs="+", metavar="STEP", help="correct one action of each episode, this one"
+    )
     options = parser.parse_args()
+    if options.correct is None and options.at is not None:
+        parser.error("--at says which action is corrected, and nothing is: give --correct RUN, or leave out --at")
+    if options.at is not None and options.episodes < 2:
+        parser.error("--at compares episodes: give --episodes 2 or more")
     if options.correct is not None and options.noise is not None:
         parser.error("--correct RUN acts by the run's policy, without noise: leave out --noise")
     if options.correct is None and options.limit is not None:
@@ -148,6 +182,9 @@ def main() -> int:
             print(record(*given, options.out))
             return 0
         corrects, given = options.correct, (options.env, options.env_kwargs, options.episodes)
+        if options.at is not None:
+            changes(*given, corrects, limits, options.at)
+            return 0
         print(f"| environment | {'limit' if corrects else 'noise'} | success | mean return | least |")
         print("|---|---|---|---|---|")
         for amount in limits if corrects else noises:

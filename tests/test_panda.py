@@ -413,11 +413,41 @@ def test_a_policy_that_the_expert_corrects_within_a_limit() -> None:
         action, _, _ = corrected(env, lambda seen: half[: len(seen)], limit).act(obs, {})
         torch.testing.assert_close(action, half + (wanted - half).clamp(-limit, limit))
     assert (wanted - half).abs().max() > 0.5
+    once = corrected(env, lambda seen: half[: len(seen)], 2.0, at=1)  # the second action alone
+    for expected in (half, wanted, half):
+        torch.testing.assert_close(once.act(obs, {})[0], expected)
+
+
+def test_how_returns_change_with_one_correction(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Where the base does what the expert does nothing changes; where it does the opposite, something does."""
+    main = runpy.run_path(str(ROOT / "scripts" / "experts.py"))["main"]
+    base = tmp_path / "opposite.py"
+    base.write_text(
+        "from ctrlrl.envs.make import make_env\n"
+        "from ctrlrl.envs.tasks.panda_expert import expert\n"
+        "asked = expert(make_env('PandaReach-v0', num_envs=4))\n"
+        "def same(observation_space, action_space): return asked\n"
+        "def opposite(observation_space, action_space): return lambda obs: -asked(obs)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, nothing in (("same", True), ("opposite", False)):
+        flags = ["--correct", f"opposite:{name}", "--limit", "2", "--at", "3", "--episodes", "4"]
+        monkeypatch.setattr("sys.argv", ["experts.py", "PandaReach-v0", *flags])
+        assert main() == 0
+        change = capsys.readouterr().out.splitlines()[-1].split("|")[4]
+        assert (float(change) == 0) == nothing
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--correct", "run", "--noise", "0.5"], "leave out --noise"), (["--limit", "0.2"], "leave out --limit")],
+    [
+        (["--correct", "run", "--noise", "0.5"], "leave out --noise"),
+        (["--limit", "0.2"], "leave out --limit"),
+        (["--at", "2"], "leave out --at"),
+        (["--correct", "run", "--at", "2"], "give --episodes 2"),
+    ],
 )
 def test_what_the_experts_would_ignore_is_refused(
     flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
