@@ -1,30 +1,24 @@
 """The speed benchmark: its arithmetic by hand, and a small run of its own side."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
-SCRIPT = ROOT / "scripts" / "bench_learner.py"
+from tests.scripts import SCRIPTS, loaded
+
+SCRIPT = SCRIPTS / "bench_learner.py"
 HERE = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
 """What is tested is what is installed, or lies here."""
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_learner", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    before = sys.path.copy()
-    sys.path.insert(0, str(SCRIPT.parent))
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
+    with loaded("bench_learner") as module:
+        yield module
 
 
 def test_the_updates_operations_are_those_of_the_paper(bench):

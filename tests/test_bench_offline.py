@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -19,33 +18,29 @@ import torch
 from ctrlrl.algorithms.registry import train_config_class
 from ctrlrl.data.store import Dataset, DatasetWriter, Episode
 from ctrlrl.replay.dataset import DatasetSampler
+from tests.scripts import SCRIPTS, loaded
 
-ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
-SCRIPTS = ROOT / "scripts"
 PLAIN = {"temperature": None, "n_step": 1, "reward_scale": 1.0, "reward_shift": 0.0, "return_range": None}
 LENGTHS, TERMINATED = (3, 1, 4, 2, 1), (True, True, False, True, False)
 
 
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    path = SCRIPTS / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, path.stem, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def peer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def peer() -> Iterator[ModuleType]:
     """peers/offline.py, which imports d3rlpy only where it is used."""
-    return load("peers/offline", monkeypatch)
+    with loaded("peers.offline") as module:
+        yield module
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    return load("bench_offline", monkeypatch)
+def script() -> Iterator[ModuleType]:
+    with loaded("bench_offline") as module:
+        yield module
+
+
+@pytest.fixture
+def parity() -> Iterator[ModuleType]:
+    with loaded("parity_d3rlpy") as module:
+        yield module
 
 
 @pytest.fixture
@@ -297,8 +292,7 @@ def test_returns_of_both_sides_are_put_side_by_side(
 # ---- One update of both ----------------------------------------------------------------------------------------------
 
 
-def test_weights_of_d3rlpy_become_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    parity = load("parity_d3rlpy", monkeypatch)
+def test_weights_of_d3rlpy_become_ours(parity: ModuleType) -> None:
     record = {}
     for member in range(2):
         for layer, name in enumerate(("_encoder._layers.10", "_encoder._layers.2", "_fc")):
@@ -314,8 +308,7 @@ def test_weights_of_d3rlpy_become_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     assert parity.network(heads, "before", "policy")[0].ravel().tolist() == [2, 1]
 
 
-def test_what_differs_on_purpose_is_said_and_the_rest_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
-    parity = load("parity_d3rlpy", monkeypatch)
+def test_what_differs_on_purpose_is_said_and_the_rest_is_judged(parity: ModuleType) -> None:
     case = parity.Case("iql", "", differs={"policy": "why", "actor loss": "for this"})
     assert parity.verdict(case, "gradient of policy", 1.0, 1e-6, "policy") == "why"
     assert parity.verdict(case, "actor loss", 1.0, 1e-6) == "for this"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,9 +17,9 @@ import pytest
 
 from ctrlrl.errors import UsageError
 from ctrlrl.runs.peers import load_peers
+from tests.scripts import SCRIPTS, loaded
 
-ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
-SCRIPT = ROOT / "scripts" / "bench_returns.py"
+SCRIPT = SCRIPTS / "bench_returns.py"
 TINY = "--learning-starts 50 --agent.hidden 8 --agent.batch-size 8"
 
 
@@ -36,15 +36,10 @@ def bench(words: str) -> tuple[int, str, str]:
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def script() -> Iterator[ModuleType]:
     """The script as a module, and `peers` from beside it."""
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("bench_returns", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_returns", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    with loaded("bench_returns") as module:
+        yield module
 
 
 def test_cells_run_are_skipped_fail_alone_and_are_not_mixed(tmp_path: Path) -> None:

@@ -1,25 +1,14 @@
 """The benchmark beside TRL: its arithmetic by hand. TRL itself runs where the benchmark does."""
 
-import importlib.util
-import os
-import sys
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
-SCRIPT = ROOT / "scripts" / "bench_trl.py"
+from tests.scripts import loaded
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("bench_trl", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    before = sys.path.copy()
-    sys.path.insert(0, str(SCRIPT.parent))
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
+    with loaded("bench_trl") as module:
+        yield module
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ from ctrlrl.envs.sim import BatchSim
 from ctrlrl.envs.sim_vector import SimVector, physics
 from ctrlrl.errors import UsageError
 from tests.runs import SMALL
+from tests.scripts import ROOT
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -444,7 +444,7 @@ def test_up_is_the_same_for_a_quaternion_and_its_negative() -> None:
 
 
 def test_the_page_runs(whole: Path, rig: Bundle, tmp_path: Path, monkeypatch: Any) -> None:
-    page = (Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1])) / "docs/bundle.md").read_text()
+    page = (ROOT / "docs/bundle.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     (tmp_path / "bundles").mkdir()
     shutil.copytree(whole, tmp_path / "bundles/pendulum")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -31,6 +30,7 @@ from ctrlrl.deploy.strict_json import read_document
 from ctrlrl.deploy.tensors import Array
 from ctrlrl.deploy.wire import BadMessage, Command, RobotDescription, RobotJoint, State
 from ctrlrl.envs.tasks.registry import is_robot_task
+from tests.scripts import ROOT
 
 pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
@@ -39,7 +39,6 @@ from ctrlrl.training.export_run import export_run
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="there is no C++ compiler")
 
-ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
 SOURCE = ROOT / "examples/cpp/controller.cpp"
 README = (ROOT / "examples/cpp/README.md").read_text()
 COUNT = 2 * np.pi / 4096  # rad, of the simulated encoder

@@ -6,7 +6,6 @@ import dataclasses
 import os
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ import torch
 from ctrlrl.algorithms.registry import ALGORITHMS
 from ctrlrl.cli.main import COMMANDS
 from ctrlrl.cli.main import run as ctrlrl_command
+from tests.scripts import ROOT
 
-ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
 README = (ROOT / "README.md").read_text()
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.scripts import SCRIPTS
 
 pytest.importorskip("h5py")
 pytest.importorskip("pyarrow")
 
-ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
-SCRIPT = ROOT / "scripts" / "fuzz_importers.py"
+SCRIPT = SCRIPTS / "fuzz_importers.py"
 
 
 def test_a_few_files():

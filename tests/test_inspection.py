@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,8 +23,8 @@ from ctrlrl.data.inspection_plots import picture
 from ctrlrl.data.store import Column, Dataset, DatasetWriter, Episode
 from ctrlrl.errors import UsageError
 from tests.pages import Page
+from tests.scripts import ROOT
 
-ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
 SEEN = gym.spaces.Box(-np.inf, np.inf, (4,), np.float32)
 ACTION = gym.spaces.Box(-1, 1, (2,), np.float32)
 REFERENCE = {"random": -10.0, "expert": 90.0}

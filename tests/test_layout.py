@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import ctrlrl
+from tests.scripts import ROOT
 
-ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
 TOP = ("algorithms", "envs", "robots")
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import runpy
-from pathlib import Path
 from typing import Any
 
 import mujoco
@@ -20,9 +19,8 @@ from ctrlrl.envs.tasks.kinematics import Chain
 from ctrlrl.envs.tasks.panda_expert import PandaExpert, expert
 from ctrlrl.errors import UsageError
 from tests.conformance import check_vector_env
+from tests.scripts import ROOT
 from tests.simulations import make_cart
-
-ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
 
 IDS = ("PandaReach-v0", "PandaLift-v0")
 PAGE = (ROOT / "docs" / "panda.md").read_text()

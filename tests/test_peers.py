@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,8 +16,8 @@ from ctrlrl.runs.comparison import Comparison, compare, console_summary, write_c
 from ctrlrl.runs.peers import load_peers
 from ctrlrl.runs.statistics import pooled_difference
 from tests.pages import Page, write_run
+from tests.scripts import ROOT
 
-ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
 CHEETAH, HOPPER = "HalfCheetah-v5", "Hopper-v5"
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import shlex
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -27,6 +25,7 @@ from ctrlrl.nn.vision import Convolution, image_layout, random_shift
 from ctrlrl.replay.batch import Batch
 from ctrlrl.runs.checkpoint import pack
 from tests.runs import SMALL, assert_same, contents
+from tests.scripts import ROOT
 from tests.standins import MODULE
 from tests.test_training import StopAt
 
@@ -367,7 +366,7 @@ def test_a_missing_package_is_named():
 
 
 def test_the_command_of_the_page_is_one(capsys):
-    page = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1])) / "docs" / "pixels.md"
+    page = ROOT / "docs" / "pixels.md"
     (command,) = re.findall(r"```sh\nctrlrl (.*)\n```", page.read_text())
     assert ctrlrl_command([*shlex.split(command), "--dry-run"]) == 0
     assert "* pixels: 48" in capsys.readouterr().out

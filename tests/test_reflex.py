@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import math
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,11 +27,11 @@ from ctrlrl.deploy.virtual import VirtualDeployment
 from ctrlrl.deploy.wire import DRIVEN
 from ctrlrl.envs.tasks.registry import make_robot_task
 from ctrlrl.errors import UsageError
+from tests.scripts import loaded
 
 JOINTS = ["pole", "slider"]  # of the robot, in another order than the reflex has them
 EFFORT = 10.0  # N
 SWITCH = 0.38  # m
-ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
 
 
 def manifest(**changes: Any) -> Manifest:
@@ -396,13 +393,8 @@ def test_the_robot_is_made_safe_where_the_reflex_keeps_it_too_long(bundle, tmp_p
 @pytest.fixture(scope="module")
 def script():
     pytest.importorskip("onnxscript")
-    found = importlib.util.spec_from_file_location("train_reflex", ROOT / "scripts" / "train_reflex.py")
-    assert found is not None and found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    sys.modules["train_reflex"] = module  # dataclasses look their module up
-    found.loader.exec_module(module)
-    yield module
-    del sys.modules["train_reflex"]
+    with loaded("train_reflex") as module:
+        yield module
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from ctrlrl.errors import UsageError
 from ctrlrl.robots import resolver
 from ctrlrl.robots.resolver import ModelSource, Package
 from ctrlrl.robots.robot import ROBOTS, Joint, Robot, Site, get_robot
+from tests.scripts import ROOT
 from tests.test_cli import check as check_message
 from tests.test_cli import invoke, normalized
 
@@ -582,9 +583,8 @@ def test_the_smallest_model_is_downloaded_for_real(tmp_path, monkeypatch, capsys
 
 def test_python_in_the_docs_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    root = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
     names: dict = {}
-    blocks = re.findall(r"```python\n(.*?)```", (root / "docs/robots.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/robots.md").read_text(), flags=re.DOTALL)
     for block in blocks:
         exec(compile(block, "robots.md", "exec"), names)
     assert len(blocks) == 2

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,8 +29,8 @@ from ctrlrl.language.adapter import text_environments
 from ctrlrl.language.model import LanguageModel
 from ctrlrl.language.text_vector import TextVector
 from tests.runs import assert_same
+from tests.scripts import loaded
 
-ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
 ENV, KWARGS = "text/BabyAI-GoToLocalS5N2", {"max_turns": 3}
 SIZES = {"prompt_tokens": 128, "candidate_tokens": 2, "max_candidates": 6, "history": 1}
 
@@ -44,13 +44,10 @@ def missing(package: str) -> bool:
 
 
 @pytest.fixture
-def script() -> ModuleType:
+def script() -> Iterator[ModuleType]:
     """scripts/smollm2.py as a module."""
-    spec = importlib.util.spec_from_file_location("smollm2", ROOT / "scripts" / "smollm2.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with loaded("smollm2") as module:
+        yield module
 
 
 def test_what_is_missing_is_named(

@@ -28,9 +28,9 @@ from ctrlrl.envs.tasks import registry
 from ctrlrl.envs.tasks.registry import is_robot_task, register_task
 from ctrlrl.envs.world import World
 from ctrlrl.errors import CtrlrlError, UsageError
+from tests.scripts import ROOT
 from tests.simulations import cart_task, make_cart
 
-ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
 PAGE = (ROOT / "docs/tasks.md").read_text()
 CART_MODULE = """
 from ctrlrl.envs.tasks.registry import register_task

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -20,19 +18,15 @@ from ctrlrl.algorithms.sac_config import SACConfig
 from ctrlrl.algorithms.td3 import TD3
 from ctrlrl.algorithms.td3_config import TD3Config
 from tests.runs import SMALL
+from tests.scripts import SCRIPTS, loaded
 
-ROOT = Path(os.environ.get("CTRLRL_SOURCE", Path(__file__).parents[1]))
-SCRIPT = ROOT / "scripts" / "value_bias.py"
+SCRIPT = SCRIPTS / "value_bias.py"
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("value_bias", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["value_bias"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["value_bias"]
+    with loaded("value_bias") as module:
+        yield module
 
 
 def test_returns_count_the_bonus_of_later_actions_only(script):

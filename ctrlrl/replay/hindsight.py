@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ctrlrl.envs.vector import VectorGoals
+from ctrlrl.envs.vector import VectorEnv, VectorGoals
 from ctrlrl.errors import UsageError
 
 
@@ -127,6 +127,27 @@ class Futures:
             low, high = torch.where(reached, middle, low), torch.where(reached, high, middle - 1)
         later = (first + low * n) % size
         return later, (wanted - before[later]).clamp(min=0), end > begin
+
+
+def hindsight_of(env: VectorEnv, share: float, *, option: str, kind: str = "task", more: str = "") -> Hindsight:
+    """How goals of `env` are replaced.
+
+    Args:
+        env: knows its goals.
+        share: of the rows that get another one.
+        option: what asks for it; this and the rest is for the message.
+        kind: what the environment has to be.
+        more: examples besides the Panda's tasks.
+
+    Raises:
+        UsageError: it has no goals, or its reward is not one of them alone.
+    """
+    if env.goals is None:
+        raise UsageError(
+            f"{option} needs a {kind} whose reward is a function of goals, and {env.name} is none: "
+            'PandaReach-v0 and PandaLift-v0 are, with --env-kwargs \'{"reward": "sparse"}\'' + more
+        )
+    return Hindsight(**vars(env.goals), share=share)
 
 
 def held(achieved: Tensor) -> Tensor:

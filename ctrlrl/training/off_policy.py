@@ -19,7 +19,7 @@ from ctrlrl.envs.vector import Step, VectorEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.replay.buffer import ReplayBuffer
 from ctrlrl.replay.dataset import DatasetSampler, MixedSampler, Source
-from ctrlrl.replay.hindsight import Hindsight
+from ctrlrl.replay.hindsight import Hindsight, hindsight_of
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.training.collecting import CollectingLoop
 from ctrlrl.training.loop import memory_of, passed
@@ -73,7 +73,7 @@ class OffPolicyLoop(CollectingLoop):
             frame_stack=config.frame_stack,
             reward_scale=config.sampling.reward_scale,
             reward_shift=config.sampling.reward_shift,
-            hindsight=hindsight_of(config, env, agent),
+            hindsight=replay_hindsight(config, env, agent),
         )
         needed = make(capacity=config.num_envs).transition_bytes * config.buffer.capacity  # by the smallest one
         there = memory_of(agent.device)
@@ -152,7 +152,7 @@ def groups_at_once(observation_space: gym.Space[Any], batch_size: int) -> int:
     return max(1, min(MAX_GROUPS, MAX_SAMPLED_BYTES // group))
 
 
-def hindsight_of(config: OffPolicyConfig, env: VectorEnv, agent: OffPolicyAgent) -> Hindsight | None:
+def replay_hindsight(config: OffPolicyConfig, env: VectorEnv, agent: OffPolicyAgent) -> Hindsight | None:
     """How goals of `env` are replaced in the replay of `agent`; None: not at all.
 
     Raises:
@@ -160,19 +160,15 @@ def hindsight_of(config: OffPolicyConfig, env: VectorEnv, agent: OffPolicyAgent)
     """
     if not config.buffer.hindsight:
         return None
-    if env.goals is None:
-        raise UsageError(
-            f"--buffer.hindsight needs a task whose reward is a function of goals, and {env.name} is none: "
-            'PandaReach-v0 and PandaLift-v0 are, with --env-kwargs \'{"reward": "sparse"}\', and text/FrozenLake, '
-            "text/Maze and text/BabyAI-GoTo..."
-        )
+    texts = ", and text/FrozenLake, text/Maze and text/BabyAI-GoTo..."
+    hindsight = hindsight_of(env, config.buffer.hindsight, option="--buffer.hindsight", more=texts)
     if agent.reads:
         raise UsageError(
             "--buffer.hindsight gives transitions other goals, and the agent learns from what its policy said of each "
             f"action for the former ones ({', '.join(sorted(agent.reads))}): leave it out. Of sac-discrete "
             "--agent.entropy-penalty 0 does without"
         )
-    return Hindsight(**vars(env.goals), share=config.buffer.hindsight)
+    return hindsight
 
 
 def bytes_of(space: gym.Space[Any]) -> int:

@@ -74,20 +74,6 @@ class OfflineLoop(Loop):
         return {"batches": [{"update": update, "index": index} for update, index in self._recent]}
 
 
-def hindsight_of(env: VectorEnv, share: float) -> Hindsight:
-    """How goals of the task of `env` are replaced.
-
-    Raises:
-        UsageError: it has none, or its reward is not one of them alone.
-    """
-    if env.goals is None:
-        raise UsageError(
-            f"--sampling.hindsight needs a task of ours whose reward is a function of goals, and {env.name} is none: "
-            'PandaReach-v0 and PandaLift-v0 are, with --env-kwargs \'{"reward": "sparse"}\''
-        )
-    return Hindsight(**vars(env.goals), share=share)
-
-
 def make_sampler(
     dataset: Dataset,
     agent: ReplayAgent,

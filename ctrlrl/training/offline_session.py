@@ -12,11 +12,11 @@ from ctrlrl.config import OfflineConfig, SamplingConfig, TrainConfig
 from ctrlrl.data.store import Dataset
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import UsageError
+from ctrlrl.replay.hindsight import hindsight_of
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.training.base_session import Session
 from ctrlrl.training.offline import (
     OfflineLoop,
-    hindsight_of,
     make_sampler,
     require_same_spaces,
     reward_scale,
@@ -103,7 +103,8 @@ class OfflineSession(Session):
                 raise UsageError(
                     "--sampling.hindsight asks the environment what its goals are: --env ID, and --eval-every"
                 )
-            hindsight = hindsight_of(self.eval_env, config.sampling.hindsight)
+            share, option = config.sampling.hindsight, "--sampling.hindsight"
+            hindsight = hindsight_of(self.eval_env, share, option=option, kind="task of ours")
         self.memory = make_sampler(self.dataset, self.agent, config.sampling, seed=config.seed, hindsight=hindsight)
 
     def _parts(self) -> dict[str, Any]:

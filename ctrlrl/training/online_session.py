@@ -19,7 +19,7 @@ from ctrlrl.training.base_policy import open_base, task_of
 from ctrlrl.training.base_session import Session
 from ctrlrl.training.collecting import CollectingLoop
 from ctrlrl.training.collector import Collector
-from ctrlrl.training.off_policy import OffPolicyLoop, hindsight_of
+from ctrlrl.training.off_policy import OffPolicyLoop, replay_hindsight
 from ctrlrl.training.offline import make_sampler, require_same_spaces, take_statistics
 from ctrlrl.training.offline_session import open_dataset, provenance_of
 from ctrlrl.training.on_policy import OnPolicyLoop
@@ -85,7 +85,7 @@ class OnlineSession(Session):
     def _prepare(self) -> None:
         config = self.config
         if isinstance(config, OffPolicyConfig) and isinstance(self.agent, OffPolicyAgent):
-            hindsight_of(config, self.env, self.agent)  # refused before data is read
+            replay_hindsight(config, self.env, self.agent)  # refused before data is read
         if self._dataset is None or not isinstance(config, OffPolicyConfig):
             return
         assert isinstance(self.agent, OffPolicyAgent)
