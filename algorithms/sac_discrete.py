@@ -16,7 +16,7 @@ Here Q is the minimum of the critics. SD-SAC takes their mean (double average Q-
 with H the policy's entropy, H_old what it was when the action was taken (stored with it), Q' the target network's value
 of the same state and action, and y = r + gamma V(s').
 
-`backup_entropy=False` leaves alpha out of V(s'), as RLPD does (arXiv:2302.02948, appendix A.3): where rewards are of
+`backup_entropy=False` leaves alpha out of V(s'), as RLPD does (arXiv:2302.02948): where rewards are of
 success alone, and rare, soft values else hold mostly what acting at random for ever is worth. During the first
 `critic_only` updates the policy stays as it is.
 
@@ -147,8 +147,8 @@ class SACDiscrete(OffPolicyAgent):
         with torch.no_grad():
             next_log_pi = self.policy.distribution(next_obs).log_probs.squeeze(1)  # (B, n)
             next_q = self.together(self.value(self.target_critics, target_obs))  # (B, n)
-            worth = alpha * next_log_pi if c.backup_entropy else 0.0  # of the entropy, which is its mean negated
-            next_v = (next_log_pi.exp() * (next_q - worth)).sum(-1)
+            cost = alpha * next_log_pi if c.backup_entropy else 0.0
+            next_v = (next_log_pi.exp() * (next_q - cost)).sum(-1)
             target = batch.reward + batch.discount * next_v  # (B,)
         choice = self.policy.choices.to_choice(batch.action).expand(c.num_critics, -1, 1)  # (K, B, 1)
         q = self.value(self.critics, critic_obs).gather(-1, choice).squeeze(-1)  # (K, B)

@@ -30,7 +30,8 @@ class SACDiscreteConfig(OffPolicyAgentConfig):
     backup_entropy: bool = True
     """Count entropy in the critics' target. Without, they tell of the return alone, as in RLPD."""
     critic_only: int = 0
-    """Gradient updates before the first one of the policy: for one that can do something at the start."""
+    """So many gradient updates at least come before the first one of policy and temperature: for a policy that can do
+    something at the start."""
     q_clip: float = 10.0
     """c, how far a critic may go from its target network before the loss holds it back, in units of the return: it
     moves by about c * tau per update at most. 0 turns it off."""

@@ -348,8 +348,8 @@ class OffPolicyConfig(OnlineConfig):
     """What off-policy algorithms take besides."""
 
     learning_starts: int = 5_000
-    """Environment steps before the first update: with uniformly random actions, or, with init_from or a language model,
-    with that policy's (the warm-up of WSRL, arXiv:2412.07762)."""
+    """Environment steps before the first update: with uniformly random actions, or, where there is a policy that can do
+    something (init_from, a language model, a base), with that one's (the warm-up of WSRL, arXiv:2412.07762)."""
     data: str | None = None
     """Dataset to learn from besides: a folder that `ctrlrl data import` or `ctrlrl data collect` made."""
     data_share: float = 0.5

@@ -141,13 +141,15 @@ def changes(
     def returns(limit: float, at: int) -> np.ndarray[Any, np.dtype[np.float64]]:
         return np.array(evaluate(env, Corrected(env, run, limit, at), seeds).returns)
 
-    before = returns(0.0, 0)
-    print(f"| environment | limit | step | change of the return of {before.mean():.2f} | standard error |")
-    print("|---|---|---|---|---|")
+    result = evaluate(env, Corrected(env, run, 0.0), seeds)
+    before, lengths = np.array(result.returns), np.array(result.lengths)
+    print(f"| environment | limit | step | reached by | change of the return of {before.mean():.2f} | standard error |")
+    print("|---|---|---|---|---|---|")
     for limit, step in itertools.product(limits, steps):
         change = returns(limit, step) - before
         error = change.std(ddof=1) / math.sqrt(episodes)
-        print(f"| {env_id} | {limit:g} | {step} | {change.mean():+.3f} | {error:.3f} |", flush=True)
+        reached = np.mean(lengths > step)
+        print(f"| {env_id} | {limit:g} | {step} | {reached:.0%} | {change.mean():+.3f} | {error:.3f} |", flush=True)
 
 
 def main() -> int:
@@ -162,13 +164,15 @@ def main() -> int:
     parser.add_argument("--correct", metavar="RUN", help="of another policy: a run, a bundle or an ONNX file")
     parser.add_argument("--limit", type=float, nargs="+", help="of corrections; by default several from 0 to 1")
     parser.add_argument(
-        "--at", type=int, nargs="+", metavar="STEP", help="correct one action of each episode, this one"
+        "--at", type=int, nargs="+", metavar="STEP", help="correct one action of each episode alone, counted from 0"
     )
     options = parser.parse_args()
     if options.correct is None and options.at is not None:
         parser.error("--at says which action is corrected, and nothing is: give --correct RUN, or leave out --at")
     if options.at is not None and options.episodes < 2:
         parser.error("--at compares episodes: give --episodes 2 or more")
+    if options.at is not None and min(options.at) < 0:
+        parser.error("--at counts actions from 0")
     if options.correct is not None and options.noise is not None:
         parser.error("--correct RUN acts by the run's policy, without noise: leave out --noise")
     if options.correct is None and options.limit is not None:

@@ -44,7 +44,7 @@ from ctrlrl.training.collector import Collector
 from tests.runs import assert_same
 
 V = 50
-KINDS = ["llama", "gpt2", "qwen2"]
+KINDS = ["llama", "gpt2", "qwen2", "opt"]
 
 
 def causal(kind: str, seed: int = 0) -> Any:
@@ -53,6 +53,9 @@ def causal(kind: str, seed: int = 0) -> Any:
     sizes = {"vocab_size": V, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 1}
     if kind == "gpt2":
         return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, **sizes))
+    if kind == "opt":
+        opt = transformers.OPTConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, **sizes)
+        return transformers.OPTForCausalLM(opt)
     rest = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     rest |= {"num_key_value_heads": 2}
     if kind == "llama":
@@ -402,6 +405,22 @@ def play(policy: Any, explore: bool = False, n: int = 64) -> float:
 
 
 SETTINGS: dict[str, Any] = {"threads": 1, "video": False, "quiet": True, "eval_every": 0, "checkpoint_every": 10**6}
+
+
+def test_before_learning_starts_a_language_model_acts_itself(tmp_path: Path) -> None:
+    taken: list[tuple[Tensor, Tensor]] = []
+
+    class Look(ctrlrl.Callback):
+        def on_end(self, loop: Any) -> None:
+            batch = loop.buffer.sample(1, 200, gamma=0.9)[0]
+            taken.append((batch.action, loop.agent.policy.act(batch.obs, explore=False)[0]))
+
+    config = LanguageConfig(**{**SMALL.to_dict(), "normalize": "token", "temperature": 1e-3})  # it draws the likeliest
+    settings = SETTINGS | {"steps": 64, "learning_starts": 1000, "num_envs": 8, "callbacks": [Look()]}
+    ctrlrl.train("sac-discrete", echo(8, config), network=tiny(config=config), out=str(tmp_path / "t"), **settings)
+    ctrlrl.train("sac-discrete", "CartPole-v1", out=str(tmp_path / "c"), **settings)
+    shares = [float((mine == likeliest).float().mean()) for mine, likeliest in taken]
+    assert shares[0] > 0.95 and 0.2 < shares[1] < 0.8
 
 
 @pytest.mark.slow

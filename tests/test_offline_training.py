@@ -224,6 +224,10 @@ def test_a_temperature_is_kept_where_rewards_are(data: Dataset, tmp_path: Path) 
         kept = [note for note in notes if note.startswith("temperature: as it was, 0.8")]
         assert bool(kept) == ("critics: as they were" in notes) == (name == "plain")
         assert "--agent.initial-alpha 0.01 is what a policy that is good already needs" in notes[-1]
+    soft = {**after, "agent": shape | {"backup_entropy": True}, "init_from": str(tmp_path / "plain")}
+    ctrlrl.train("cql", out=str(tmp_path / "soft"), **soft)
+    notes = json.loads((tmp_path / "soft/history.json").read_text())["notes"]
+    assert any(note.startswith("they did not count entropy, and do here") for note in notes)
     given = {**after, "agent": shape | {"initial_alpha": 0.05}, "init_from": str(tmp_path / "plain")}
     ctrlrl.train("cql", out=str(tmp_path / "given"), **given)
     notes = json.loads((tmp_path / "given/history.json").read_text())["notes"]
@@ -255,9 +259,7 @@ def test_critics_of_other_rewards_start_afresh_unless_rewards_are_changed_alike(
 
 
 def test_hindsight_is_for_tasks_with_goals(data: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(
-        UsageError, match="needs a task of ours whose reward is a function of goals, and Pendulum-v1 is"
-    ):
+    with pytest.raises(UsageError, match="needs a task whose reward is a function of goals, and Pendulum-v1 is"):
         ctrlrl.train(
             "td3-bc", out=str(tmp_path / "r"), data=str(data.path), **OFFLINE | {"sampling": {"hindsight": 0.8}}
         )

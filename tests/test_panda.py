@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
+import sys
+from pathlib import Path
 from typing import Any
 
 import mujoco
@@ -19,7 +20,7 @@ from ctrlrl.envs.tasks.kinematics import Chain
 from ctrlrl.envs.tasks.panda_expert import PandaExpert, expert
 from ctrlrl.errors import UsageError
 from tests.conformance import check_vector_env
-from tests.scripts import ROOT
+from tests.scripts import ROOT, loaded
 from tests.simulations import make_cart
 
 IDS = ("PandaReach-v0", "PandaLift-v0")
@@ -402,7 +403,8 @@ def test_options_that_are_wrong(env_id: str, options: dict[str, Any], message: s
 
 
 def test_a_policy_that_the_expert_corrects_within_a_limit() -> None:
-    corrected = runpy.run_path(str(ROOT / "scripts" / "experts.py"))["Corrected"]
+    with loaded("experts") as script:
+        corrected = script.Corrected
     env = make("PandaLift-v0", 5, action="tool")
     obs = env.reset(0)
     assert isinstance(obs, torch.Tensor)
@@ -419,23 +421,29 @@ def test_a_policy_that_the_expert_corrects_within_a_limit() -> None:
 def test_how_returns_change_with_one_correction(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """Where the base does what the expert does nothing changes; where it does the opposite, something does."""
-    main = runpy.run_path(str(ROOT / "scripts" / "experts.py"))["main"]
-    base = tmp_path / "opposite.py"
-    base.write_text(
+    """Where the base does what the expert does nothing changes; where it flees the goal, a step towards it helps, and
+    the more the longer it counts."""
+    (tmp_path / "bases_of_experts.py").write_text(
         "from ctrlrl.envs.make import make_env\n"
         "from ctrlrl.envs.tasks.panda_expert import expert\n"
         "asked = expert(make_env('PandaReach-v0', num_envs=4))\n"
         "def same(observation_space, action_space): return asked\n"
-        "def opposite(observation_space, action_space): return lambda obs: -asked(obs)\n"
+        "def flees(observation_space, action_space): return lambda obs: -0.2 * asked(obs)\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name, nothing in (("same", True), ("opposite", False)):
-        flags = ["--correct", f"opposite:{name}", "--limit", "2", "--at", "3", "--episodes", "4"]
+
+    def rows(base: str) -> list[list[float]]:
+        flags = ["--correct", f"bases_of_experts:{base}", "--limit", "2", "--at", "0", "90", "500", "--episodes", "4"]
         monkeypatch.setattr("sys.argv", ["experts.py", "PandaReach-v0", *flags])
-        assert main() == 0
-        change = capsys.readouterr().out.splitlines()[-1].split("|")[4]
-        assert (float(change) == 0) == nothing
+        with loaded("experts") as script:
+            assert script.main() == 0
+        lines = capsys.readouterr().out.splitlines()[-3:]
+        return [[float(cell.strip(" %")) for cell in line.split("|")[3:7]] for line in lines]
+
+    assert rows("same") == [[0, 100, 0, 0], [90, 100, 0, 0], [500, 0, 0, 0]]
+    early, late, never = rows("flees")
+    assert early[2] > late[2] > 0 and early[3] > 0 and never == [500, 0, 0, 0]
+    del sys.modules["bases_of_experts"]
 
 
 @pytest.mark.parametrize(
@@ -445,14 +453,15 @@ def test_how_returns_change_with_one_correction(
         (["--limit", "0.2"], "leave out --limit"),
         (["--at", "2"], "leave out --at"),
         (["--correct", "run", "--at", "2"], "give --episodes 2"),
+        (["--correct", "run", "--at", "-1", "--episodes", "2"], "counts actions from 0"),
     ],
 )
 def test_what_the_experts_would_ignore_is_refused(
     flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["experts.py", "PandaReach-v0", "--episodes", "1", *flags])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "scripts" / "experts.py"))["main"]()
+    with loaded("experts") as script, pytest.raises(SystemExit) as ended:
+        script.main()
     assert ended.value.code == 2 and message in capsys.readouterr().err
 
 

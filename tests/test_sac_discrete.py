@@ -489,6 +489,14 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, env):
     assert all(torch.equal(v, state["agent"]["policy"][k]) for k, v in policy.state_dict().items())
 
 
+def test_a_policy_that_would_never_learn_is_told_of(tmp_path):
+    settings = SMALL | {"steps": 90, "eval_every": 0, "out": str(tmp_path / "r")}
+    run = ctrlrl.train("sac-discrete", "CartPole-v1", **settings | {"agent": {"hidden": [8], "critic_only": 40}})
+    told = (run.path / "metrics.jsonl").read_text()
+    wanted = "its first update comes after agent.critic_only = 40, and there are 30 in all"
+    assert (wanted in told) and "actor_loss" not in told
+
+
 @needs_compiler
 def test_compiled_updates_equal_eager_ones():
     space = gym.spaces.Dict(dict(OBS.spaces) | {"candidates": gym.spaces.Box(-1, 1, (4, 3))})

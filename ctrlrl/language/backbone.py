@@ -51,6 +51,7 @@ class LanguagePolicy(CandidateNetwork, TokenNetwork, Recalling):
     answers of its own. Where it acts turn after turn it reads what prompts begin with once."""
 
     starts_word: Tensor
+    pretrained = True
 
     def __init__(self, model: LanguageModel, config: LanguageConfig, starts_word: Tensor, end: int) -> None:
         super().__init__()

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from ctrlrl.language.prefixes import Prefixes
 
+LAST = [-1]
+"""Of a model's layers, whose states it is to give: those of the others take memory."""
 _EXTRA = "pip install 'ctrlrl[language]'"
 
 
@@ -109,25 +111,16 @@ class LanguageModel(nn.Module):
         said, past = before or (ids[:, :0], None)
         there = torch.cat([said, ids], -1) >= 0
         there = _not_empty(there, there.shape[1])
-        out, features = self._run(
+        out = self.causal(
             input_ids=ids.clamp(min=0).long(),
             attention_mask=there.long(),
             position_ids=(there.long().cumsum(-1) - 1).clamp(min=0)[:, said.shape[1] :],
             cache=past,
             use_cache=cache,
+            output_hidden_states=LAST,
             logits_to_keep=1,
         )
-        return out.logits[:, -1].float(), features[:, -1].float(), out.cache if cache else None
-
-    def _run(self, **inputs: Any) -> tuple[Any, Tensor]:
-        """What the model gives, and its last features (B, L, H), by which alone the other layers' can be forgotten."""
-        seen: list[Tensor] = []
-        hook = self.causal.base_model.register_forward_hook(lambda *given: seen.append(given[-1].last_hidden_state))
-        try:
-            out = self.causal(**inputs)
-        finally:
-            hook.remove()
-        return out, seen[-1]
+        return out.logits[:, -1].float(), out.hidden_states[-1][:, -1].float(), out.cache if cache else None
 
     @staticmethod
     def cache_of(layers: list[tuple[Tensor, Tensor]]) -> Any:
@@ -145,28 +138,30 @@ class LanguageModel(nn.Module):
         each, or without `logits` of the last column's alone, (B, 1, V), and features (B, C, H)."""
         before, there = prompt >= 0, ids >= 0
         start = before.long().sum(-1, keepdim=True)
-        out, features = self._run(
+        out = self.causal(
             input_ids=ids.clamp(min=0).long(),
             attention_mask=torch.cat([before, there], -1).long(),
             position_ids=start + torch.arange(ids.shape[1], device=ids.device),
             cache=cache,
             use_cache=True,
+            output_hidden_states=LAST,
             logits_to_keep=0 if logits else 1,
         )
-        return out.logits.float(), features.float()
+        return out.logits.float(), out.hidden_states[-1].float()
 
     def answer(self, ids: Tensor, tokens: Tensor, *, logits: bool) -> tuple[Tensor | None, Tensor]:
         """Prompts (B, L) and answers (B, C) after them, read together: logits (B, C, V) by which each token was chosen,
         if asked, and features (B, C, H) before each."""
         there = _not_empty(torch.cat([ids, tokens], -1) >= 0, ids.shape[1])
-        out, features = self._run(
+        out = self.causal(
             input_ids=torch.cat([ids, tokens], -1)[:, :-1].clamp(min=0).long(),
             attention_mask=there[:, :-1].long(),
             position_ids=(there.long().cumsum(-1) - 1).clamp(min=0)[:, :-1],
             use_cache=False,
+            output_hidden_states=LAST,
             logits_to_keep=tokens.shape[1] if logits else 1,
         )
-        return out.logits.float() if logits else None, features[:, -tokens.shape[1] :].float()
+        return out.logits.float() if logits else None, out.hidden_states[-1][:, -tokens.shape[1] :].float()
 
     def token_log_prob(self, ids: Tensor, tokens: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Of answers (B, C) after prompts (B, L): each token's log-probability, and the entropy there; (B, C) each, 0
@@ -236,8 +231,8 @@ class LanguageModel(nn.Module):
         return out
 
     def bytes_of_row(self, tokens: int) -> int:
-        """What a row of so many tokens takes while it is written: keys and values of each layer, what each gives, and
-        logits three times."""
+        """What a row of so many tokens takes at most while it is written: keys and values of each layer, logits three
+        times, and for what layers make in between as much as what they all give."""
         of_layers = (int(self.causal.config.num_hidden_layers) + 1) * self.hidden_size * self._bytes
         return (self._bytes_of_token + of_layers) * tokens + 3 * 4 * self.vocabulary
 

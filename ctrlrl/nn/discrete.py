@@ -216,6 +216,10 @@ class CategoricalPolicy(Policy):
         """Distribution over choices, logits (B, D, n)."""
         return self.choices.distribution(self.trunk, self.encoder(obs), obs)
 
+    @property
+    def pretrained(self) -> bool:
+        return isinstance(self.trunk, CandidateNetwork) and self.trunk.pretrained
+
     def mask(self, obs: Obs) -> Tensor | None:
         return self.choices.mask(obs)
 

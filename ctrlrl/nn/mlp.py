@@ -51,7 +51,13 @@ class Backbone(ABC):
 
 
 class CandidateNetwork(nn.Module, ABC):
-    """A network that scores all candidates of an observation together."""
+    """A network that scores all candidates of an observation together.
+
+    Attributes:
+        pretrained: whether its scores mean something before it has learned.
+    """
+
+    pretrained = False
 
     @abstractmethod
     def forward(self, features: Tensor, candidates: Tensor, exists: Tensor | None) -> Tensor:

@@ -56,6 +56,11 @@ class Policy(nn.Module, ABC):
             for name, value in state.items()
         }
 
+    @property
+    def pretrained(self) -> bool:
+        """Whether it can do something before it has learned, and acts by itself until learning starts."""
+        return False
+
     def warm_up(self, extras: dict[str, Tensor], generator: torch.Generator) -> Tensor | None:
         """What to do before learning starts, (N, ...) in the environment's units, where `act` gave `extras`; None:
         uniformly random actions."""

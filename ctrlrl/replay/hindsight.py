@@ -129,14 +129,13 @@ class Futures:
         return later, (wanted - before[later]).clamp(min=0), end > begin
 
 
-def hindsight_of(env: VectorEnv, share: float, *, option: str, kind: str = "task", more: str = "") -> Hindsight:
+def hindsight_of(env: VectorEnv, share: float, *, option: str, more: str = "") -> Hindsight:
     """How goals of `env` are replaced.
 
     Args:
         env: knows its goals.
         share: of the rows that get another one.
-        option: what asks for it; this and the rest is for the message.
-        kind: what the environment has to be.
+        option: what asks for it; this and the next are for the message.
         more: examples besides the Panda's tasks.
 
     Raises:
@@ -144,7 +143,7 @@ def hindsight_of(env: VectorEnv, share: float, *, option: str, kind: str = "task
     """
     if env.goals is None:
         raise UsageError(
-            f"{option} needs a {kind} whose reward is a function of goals, and {env.name} is none: "
+            f"{option} needs a task whose reward is a function of goals, and {env.name} is none: "
             'PandaReach-v0 and PandaLift-v0 are, with --env-kwargs \'{"reward": "sparse"}\'' + more
         )
     return Hindsight(**vars(env.goals), share=share)

@@ -101,16 +101,21 @@ class OffPolicyLoop(CollectingLoop):
     def start_remark(self) -> str:
         c = self.config
         if (last := c.steps // c.update_every * c.update_every) > c.learning_starts:
-            return ""
+            critic_only, total = getattr(c.agent, "critic_only", 0), c.planned_updates()
+            if total > critic_only:
+                return ""
+            return (
+                f"the policy will stay as it is: its first update comes after agent.critic_only = {critic_only:,}, and "
+                f"there are {int(total):,} in all"
+            )
         return (
             f"no update will run: learning starts after step {c.learning_starts:,}, and the last turn of "
             f"updates (every {c.update_every:,} steps) is at step {last:,}"
         )
 
     def _acts_at_random(self) -> bool:
-        c = self.config
-        knows = c.init_from is not None or c.language.model is not None  # something, and better data come of that
-        return self.env_steps < c.learning_starts and not knows
+        able = self.config.init_from is not None or self.agent.policy.pretrained  # and better data come of that
+        return self.env_steps < self.config.learning_starts and not able
 
     def _store(self, step: Step, extras: dict[str, Tensor], next_extras: dict[str, Tensor]) -> None:
         self.buffer.add(step, extras, next_extras)

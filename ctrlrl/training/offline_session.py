@@ -104,7 +104,7 @@ class OfflineSession(Session):
                     "--sampling.hindsight asks the environment what its goals are: --env ID, and --eval-every"
                 )
             share, option = config.sampling.hindsight, "--sampling.hindsight"
-            hindsight = hindsight_of(self.eval_env, share, option=option, kind="task of ours")
+            hindsight = hindsight_of(self.eval_env, share, option=option)
         self.memory = make_sampler(self.dataset, self.agent, config.sampling, seed=config.seed, hindsight=hindsight)
 
     def _parts(self) -> dict[str, Any]:

@@ -97,6 +97,8 @@ class _Meaning(NamedTuple):
     """What values are of: discounted sums of (r + shift) * scale."""
 
     gamma: float | None
+    entropy: bool | None
+    """Whether they count it; None where there is no choice."""
     shift: float
     scale: float
 
@@ -110,7 +112,8 @@ def _meaning(config: TrainConfig, data: Dataset | dict[str, Any] | None) -> _Mea
         by_range = getattr(sampling, "return_range", None) is not None  # a scale that older runs did not write down
         scale = (data or {}).get("rewards", {}).get("scale", math.nan if by_range else sampling.reward_scale)
     gamma = getattr(config.agent, "gamma", None)  # type: ignore[attr-defined]
-    return _Meaning(gamma, sampling.reward_shift, scale)
+    entropy = getattr(config.agent, "backup_entropy", None)  # type: ignore[attr-defined]
+    return _Meaning(gamma, entropy, sampling.reward_shift, scale)
 
 
 def _policy(policy: Policy, saved: dict[str, Tensor], run: str) -> list[str]:
@@ -162,7 +165,7 @@ def _values(agent: ReplayAgent, state: dict[str, Any], former: _Meaning, own: _M
     """Take over critics and temperature where they fit; returns what is to be said of them."""
     critics = getattr(agent, "critics", None)
     notes = []
-    scaled = former[1:] != own[1:]
+    scaled = (former.shift, former.scale) != (own.shift, own.scale)
     if critics is not None:
         saved = state.get("critics")
         if saved is None:
@@ -179,6 +182,11 @@ def _values(agent: ReplayAgent, state: dict[str, Any], former: _Meaning, own: _M
             notes.append(CRITICS_KEPT)
             if former.gamma != own.gamma:
                 notes.append(f"their gamma was {former.gamma} and is {own.gamma} here, so they have to change first")
+            if None not in (former.entropy, own.entropy) and former.entropy != own.entropy:
+                counted = (
+                    "counted entropy, and here they do not" if former.entropy else "did not count entropy, and do here"
+                )
+                notes.append(f"they {counted} (agent.backup_entropy), so they have to change first")
         else:
             shapes = {name: tuple(value.shape) for name, value in saved.items() if name.endswith("weight")}
             notes.append(f"critics: new, since those of the run are of other shapes: {shapes}")
