@@ -16,9 +16,11 @@ Here Q is the minimum of the critics. SD-SAC takes their mean (double average Q-
 with H the policy's entropy, H_old what it was when the action was taken (stored with it), Q' the target network's value
 of the same state and action, and y = r + gamma V(s').
 
-`backup_entropy=False` leaves alpha out of V(s'), as RLPD does (arXiv:2302.02948): where rewards are of
-success alone, and rare, soft values else hold mostly what acting at random for ever is worth. During the first
-`critic_only` updates the policy stays as it is.
+`backup_entropy=False` leaves alpha out of V(s'), as RLPD does (arXiv:2302.02948): where rewards are of success alone,
+and rare, soft values else hold mostly what acting at random for ever is worth. During the first `critic_only` updates
+the policy stays as it is. With `reference` log pi becomes log pi - log pi_0 in V(s') and J_pi, pi_0 the policy that
+learning began with (KL-control; Jaques et al. 2019, arXiv:1907.00456): where actions are worth the same it stays what
+it was, instead of becoming uniform.
 
 Actions can be masked row by row, or be candidates with features (`ctrlrl.nn.discrete`): what does not exist has
 probability 0 in every sum above, and n is the row's number of actions.
@@ -51,6 +53,7 @@ from torch import Tensor
 
 from ctrlrl.algorithms.agent import Draws, OffPolicyAgent
 from ctrlrl.algorithms.sac_discrete_config import SACDiscreteConfig
+from ctrlrl.errors import UsageError
 from ctrlrl.nn.discrete import CategoricalPolicy, make_choices, require_discrete
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.mlp import NetworkFactory
@@ -108,6 +111,13 @@ class SACDiscrete(OffPolicyAgent):
         self.target_critics = copy.deepcopy(self.critics).requires_grad_(False)
         self.log_alpha = torch.tensor(math.log(c.initial_alpha), device=self.device, requires_grad=True)
 
+        self.reference = copy.deepcopy(self.policy).requires_grad_(False) if c.reference else None  # pi_0
+        if self.reference is not None:
+            if self.critics.encoder.sees:
+                raise UsageError("agent.reference is not for images, whose convolutions change with the critics")
+            self.reference.encoder.refer_to(self.reference.normalizer)  # which stays as it was, as the weights do
+            self._begun = torch.zeros((), dtype=torch.bool, device=self.device)
+            self._keep(reference=self.reference, begun=self._begun)
         self._critic = trained(self.critics)
         self._target = trained_beside(self.critics, self.target_critics)
         self.actor_optimizer = Adam(self.actor_parameters(), c.actor_lr)
@@ -120,6 +130,12 @@ class SACDiscrete(OffPolicyAgent):
     @property
     def reads(self) -> frozenset[str]:
         return frozenset(("entropy",)) if self.config.entropy_penalty > 0 else frozenset()
+
+    def update(self, batch: Batch) -> dict[str, Tensor]:
+        if self.reference is not None and not self._begun:  # now, after what it starts from was read
+            self.reference.load_state_dict(self.policy.state_dict())
+            self._begun.fill_(True)
+        return super().update(batch)
 
     def improves(self) -> bool:
         return super().improves() and self.updates > self.config.critic_only
@@ -146,8 +162,9 @@ class SACDiscrete(OffPolicyAgent):
         # Critics: the target r + gamma V(s') with V of eq. 10, and the squared error, eq. 5, summed over the ensemble.
         with torch.no_grad():
             next_log_pi = self.policy.distribution(next_obs).log_probs.squeeze(1)  # (B, n)
+            next_away = self.away(next_log_pi, next_obs)
             next_q = self.together(self.value(self.target_critics, target_obs))  # (B, n)
-            cost = alpha * next_log_pi if c.backup_entropy else 0.0
+            cost = alpha * next_away if c.backup_entropy else 0.0
             next_v = (next_log_pi.exp() * (next_q - cost)).sum(-1)
             target = batch.reward + batch.discount * next_v  # (B,)
         choice = self.policy.choices.to_choice(batch.action).expand(c.num_critics, -1, 1)  # (K, B, 1)
@@ -169,15 +186,26 @@ class SACDiscrete(OffPolicyAgent):
             # Policy: J_pi, eq. 12, and the entropy-penalty.
             with torch.no_grad():
                 q = self.together(self.value(self.critics, obs))  # (B, n)
-            actor_loss = (log_pi.exp() * (alpha * log_pi - q)).sum(-1).mean()
+            away = self.away(log_pi, obs)
+            actor_loss = (log_pi.exp() * (alpha * away - q)).sum(-1).mean()
             if c.entropy_penalty > 0:
                 actor_loss = actor_loss + c.entropy_penalty / 2 * (batch.extras["entropy"] - entropy).square().mean()
             self.actor_optimizer.descend(actor_loss)
             metrics |= {"actor_loss": actor_loss.detach(), "entropy": entropy.detach().mean()}
             metrics["target_entropy"] = target_entropy.mean()
+            if self.reference is not None:
+                metrics["kl_reference"] = (log_pi.exp() * away).sum(-1).mean().detach()
 
         polyak(self._target, self._critic, c.tau)
         return metrics
+
+    def away(self, log_pi: Tensor, obs: Obs) -> Tensor:
+        """What the temperature weighs, (B, n): log pi, or how far it is above the reference's."""
+        if self.reference is None:
+            return log_pi
+        with torch.no_grad():
+            before = self.reference.distribution(obs).log_probs.squeeze(1)
+        return log_pi - before
 
     def value(self, critics: Critics, obs: Obs) -> Tensor:
         """Q(s) of each critic, (K, B, n)."""

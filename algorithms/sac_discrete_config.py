@@ -29,6 +29,9 @@ class SACDiscreteConfig(OffPolicyAgentConfig):
     off."""
     backup_entropy: bool = True
     """Count entropy in the critics' target. Without, they tell of the return alone, as in RLPD."""
+    reference: bool = False
+    """Stay near the policy that learning begins with: the temperature weighs the divergence from it in the place of
+    entropy, and is fixed (alpha_lr 0)."""
     critic_only: int = 0
     """So many gradient updates at least come before the first one of policy and temperature: for a policy that can do
     something at the start."""
@@ -44,5 +47,7 @@ class SACDiscreteConfig(OffPolicyAgentConfig):
         self.require("initial_alpha", self.initial_alpha > 0, "above 0")
         self.require("target_entropy_ratio", 0 <= self.target_entropy_ratio <= 1, "in [0, 1]")
         self.require("entropy_penalty", self.entropy_penalty >= 0, "at least 0")
+        fixed = not self.reference or self.alpha_lr == 0
+        self.require("alpha_lr", fixed, "0 with agent.reference: the target entropy is none of a divergence")
         self.require("critic_only", self.critic_only >= 0, "at least 0")
         self.require("q_clip", self.q_clip >= 0, "at least 0")

@@ -70,6 +70,7 @@ class Reference:
         self.critics = [self.member(agent.critics, k) for k in range(2)]
         self.targets = [self.member(agent.target_critics, k) for k in range(2)]
         self.log_alpha, self.config = agent.log_alpha.detach().double().clone(), agent.config
+        self.first = self.actor
         self.optimizers = [Adam64(3e-4) for _ in range(4)]
 
     @staticmethod
@@ -84,6 +85,12 @@ class Reference:
             x = torch.relu(x) if i < 4 else x
         return x
 
+    def before(self, state, i, there):
+        """log pi_0 of row i, or nothing."""
+        if not self.config.reference:
+            return 0.0
+        return torch.log_softmax(self.net(self.first, state, False)[i][there[i]], 0)
+
     def combine(self, values):
         return sum(values) / 2 if self.config.double_q == "mean" else torch.minimum(*values)
 
@@ -97,9 +104,14 @@ class Reference:
         actor = {k: v.clone().requires_grad_() for k, v in self.actor.items()}
         logits = self.net(actor, state, False)
         log_pi = [torch.log_softmax(logits[i][there[i]], 0) for i in rows]
+        away = [p - self.before(state, i, there) for i, p in enumerate(log_pi)]
         entropy = torch.stack([-(p.exp() * p).sum() for p in log_pi])
         gap = [entropy[i].detach() - c.target_entropy_ratio * math.log(there[i].sum()) for i in rows]
-        log_alpha = self.optimizers[3].step({"a": self.log_alpha}, {"a": torch.stack(gap).mean()})["a"]
+        log_alpha = (
+            self.log_alpha
+            if not c.alpha_lr
+            else self.optimizers[3].step({"a": self.log_alpha}, {"a": torch.stack(gap).mean()})["a"]
+        )
 
         y = []
         next_logits = self.net(self.actor, next_state, False)
@@ -108,7 +120,13 @@ class Reference:
             target = batch.reward[i].double()
             if batch.discount[i] > 0 and next_there[i].any():
                 p = torch.log_softmax(next_logits[i][next_there[i]], 0)
-                v = (p.exp() * (next_q[i][next_there[i]] - alpha * p * c.backup_entropy)).sum()
+                v = (
+                    p.exp()
+                    * (
+                        next_q[i][next_there[i]]
+                        - alpha * (p - self.before(next_state, i, next_there)) * c.backup_entropy
+                    )
+                ).sum()
                 target = target + batch.discount[i].double() * v
             y.append(target)
         y = torch.stack(y)
@@ -124,7 +142,7 @@ class Reference:
             self.critics[k] = self.optimizers[k].step(self.critics[k], grads)
 
         q = self.combine([self.net(p, state, True) for p in self.critics])
-        losses = [(log_pi[i].exp() * (alpha * log_pi[i] - q[i][there[i]])).sum() for i in rows]
+        losses = [(log_pi[i].exp() * (alpha * away[i] - q[i][there[i]])).sum() for i in rows]
         loss = torch.stack(losses).mean()
         loss = loss + c.entropy_penalty * 0.5 * ((batch.extras["entropy"].double() - entropy) ** 2).mean()
         grads = dict(zip(actor, torch.autograd.grad(loss, list(actor.values())), strict=True))
@@ -136,7 +154,9 @@ class Reference:
 
 
 @pytest.mark.parametrize(
-    "variant", [VANILLA, STABLE, STABLE | {"backup_entropy": False}], ids=["vanilla", "stabilized", "return alone"]
+    "variant",
+    [VANILLA, STABLE, STABLE | {"backup_entropy": False}, VANILLA | {"reference": True, "alpha_lr": 0.0}],
+    ids=["vanilla", "stabilized", "return alone", "reference"],
 )
 def test_one_update_and_five_equal_the_float64_reference(variant):
     agent = SACDiscrete(OBS, ACT, config(**variant), seed=3)
@@ -146,8 +166,8 @@ def test_one_update_and_five_equal_the_float64_reference(variant):
     reference = Reference(agent)
     for i in range(5):
         metrics = agent.step(make_batch(i)[0])
-        assert ("q_clipped" in metrics) == (variant is not VANILLA)
-        assert variant is VANILLA or 0.02 < metrics["q_clipped"] < 0.98
+        assert ("q_clipped" in metrics) == (agent.config.q_clip > 0)
+        assert not agent.config.q_clip or 0.02 < metrics["q_clipped"] < 0.98
         reference.update(make_batch(i)[0])
         for name, value in agent.policy.trunk.state_dict().items():
             assert torch.allclose(value.double(), reference.actor[name], atol=2e-6), (i, name)
@@ -437,8 +457,9 @@ def test_same_seed_same_bits_and_groups_equal_single_steps():
     assert not torch.equal(next(a.policy.parameters()), next(c.policy.parameters()))
 
 
-def test_state_dict_continues_bit_for_bit():
-    settings = config(normalize_obs=True, layer_norm=True, policy_delay=2)
+@pytest.mark.parametrize("more", [{}, {"reference": True, "alpha_lr": 0.0}], ids=["entropy", "reference"])
+def test_state_dict_continues_bit_for_bit(more):
+    settings = config(normalize_obs=True, layer_norm=True, policy_delay=2, **more)
     a = SACDiscrete(OBS, ACT, settings, seed=1)
     a.observe({"state": torch.randn(50, 5) * 3, "action_mask": torch.ones(50, 4)}, torch.ones(50, dtype=torch.bool))
     a.update(make_batch(groups=3))
@@ -451,6 +472,24 @@ def test_state_dict_continues_bit_for_bit():
     assert all(torch.equal(left[k], right[k]) for k in left)
     obs = {k: v[0] for k, v in make_batch().obs.items()}
     assert torch.equal(a.policy.act(obs, explore=True)[0], b.policy.act(obs, explore=True)[0])
+
+
+def test_the_reference_is_what_learning_began_with():
+    """Not what was drawn when it was made: weights of another run may have been read in between."""
+    settings = config(reference=True, alpha_lr=0.0)
+    other, agent = (SACDiscrete(OBS, ACT, settings, seed=s) for s in (1, 2))
+    agent.policy.load_state_dict(other.policy.state_dict())
+    assert agent.update(make_batch(0))["kl_reference"] == 0
+    for i in range(3):
+        metrics = agent.update(make_batch(i))
+    assert metrics["kl_reference"] > 0
+    begun = other.policy.state_dict()
+    assert all(torch.equal(value, begun[name]) for name, value in agent.reference.state_dict().items())
+    with pytest.raises(UsageError, match=r"agent\.alpha_lr must be 0 with agent\.reference"):
+        config(reference=True)
+    pictures = gym.spaces.Box(0, 255, (3, 36, 36), np.uint8)
+    with pytest.raises(UsageError, match=r"agent\.reference is not for images"):
+        SACDiscrete(pictures, ACT, settings)
 
 
 class CandidateEnv(MaskedEnv):
