@@ -116,8 +116,7 @@ class SACDiscrete(OffPolicyAgent):
             if self.critics.encoder.sees:
                 raise UsageError("agent.reference is not for images, whose convolutions change with the critics")
             self.reference.encoder.refer_to(self.reference.normalizer)  # which stays as it was, as the weights do
-            self._begun = torch.zeros((), dtype=torch.bool, device=self.device)
-            self._keep(reference=self.reference, begun=self._begun)
+            self._keep(reference=self.reference)
         self._critic = trained(self.critics)
         self._target = trained_beside(self.critics, self.target_critics)
         self.actor_optimizer = Adam(self.actor_parameters(), c.actor_lr)
@@ -132,9 +131,8 @@ class SACDiscrete(OffPolicyAgent):
         return frozenset(("entropy",)) if self.config.entropy_penalty > 0 else frozenset()
 
     def update(self, batch: Batch) -> dict[str, Tensor]:
-        if self.reference is not None and not self._begun:  # now, after what it starts from was read
+        if self.reference is not None and not self.updates:  # now, after what it starts from was read
             self.reference.load_state_dict(self.policy.state_dict())
-            self._begun.fill_(True)
         return super().update(batch)
 
     def improves(self) -> bool:
