@@ -101,7 +101,7 @@ class OffPolicyLoop(CollectingLoop):
     def start_remark(self) -> str:
         c = self.config
         if (last := c.steps // c.update_every * c.update_every) > c.learning_starts:
-            critic_only, total = getattr(c.agent, "critic_only", 0), c.planned_updates()
+            critic_only, total = getattr(self.agent.config, "critic_only", 0), c.planned_updates()
             if total > critic_only:
                 return ""
             return (
