@@ -97,7 +97,7 @@ def test_what_is_written_is_what_is_likeliest_one_row_after_the_other(kind: str)
     assert (expected[1, 3:] == -1).all() and (expected[4] == -1).all()
     for memory in (math.inf, 1.0):  # all together, and one by one
         assert torch.equal(model.generate(prompt, length=6, end=end, memory=memory), expected)
-    heads, of_layers = 4 if kind == "gpt2" else 2, 3 * 32
+    heads, of_layers = 4 if kind in ("gpt2", "opt") else 2, 3 * 32
     assert model.bytes_of_row(10) == (2 * 2 * 8 * heads + of_layers) * 10 * 4 + 12 * V
 
 
