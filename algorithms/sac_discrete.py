@@ -160,9 +160,8 @@ class SACDiscrete(OffPolicyAgent):
         # Critics: the target r + gamma V(s') with V of eq. 10, and the squared error, eq. 5, summed over the ensemble.
         with torch.no_grad():
             next_log_pi = self.policy.distribution(next_obs).log_probs.squeeze(1)  # (B, n)
-            next_away = self.away(next_log_pi, next_obs)
             next_q = self.together(self.value(self.target_critics, target_obs))  # (B, n)
-            cost = alpha * next_away if c.backup_entropy else 0.0
+            cost = alpha * self.away(next_log_pi, next_obs) if c.backup_entropy else 0.0
             next_v = (next_log_pi.exp() * (next_q - cost)).sum(-1)
             target = batch.reward + batch.discount * next_v  # (B,)
         choice = self.policy.choices.to_choice(batch.action).expand(c.num_critics, -1, 1)  # (K, B, 1)
