@@ -39,16 +39,25 @@ simulations() { # on the GPU against those of the CPU
     "$python" scripts/bench_warp.py --device cuda --num-sims 4096 2>"$out/log" || { tail -20 "$out/log"; failed=1; }
 }
 
-halves_equal_whole() { # ALGO ENV ...: a training in two halves, the second by resuming, against one in one go
+# ALGO ENV ...: a training in two halves, the second by resuming, against one in one go; where these differ, one more in
+# one go tells whether such trainings repeat themselves at all
+halves_equal_whole() {
     local train=("$python" -m ctrlrl train "$1" --env "$2" --device cuda --seed 1 --eval-every 0 --no-video
         --checkpoint-every 1000 "${@:3}")
     local at="$out/$1"
-    rm -rf "$at-halves" "$at-whole"
+    rm -rf "$at-halves" "$at-whole" "$at-again"
     {
         "${train[@]}" --steps 1000 --out "$at-halves" && "$python" -m ctrlrl resume "$at-halves" --steps 2000 &&
             "${train[@]}" --steps 2000 --out "$at-whole"
     } >"$out/log" 2>&1 || { tail -20 "$out/log"; return 1; }
-    "$python" - "$1, $2" "$at-halves" "$at-whole" <<'PY'
+    apart "$1, $2" "$at-halves" "$at-whole" && return
+    "${train[@]}" --steps 2000 --out "$at-again" >"$out/log" 2>&1 || tail -20 "$out/log"
+    apart "the same, both in one go" "$at-whole" "$at-again" || true
+    return 1
+}
+
+apart() { # NAME RUN RUN: how far the weights of two runs are apart; exit code 0 if not at all
+    "$python" - "$@" <<'PY'
 import sys
 
 import ctrlrl

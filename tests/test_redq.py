@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import ctrlrl
 from ctrlrl.algorithms.droq import DroQ
 from ctrlrl.algorithms.droq_config import DroQConfig
 from ctrlrl.algorithms.redq import REDQ
@@ -254,6 +255,23 @@ def test_state_dict_continues_bit_for_bit(make):
 @pytest.mark.parametrize("algo", ["redq", "droq"])
 def test_a_stopped_training_resumes_bit_for_bit(tmp_path, algo):
     assert_training_resumes(algo, tmp_path, utd=2, policy_delay=3)
+
+
+@pytest.mark.parametrize(
+    ("algo", "agent", "told"),
+    [
+        ("redq", {"utd": 4}, "the policy will move once in 5 environment steps"),
+        ("redq", {"utd": 4, "policy_delay": 4}, None),
+        ("redq", {}, None),
+        ("sac", {"utd": 0.25}, None),
+    ],
+)
+def test_a_policy_that_is_left_behind_by_a_lower_utd_is_told_of(tmp_path, algo, agent, told):
+    agent = {"hidden": [8], "batch_size": 8} | agent
+    settings = {"steps": 24, "learning_starts": 8, "eval_every": 0, "video": False, "quiet": True}
+    run = ctrlrl.train(algo, "Pendulum-v1", agent=agent, out=str(tmp_path / "r"), **settings)
+    text = (run.path / "metrics.jsonl").read_text()
+    assert told in text if told else "the policy will move" not in text
 
 
 @needs_compiler

@@ -103,7 +103,7 @@ class OffPolicyLoop(CollectingLoop):
         if (last := c.steps // c.update_every * c.update_every) > c.learning_starts:
             critic_only, total = getattr(self.agent.config, "critic_only", 0), c.planned_updates()
             if total > critic_only:
-                return ""
+                return self._slow_policy()
             return (
                 f"the policy will stay as it is: its first update comes after agent.critic_only = {critic_only:,}, and "
                 f"there are {int(total):,} in all"
@@ -111,6 +111,18 @@ class OffPolicyLoop(CollectingLoop):
         return (
             f"no update will run: learning starts after step {c.learning_starts:,}, and the last turn of "
             f"updates (every {c.update_every:,} steps) is at step {last:,}"
+        )
+
+    def _slow_policy(self) -> str:
+        """What to say where `utd` was lowered and `policy_delay`, by default as much, was not: entropy's temperature
+        then falls as slowly as the policy learns."""
+        c = self.agent.config
+        if not 1 < type(c).policy_delay == type(c).utd or c.policy_delay <= c.utd:
+            return ""
+        return (
+            f"the policy will move once in {c.policy_delay / c.utd:.3g} environment steps: critics have agent.utd = "
+            f"{c.utd:g} updates a step, and each agent.policy_delay = {c.policy_delay}th of them moves it. "
+            f"--agent.policy-delay {max(1, round(c.utd))} is once a step"
         )
 
     def _acts_at_random(self) -> bool:
