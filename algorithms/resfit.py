@@ -13,6 +13,7 @@ Deviations from the authors' code, which also differs from their paper in places
 - the critics' loss is the mean of the squared errors, summed over the critics, theirs the square of their mean size;
 - b + f is clipped where it is executed and stored, and in targets, theirs only in targets;
 - a time limit is no end, theirs is one; memory of the base is set back at every episode's end, in the data too;
+- the residual's scale is a share of the environment's bounds, theirs of the data's range;
 - noise is added inside the clip, with its own standard deviation everywhere, theirs is 0 in targets of the warm-up;
 - Adam without weight decay; weights begin as `torch.nn.Linear`'s, theirs orthogonal in the policy.
 """

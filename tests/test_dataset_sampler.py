@@ -52,7 +52,10 @@ def data(tmp_path_factory: Any) -> Dataset:
 @given(n_step=st.integers(1, 6), gamma=st.floats(0.1, 1.0), resident=st.booleans(), chunk=st.sampled_from([0, 1, 3]))
 @settings(max_examples=25, deadline=None)
 def test_rows_are_transitions_of_the_data(data: Dataset, n_step: int, gamma: float, resident: bool, chunk: int) -> None:
-    sampler = DatasetSampler(data, resident=resident, next_action=True, mc_return=True, extras=["success"])
+    told = torch.tensor([e + 100.0 * t for e, length in enumerate(LENGTHS) for t in range(length + 1)])  # of each state
+    sampler = DatasetSampler(
+        data, resident=resident, next_action=True, mc_return=True, extras=["success"], observed={"told": told}
+    )
     batch = sampler.sample(2, 40, gamma=gamma, n_step=n_step, chunk=chunk)
     assert batch.reward.shape == (2, 40) and batch.obs.dtype == torch.float32  # type: ignore[union-attr]
     flat = batch.map(lambda x: x.flatten(0, 1))
@@ -71,6 +74,8 @@ def test_rows_are_transitions_of_the_data(data: Dataset, n_step: int, gamma: flo
         expected = sum(gamma**k * (1 + t + k) for k in range(left))
         assert flat.mc_return is not None and float(flat.mc_return[row]) == pytest.approx(expected, rel=1e-5)
         assert bool(flat.extras["success"][row]) == (t + 1 == LENGTHS[e])
+        assert float(flat.extras["told"][row]) == e + 100 * t
+        assert float(flat.next_extras["told"][row]) == e + 100 * (t + steps)
         if chunk:
             assert flat.mask is not None and flat.mask[row].tolist() == [k < left for k in range(chunk)]
             actions = [e + min(t + k, LENGTHS[e] - 1) / 10 for k in range(chunk)]

@@ -167,6 +167,38 @@ def test_what_specialists_would_have_done_is_stored(specialists: list[Path], tmp
         ctrlrl.train("rlpd", BOTH, data=str(data.path), steps=10, num_envs=2, out=str(tmp_path / "rlpd"))
 
 
+def leaning(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Any:
+    """A base that is a function."""
+    return lambda obs: 0.5 * obs[:, :1].clamp(-1, 1)
+
+
+def test_specialists_that_are_residuals_are_distilled(tmp_path: Path, capsys: Any) -> None:
+    """As COMPASS: one residual for each task over what was there; the whole action is what is stored."""
+    base, runs = f"{__name__}:leaning", []
+    for algo, env in (("resfit", "Pendulum-v1"), ("policy-decorator", "MountainCarContinuous-v0")):
+        how = SMALL | {"steps": 90, "eval_every": 90, "preset": False, "learning_starts": 20, "base": base}
+        how["agent"] = how["agent"] | {"actor_lr": 1e-2} | ({"critic_only": 0} if algo == "resfit" else {"ramp": 10})
+        runs.append(str(ctrlrl.train(algo, env, out=str(tmp_path / algo), **how).path))
+    out = str(tmp_path / "set")
+    distilling = ["data", "distill", *runs, "--out", out, "--steps", "900", "--num-envs", "2", "--reference-episodes"]
+    assert command([*distilling, "2"]) == 2
+    assert f"if you trust it, say --base {base}" in capsys.readouterr().err
+    assert command([*distilling, "2", "--base", "mine:other"]) == 2
+    assert f"--base mine:other: none of the runs builds on that, but on {base}" in capsys.readouterr().err
+    assert command([*distilling, "2", "--base", base]) == 0
+    data, seen = Dataset.open(Path(out)), set()
+    policies = [load(run, base=base).policy for run in runs]
+    for i in range(data.num_episodes):
+        one = data.episode(i)
+        obs = torch.from_numpy(np.array(one.observation))
+        k = int(obs[0, 3:].argmax())
+        with torch.no_grad():
+            action = policies[k].act(obs[:-1, : 3 - k], explore=False)[0].numpy() / (2 - k)
+        assert np.abs(action).max() > 0.1 and np.allclose(one.action, action, atol=1e-5)
+        seen.add(k)
+    assert seen == {0, 1}
+
+
 def test_one_policy_learns_of_specialists_and_is_taught_on(
     specialists: list[Path], tmp_path: Path, capsys: Any
 ) -> None:

@@ -27,13 +27,20 @@ from ctrlrl.algorithms.resfit_config import ResFiTConfig
 from ctrlrl.algorithms.sac import SAC
 from ctrlrl.algorithms.td3 import TD3
 from ctrlrl.cli.main import run as command
-from ctrlrl.data.store import Dataset
+from ctrlrl.data.store import Dataset, DatasetWriter, Episode
+from ctrlrl.deploy.manifest import Manifest
+from ctrlrl.envs.sim import BatchSim
+from ctrlrl.envs.sim_vector import SimVector, physics
+from ctrlrl.envs.spec import Obs as ObsTerm
+from ctrlrl.envs.spec import SimTask
+from ctrlrl.envs.tasks.registry import make_robot_task
 from ctrlrl.errors import BadBaseAction, UsageError
 from ctrlrl.nn.policy import Policy, PolicyState
 from ctrlrl.nn.residual import BASE, PID, Base, CallablePolicy, LinearFeedback
 from ctrlrl.replay.batch import Batch
 from ctrlrl.runs.checkpoint import load_checkpoint
 from ctrlrl.runs.folder import RunFolder
+from ctrlrl.training.base_fit import require_bundle_fits
 from ctrlrl.training.base_policy import base_actions, open_base
 from ctrlrl.tree import Obs
 from tests.agents import assert_same_state
@@ -228,6 +235,80 @@ def test_expo_acts_by_the_best_of_its_samples() -> None:
     assert not torch.equal(*explored)
 
 
+def test_updates_of_expo_equal_the_float64_reference() -> None:
+    """Of critics, their targets, edits and temperature; what the base samples is asked of a copy of it, in float64."""
+    config = EXPOConfig(
+        hidden=(16, 12), samples=3, num_critics=4, policy_delay=1, edit_scale=0.4, initial_alpha=0.3, critic_lr=3e-3,
+        actor_lr=3e-3, alpha_lr=1e-2,
+    )  # fmt: skip
+    agent, twin = (EXPO(OBS, ACT, config, base=flow_base(), seed=3) for _ in range(2))
+    low, high = torch.as_tensor(ACT.low).double(), torch.as_tensor(ACT.high).double()
+    edits = {k: v.detach().double() for k, v in agent.policy.edits.trunk.state_dict().items()}
+    critics = [Reference._member(agent.critics, k) for k in range(4)]
+    targets, log_alpha = copy.deepcopy(critics), {"": agent.log_alpha.detach().double()}
+    edit_adam, critic_adam, alpha_adam = Adam64(3e-3), Adam64(3e-3), Adam64(1e-2)
+    layers = BehaviourReference.layers
+
+    def value(p: dict[str, Tensor], obs: Tensor, action: Tensor) -> Tensor:
+        return layers(p, torch.cat([obs, action], 1), False)[:, 0]
+
+    def edit(p: dict[str, Tensor], obs: Tensor, action: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        shaped = {k: v[None] if v.dim() == 1 and k.endswith("weight") else v for k, v in p.items()}
+        mean, log_std = layers(shaped, torch.cat([obs, action], 1), True).chunk(2, 1)
+        std = log_std.clamp(-20, 2).exp()
+        u = mean + std * noise
+        log_prob = torch.distributions.Normal(mean, std).log_prob(u) - torch.log(1 - torch.tanh(u) ** 2)
+        return torch.tanh(u), log_prob.sum(1)
+
+    for i in range(4):
+        batch, base = make_batch(i), copy.deepcopy(agent.base).double()
+        noise, edit_noise, members, _, *_ = (x if x is None else x[0] for x in twin.draw(1, 32))
+        assert noise is not None and edit_noise is not None and members is not None
+        agent.update(batch)
+        one = batch[0].map(lambda x: x.double())
+        assert isinstance(one.obs, Tensor) and isinstance(one.next_obs, Tensor)
+        ahead = torch.zeros(32, A, dtype=torch.float64)
+        for row in range(32):
+            best, obs = -np.inf, one.next_obs[row : row + 1]
+            for k in range(row * 3, row * 3 + 3):
+                own = base.head.plan(base.encoder(obs), noise[k : k + 1].double())[:, 0].detach()
+                moved = own + 0.4 * edit(edits, obs, own, edit_noise[k : k + 1].double())[0]
+                for candidate in (own, moved.clamp(-1, 1)):
+                    q = min(float(value(targets[m], obs, candidate)) for m in members[0].tolist())
+                    if q > best:
+                        best, ahead[row] = q, candidate[0]
+        y = torch.stack([value(targets[m], one.next_obs, ahead) for m in members[1].tolist()]).min(0).values
+        y = one.reward + one.discount * y
+        stored = 2 * (one.action - low) / (high - low) - 1
+        whole = {f"{k}/{n}": v.clone().requires_grad_() for k, p in enumerate(critics) for n, v in p.items()}
+        loss = torch.zeros((), dtype=torch.float64)
+        for k in range(4):
+            p = {n.partition("/")[2]: v for n, v in whole.items() if n.startswith(f"{k}/")}
+            loss = loss + ((value(p, one.obs, stored) - y) ** 2).mean()
+        grads = dict(zip(whole, torch.autograd.grad(loss, list(whole.values())), strict=True))
+        stepped = critic_adam.step({n: v.detach() for n, v in whole.items()}, grads)
+        critics = [{n.partition("/")[2]: v for n, v in stepped.items() if n.startswith(f"{k}/")} for k in range(4)]
+        targets = [
+            {n: v + config.tau * (critic[n] - v) for n, v in t.items()}
+            for t, critic in zip(targets, critics, strict=True)
+        ]
+        own_edits = {n: v.clone().requires_grad_() for n, v in edits.items()}
+        e, log_prob = edit(own_edits, one.obs, stored, edit_noise[32 * 3 :].double())
+        log_prob = log_prob - A * np.log(0.4)
+        q = torch.stack([value(p, one.obs, (stored + 0.4 * e).clamp(-1, 1)) for p in critics]).mean(0)
+        loss = (log_alpha[""].exp() * log_prob - q).mean()
+        grads = dict(zip(own_edits, torch.autograd.grad(loss, list(own_edits.values())), strict=True))
+        edits = edit_adam.step(edits, grads)
+        log_alpha = alpha_adam.step(log_alpha, {"": -(log_prob.detach().mean() + agent.target_entropy)})
+        for name, v in agent.policy.edits.trunk.state_dict().items():
+            assert torch.allclose(v.double(), edits[name], atol=1e-5), (i, name)
+        for ours, theirs in ((agent.critics, critics), (agent.target_critics, targets)):
+            for k in range(4):
+                for name, v in Reference._member(ours, k).items():
+                    assert torch.allclose(v, theirs[k][name], atol=1e-5), (i, k, name)
+        assert float(agent.log_alpha) == pytest.approx(float(log_alpha[""]), abs=1e-5)
+
+
 def test_expo_trains_its_base_by_imitation_and_moves_the_one_that_acts_behind_it() -> None:
     config = EXPOConfig(hidden=(16,), samples=2, policy_delay=2, base_tau=0.25, base_lr=1e-2)
     agent = EXPO(OBS, ACT, config, base=flow_base(), seed=0)
@@ -380,13 +461,21 @@ def test_the_bases_actions_are_stored_as_its_memory_was(tmp_path: Path) -> None:
     assert ends_of_three.any() and cut.any()
 
 
-def test_what_the_base_would_have_done_in_a_dataset(tmp_path: Path) -> None:
-    data = pendulum_data(tmp_path / "data", episodes=3, length=7)
+def test_what_the_base_would_have_done_in_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ctrlrl.training.base_policy.ROWS", 3)  # episodes at a time, of five
+    lengths, random = [3, 1, 5, 2, 5], np.random.default_rng(0)
+    space = gym.spaces.Box(-1, 1, (3,))
+    with DatasetWriter.create(tmp_path / "data", observation_space=space, action_space=TORQUE) as writer:
+        for length in lengths:
+            observation = random.uniform(-1, 1, (length + 1, 3)).astype(np.float32)
+            action, reward = np.zeros((length, 1), np.float32), np.zeros(length)
+            writer.add(Episode(observation=observation, action=action, reward=reward, terminated=False, truncated=True))
+    data = Dataset.open(tmp_path / "data")
     got = base_actions(data, Base(Clock(), TORQUE), torch.device("cpu"))
     clock, expected = Clock(), []
-    for episode in range(3):
+    for episode, length in enumerate(lengths):
         state, start = clock.initial_state(1), int(data.starts[episode]) + episode
-        for t in range(8):
+        for t in range(length + 1):
             obs = torch.from_numpy(np.array(data.observation[start + t : start + t + 1])).float()
             action, state, _ = clock.act(obs, state)
             expected.append(action[0] / 2)
@@ -598,18 +687,103 @@ def test_a_base_of_another_environment_is_refused_by_name(
     assert "resfit builds on a policy that is there: --base RUN" in capsys.readouterr().err
 
 
-def test_terms_of_our_tasks_are_compared_one_by_one() -> None:
-    from ctrlrl.envs.tasks.registry import make_robot_task
-    from ctrlrl.training.base_policy import _of_terms, _terms
+@pytest.fixture(scope="module")
+def swing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a task of ours."""
+    out = str(tmp_path_factory.mktemp("swing") / "run")
+    return ctrlrl.train("sac", "CartPoleSwingUp-v0", **SMALL | {"steps": 60, "eval_every": 0, "out": out}).path
 
-    own = _terms(make_robot_task("CartPoleSwingUp-v0", {}))
-    name = next(iter(own))
-    assert _of_terms(own, own) == []
-    other = {**own, name: (own[name][0] + 1, own[name][1])}
-    assert _of_terms(other, own)[0].startswith(f"{name}: it reads {own[name][0] + 1}")
-    del other[name]
-    assert _of_terms(other, own) == [f"{name}: the base does not read it"]
-    assert _of_terms(dict(reversed(own.items())), own)[0].startswith("the order is ")
+
+def swing_task(changes: dict[str, Any] | None = None) -> SimTask:
+    """The task of `swing`, with other terms of the policy's observations."""
+    task = make_robot_task("CartPoleSwingUp-v0", {})
+    own = dict(task.policy_terms)
+    for name, change in (changes or {}).items():
+        if change is None:
+            del own[name]
+        else:
+            own[name] = change(own.get(name))
+    return replace(task, observations={**task.observations, task.policy_group: own}, mirror=None)
+
+
+def measured(**changes: Any) -> Any:
+    def change(term: ObsTerm) -> ObsTerm:
+        assert term.measure is not None
+        return replace(term, measure=replace(term.measure, **changes))
+
+    return change
+
+
+FIRST, SECOND, *_ = make_robot_task("CartPoleSwingUp-v0", {}).policy_terms
+OTHERS: list[tuple[dict[str, Any], list[str]]] = [
+    ({FIRST: None}, [f"{FIRST}: the environment has no such term"]),
+    ({"more": lambda _: ObsTerm(lambda w: w.joint_pos)}, ["more: the base does not read it"]),
+    ({FIRST: lambda term: replace(term, history=2)}, [f"{FIRST}: it reads", ", 2 in succession"]),
+    ({FIRST: measured(unit="ft")}, [f"{FIRST}: it reads", " ft"]),
+    ({FIRST: measured(frame="world")}, [f"{FIRST}: its frame is joint, the environment's world"]),
+    ({SECOND: measured(joints=("elbow",))}, [f"{SECOND}: its joints is", "the environment's elbow"]),
+    ({FIRST: measured(offset=(0.5,))}, [f"{FIRST}: its offset is", "[0.5]"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "said"), OTHERS, ids=[said[0].replace(" ", "-") for _, said in OTHERS])
+def test_terms_of_a_run_and_of_a_bundle_are_compared_one_by_one(
+    changes: dict[str, Any], said: list[str], swing: Path, tmp_path: Path
+) -> None:
+    task = swing_task(changes)
+    env = SimVector(task, BatchSim(physics(task), 1, 1))
+    spaces = env.observation_space, env.action_space
+    manifest = manifest_of(swing, tmp_path)
+    for check in (
+        lambda: open_base(swing, *spaces, task),
+        lambda: require_bundle_fits("B", manifest, own_spaces=spaces, own_task=task, own_dt=None),
+    ):
+        with pytest.raises(UsageError, match="observes something else") as raised:
+            check()
+        assert all(text in str(raised.value) for text in said) and "Box(" not in str(raised.value)
+
+
+def manifest_of(run: Path, folder: Path) -> Manifest:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from ctrlrl.training.export_run import export_run
+
+    return export_run(run, folder / "bundle", checkpoint="last").manifest
+
+
+def test_what_a_run_and_a_bundle_do_is_compared(swing: Path, tmp_path: Path) -> None:
+    task = swing_task()
+    env = SimVector(task, BatchSim(physics(task), 1, 1))
+    spaces, manifest = (env.observation_space, env.action_space), manifest_of(swing, tmp_path)
+    own_dt = task.timestep * task.substeps
+    open_base(swing, *spaces, task, own_dt)
+    assert task.action.effect is not None
+    scaled = replace(task.action.effect, scale=[2 * x for x in task.action.effect.scale])
+    others = [
+        (replace(task.action, names=("elbow",)), "action: the base moves .*, the environment elbow"),
+        (replace(task.action, effect=scaled), r"action: its scale is \[.*\], the environment's \["),
+        (
+            replace(task.action, effect=replace(scaled, kind="joint lead")),
+            r"action: it is .*, the environment's joint lead",
+        ),
+    ]
+    for action, said in others:
+        with pytest.raises(UsageError, match=f"(?s)does something else.*{said}"):
+            open_base(swing, *spaces, replace(task, action=action), own_dt)
+        with pytest.raises(UsageError, match=f"(?s)does something else.*{said}"):
+            own = {"own_spaces": spaces, "own_task": replace(task, action=action), "own_dt": own_dt}
+            require_bundle_fits("B", manifest, **own)
+    wider = (spaces[0], gym.spaces.Box(-1, 1, (3,)))
+    three = replace(task, action=replace(task.action, names=("a", "b", "c"), apply=lambda world, action: None))
+    with pytest.raises(UsageError, match=r"(?s)it gives \(1,\), the environment takes \(3,\).*the environment a, b, c"):
+        require_bundle_fits("B", manifest, own_spaces=wider, own_task=three, own_dt=own_dt)
+    with pytest.raises(UsageError, match=r"its bounds are \[-1.0\] to \[1.0\], the environment's \[-2.0\] to"):
+        require_bundle_fits("B", manifest, own_spaces=(spaces[0], TORQUE), own_task=None, own_dt=own_dt)
+    with pytest.raises(UsageError, match=r"it acts every .* s, in the environment every 1 s"):
+        open_base(swing, *spaces, task, 1.0)
+    with pytest.raises(UsageError, match="policy: the environment gives eyes"):
+        eyes = gym.spaces.Dict({"eyes": spaces[0]})
+        require_bundle_fits("B", manifest, own_spaces=(eyes, spaces[1]), own_task=None, own_dt=own_dt)
 
 
 @pytest.mark.parametrize(("bad", "shown"), [(float("nan"), "nan"), (3.0, "3.0")])
@@ -638,6 +812,30 @@ def test_a_base_that_gives_no_action_stops_the_run_with_what_it_was_asked(
     evidence = load_checkpoint(kept)
     assert evidence["obs"].shape == (3,) and evidence["action"].shape == (1,)
     assert f"Step {int(kept.name.rpartition('-')[2]):,}" in str(raised.value)
+
+
+def test_a_base_that_is_wrong_from_the_first_observation_on_leaves_what_it_was_asked(tmp_path: Path) -> None:
+    how = SMALL | {"num_envs": 2, "eval_every": 0, "out": str(tmp_path / "run"), "preset": False}
+    with pytest.raises(BadBaseAction, match=r"action \[3.0\] in environment 0") as raised:
+        ctrlrl.train("resfit", "Pendulum-v1", base=lambda obs: torch.full((len(obs), 1), 3.0), **how)
+    (kept,) = (tmp_path / "run").iterdir()
+    assert f"Step 0; what it was asked: {kept}. The run has not begun" in str(raised.value)
+    assert load_checkpoint(kept)["obs"].shape == (3,)
+
+
+def test_a_run_that_stops_twice_at_one_step_keeps_what_was_asked_both_times(tmp_path: Path) -> None:
+    bad = [False]
+
+    def base(obs: Tensor) -> Tensor:
+        return torch.full((len(obs), 1), float("nan") if bad[0] else 0.0)
+
+    how = SMALL | {"steps": 20, "eval_every": 0, "out": str(tmp_path / "run"), "preset": False}
+    ctrlrl.train("resfit", "Pendulum-v1", base=base, **how)
+    bad[0] = True
+    for name in ("bad-base-action-000000000020", "bad-base-action-000000000020-2"):
+        with pytest.raises(BadBaseAction, match=f"Step 20; what it was asked: .*{name}") as raised:
+            ctrlrl.resume(tmp_path / "run", steps=40, base=base, quiet=True)
+        assert (tmp_path / "run" / name).is_dir() and "has not begun" not in str(raised.value)
 
 
 def test_a_base_that_has_no_action_for_the_data_leaves_what_it_was_asked(tmp_path: Path) -> None:

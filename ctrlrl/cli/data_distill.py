@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from tyro.conf import Positional
 
 from ctrlrl.cli.parse import parse
+from ctrlrl.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +32,20 @@ class Distill:
     """Environments stepped together, in turn one of each task."""
     reference_episodes: int = 20
     """Episodes of random actions and of the specialists, whose mean returns scores are normalized by."""
+    base: tuple[str, ...] = ()
+    """MODULE:FUNCTION that specialists build on, one or several: they are imported only if named here too."""
 
 
 def run(arguments: Sequence[str]) -> int:
     """Collect; returns the exit code."""
     options = parse(Distill, arguments, "data distill")
-    from ctrlrl.training.distill import distill  # imports torch: only now
+    from ctrlrl.runs.folder import RunFolder  # imports torch: only now
+    from ctrlrl.training.distill import distill
+    from ctrlrl.training.setup import read_config
 
+    built_on = [getattr(read_config(RunFolder.open(Path(run)))[1], "base", None) for run in options.runs]
+    if unused := [base for base in options.base if base not in built_on]:
+        raise UsageError(f"--base {unused[0]}: none of the runs builds on that, but on {', '.join(map(str, built_on))}")
     data = distill(
         options.runs,
         options.out,
@@ -46,6 +55,7 @@ def run(arguments: Sequence[str]) -> int:
         seed=options.seed,
         num_envs=options.num_envs,
         reference_episodes=options.reference_episodes,
+        bases=[base if base in options.base else None for base in built_on],
     )
     low, high = data.reference["random"], data.reference["expert"]
     print(

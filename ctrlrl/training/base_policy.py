@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,12 +25,11 @@ from ctrlrl.nn.policy import Policy, PolicyState
 from ctrlrl.nn.residual import Base, CallablePolicy
 from ctrlrl.runs.checkpoint import save_checkpoint
 from ctrlrl.runs.folder import RunFolder
-from ctrlrl.training.spaces import alike
+from ctrlrl.training.base_fit import box_of, require_bundle_fits, require_run_fits, require_same
 from ctrlrl.tree import Obs, obs_items
 
 if TYPE_CHECKING:
     from ctrlrl.deploy.bundle import Bundle
-    from ctrlrl.deploy.manifest import Manifest
 
 BaseLike = str | Path | Policy | Callable[[Obs], Any]
 """A run's folder, a bundle's, an ONNX file, MODULE:FUNCTION, a policy, or a function of observations."""
@@ -61,15 +60,14 @@ def open_base(
     if isinstance(source, Policy):
         return source
     if not isinstance(source, str | Path):
-        _box(action_space)
+        box_of(action_space)
         return CallablePolicy(source)
     path = Path(source)
     if (path / "manifest.json").is_file():
         from ctrlrl.deploy.bundle import Bundle
 
-        bundle = Bundle.open(path)
-        differences, actions = _of_manifest(bundle.manifest, observation_space, action_space, task)
-        _require_same(str(path), differences, actions + _of_periods(bundle.manifest.control_dt, control_dt))
+        bundle, own = Bundle.open(path), (observation_space, action_space)
+        require_bundle_fits(str(path), bundle.manifest, own_spaces=own, own_task=task, own_dt=control_dt)
         return BundlePolicy(bundle, action_space)
     if (path / "config.json").is_file():
         return _open_run(path, observation_space, action_space, task, control_dt)
@@ -178,20 +176,24 @@ def base_actions(dataset: Dataset, base: Base, device: torch.device) -> Tensor:
 
 def keep_evidence(error: BadBaseAction, folder: Path, name: str) -> Path:
     """Write what the base was asked, and what it gave, into the run's folder; returns where."""
-    kept = folder / f"bad-base-action-{name}"
-    if not kept.exists():  # by a session that stopped at the same place
-        save_checkpoint(folder, kept.name, error.evidence)
+    kept, again = folder / f"bad-base-action-{name}", 1
+    while kept.exists():  # of a session that stopped there, too
+        again += 1
+        kept = folder / f"bad-base-action-{name}-{again}"
+    save_checkpoint(folder, kept.name, error.evidence)
     return kept
 
 
 @contextlib.contextmanager
-def evidence_of_data(folder: Path) -> Iterator[None]:
-    """Keep the evidence where a base has no action for what a dataset shows, before there is a loop to do so."""
+def evidence_kept(folder: Path, name: str) -> Iterator[None]:
+    """Keep the evidence where a base has no action before there is a loop to do so: for what a dataset shows (`data`),
+    or for the first observations of step `name`."""
     try:
         yield
     except BadBaseAction as error:
         try:
-            ending = f"What it was asked: {keep_evidence(error, folder, 'data')}"
+            step = f"Step {int(name):,}; what" if name.isdecimal() else "What"
+            ending = f"{step} it was asked: {keep_evidence(error, folder, name)}"
             if not (folder / "config.json").exists():
                 ending += f". The run has not begun: delete {folder}, or choose another --out, once the base is mended"
         except (CtrlrlError, OSError) as another:
@@ -218,7 +220,7 @@ class BundlePolicy(Policy):
 
     def __init__(self, bundle: Bundle, action_space: gym.Space[Any]) -> None:
         super().__init__()
-        self.bundle, self._box = bundle, _box(action_space)
+        self.bundle, self._box = bundle, box_of(action_space)
         self._runtime = bundle.runtime()
         network = bundle.manifest.network
         self._memory, goldens = dict(network.state), bundle.goldens()
@@ -268,7 +270,7 @@ class OnnxPolicy(Policy):
         from ctrlrl.deploy.runtimes import onnx_session
 
         self._session = onnx_session(str(path), path)
-        box, inputs = _box(action_space), self._session.get_inputs()
+        box, inputs = box_of(action_space), self._session.get_inputs()
         self._shape = box.shape
         spaces = observation_space.spaces if isinstance(observation_space, gym.spaces.Dict) else {"": observation_space}
         names = [one.name for one in inputs]
@@ -288,7 +290,7 @@ class OnnxPolicy(Policy):
         if len(outputs) != 1 or not _fits(tuple(outputs[0].shape)[1:], box.shape):
             found = ", ".join(f"{one.name} {tuple(one.shape)[1:]}" for one in outputs)
             differences.append(f"action: it gives {found}, the environment takes {box.shape}")
-        _require_same(str(path), differences, [])
+        require_same(str(path), differences, [])
         kinds = {"tensor(float)": np.float32, "tensor(double)": np.float64}
         if odd := [one.type for one in inputs if one.type not in kinds]:
             raise UsageError(f"{path} reads {', '.join(odd)}; inputs must be of float or double")
@@ -335,7 +337,7 @@ def _call(source: str, observation_space: gym.Space[Any], action_space: gym.Spac
             f"--base {source} gave a {type(made).__name__}; expected a function of observations, or a policy "
             "(ctrlrl.nn.policy.Policy)"
         )
-    _box(action_space)
+    box_of(action_space)
     return CallablePolicy(made)
 
 
@@ -353,15 +355,15 @@ def _open_run(
     _, config = read_config(folder)
     environment = read_provenance(folder)["environment"]
     spaces = environment["spaces"]
-    differences = _of_spaces(build_space(spaces["observation"]), observation_space, bounds=False)
-    actions = _of_spaces(build_space(spaces["action"]), action_space, bounds=True)
-    if task is not None and is_robot_task(config.env) and not differences:
-        theirs = make_robot_task(config.env, config.env_kwargs)
-        differences = _of_terms(_terms(theirs), _terms(task))
-        actions += _of_joints(theirs.action.names, task.action.names)
-        if theirs.action.effect != task.action.effect:
-            actions.append(f"action: for the base it is {theirs.action.effect}, here {task.action.effect}")
-    _require_same(str(path), differences, actions + _of_periods(environment.get("control_dt"), control_dt))
+    require_run_fits(
+        str(path),
+        (build_space(spaces["observation"]), build_space(spaces["action"])),
+        make_robot_task(config.env, config.env_kwargs) if is_robot_task(config.env) else None,
+        environment.get("control_dt"),
+        own_spaces=(observation_space, action_space),
+        own_task=task,
+        own_dt=control_dt,
+    )
     inner = kept_base(folder, getattr(config, "base", None))
     if isinstance(inner, str) and _is_code(inner):
         raise UsageError(
@@ -374,103 +376,3 @@ def _open_run(
 def _checkpoint_of(folder: RunFolder) -> Path:
     """The best one, or the last where nothing was evaluated."""
     return folder.find_checkpoint("best" if any(folder.checkpoints.glob("best-*")) else "last")
-
-
-def _of_manifest(
-    manifest: Manifest, observation_space: gym.Space[Any], action_space: gym.Space[Any], task: SimTask | None
-) -> tuple[list[str], list[str]]:
-    """Differences of what a bundle observes and does."""
-    bare = not isinstance(observation_space, gym.spaces.Dict)
-    spaces = {"observation": observation_space} if bare else dict(observation_space.spaces)  # type: ignore[attr-defined]
-    differences = []
-    for entry in manifest.observation:
-        if entry.name not in spaces:
-            differences.append(f"{entry.name}: the environment gives {', '.join(spaces)}")
-        elif entry.shape != spaces[entry.name].shape:
-            gives = spaces[entry.name].shape
-            differences.append(f"{entry.name}: it reads {entry.shape}, the environment gives {gives}")
-        if task is not None and entry.terms and (bare or entry.name == task.policy_group):
-            told = {term.name: (term.size * term.history, term.unit) for term in entry.terms}
-            differences += _of_terms(told, _terms(task))
-    low, high = ([np.nan if b is None else b for b in bounds] for bounds in (manifest.action.low, manifest.action.high))
-    box, actions = _box(action_space), []
-    if manifest.action.shape != box.shape:
-        actions.append(f"action: it gives {manifest.action.shape}, the environment takes {box.shape}")
-    elif low and not (np.allclose(low, box.low.ravel(), 1e-4) and np.allclose(high, box.high.ravel(), 1e-4)):
-        actions.append(
-            f"action: its bounds are {low} to {high}, the environment's {box.low.tolist()} to {box.high.tolist()}"
-        )
-    if task is not None and task.action.effect is not None and manifest.action.joints:
-        effect, given = task.action.effect, manifest.action
-        actions += _of_joints(given.joints, task.action.names)
-        if given.kind != effect.kind:
-            actions.append(f"action: it is {given.kind}, the environment's {effect.kind}")
-        for what, one, other in (("scale", given.scale, effect.scale), ("offset", given.offset, effect.offset or ())):
-            if len(other) and not np.allclose(one, np.asarray(other), 1e-4):
-                actions.append(f"action: its {what} is {list(one)}, the environment's {list(other)}")
-    return differences, actions
-
-
-def _of_periods(theirs: float | None, own: float | None) -> list[str]:
-    if theirs is None or own is None or abs(theirs - own) <= 1e-6:
-        return []
-    return [f"it acts every {theirs:g} s, in the environment every {own:g} s"]
-
-
-def _of_joints(theirs: Sequence[str], own: Sequence[str]) -> list[str]:
-    if list(theirs) == list(own):
-        return []
-    return [f"action: the base moves {', '.join(theirs)}, the environment {', '.join(own)}"]
-
-
-def _terms(task: SimTask) -> dict[str, tuple[int, str]]:
-    """Numbers and unit of each term that a policy observes, in their order."""
-    from ctrlrl.envs.sim import BatchSim
-    from ctrlrl.envs.sim_vector import physics
-
-    env = SimVector(task, BatchSim(physics(task), 1, 1))
-    places = env.groups[task.policy_group].names
-    units = {name: term.measure.unit if term.measure is not None else "" for name, term in task.policy_terms.items()}
-    return {name: (place.stop - place.start, units[name]) for name, place in places.items()}
-
-
-def _of_terms(theirs: dict[str, tuple[int, str]], own: dict[str, tuple[int, str]]) -> list[str]:
-    said = [f"{name}: the environment has no such term" for name in theirs if name not in own]
-    said += [f"{name}: the base does not read it" for name in own if name not in theirs]
-    said += [
-        f"{name}: it reads {theirs[name][0]} {theirs[name][1]}, the environment gives {own[name][0]} {own[name][1]}"
-        for name in theirs
-        if name in own and theirs[name] != own[name]
-    ]
-    if not said and list(theirs) != list(own):
-        said.append(f"the order is {', '.join(theirs)}, and the environment's {', '.join(own)}")
-    return said
-
-
-def _of_spaces(theirs: gym.Space[Any], own: gym.Space[Any], *, bounds: bool) -> list[str]:
-    """Differences, entry by entry."""
-    if alike(theirs, own, bounds=bounds):
-        return []
-    if not isinstance(theirs, gym.spaces.Dict) or not isinstance(own, gym.spaces.Dict):
-        return [f"it has {theirs}, the environment {own}"]
-    said = []
-    for name in dict.fromkeys([*theirs.spaces, *own.spaces]):
-        one, other = theirs.spaces.get(name), own.spaces.get(name)
-        if one is None or other is None:
-            said.append(f"{name}: {'the base does not have it' if one is None else 'the environment does not give it'}")
-        elif not alike(one, other, bounds=bounds):
-            said.append(f"{name}: the base has {one}, the environment {other}")
-    return said
-
-
-def _require_same(path: str, observations: list[str], actions: list[str]) -> None:
-    if observations or actions:
-        what = " and ".join(filter(None, ("observes" * bool(observations), "does" * bool(actions))))
-        listed = "".join(f"\n  {line}" for line in (*observations, *actions))
-        raise UsageError(f"the base {path} {what} something else than this environment:{listed}")
-
-
-def _box(space: gym.Space[Any]) -> gym.spaces.Box:
-    if not isinstance(space, gym.spaces.Box):
-        raise UsageError(f"a base policy is for Box actions; the environment has {space}")
-    return space

@@ -30,7 +30,8 @@ from ctrlrl.deploy.to_onnx import ACTION, BARE, OPSET, as_inputs, to_onnx
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.policy import ActionScaling, Policy, PolicyState
 from ctrlrl.runs.provenance import now
-from ctrlrl.training.export_run import action_of, require_empty, write_bundle
+from ctrlrl.training.export_run import require_empty, write_bundle
+from ctrlrl.training.manifest_parts import action_of
 from ctrlrl.tree import Obs
 
 GOLDENS = 32

@@ -21,7 +21,7 @@ from ctrlrl.deploy.bundle import Bundle, file_entry
 from ctrlrl.deploy.c_source import c_header
 from ctrlrl.deploy.features import READINGS, FeatureBuilder
 from ctrlrl.deploy.lowering import Unsupported, lower
-from ctrlrl.deploy.manifest import Action, Entry, Joint, Manifest, Network, Term
+from ctrlrl.deploy.manifest import Entry, Joint, Manifest, Network, Term
 from ctrlrl.deploy.runtimes import RUNTIMES
 from ctrlrl.deploy.sensors import measured
 from ctrlrl.deploy.tensors import Array, write_tensors
@@ -29,7 +29,6 @@ from ctrlrl.deploy.to_onnx import ACTION, BARE, OPSET, Exported, as_inputs, to_o
 from ctrlrl.envs.sim import BatchSim
 from ctrlrl.envs.sim_vector import SimVector, physics
 from ctrlrl.envs.spaces import build_space
-from ctrlrl.envs.spec import Obs as ObsTerm
 from ctrlrl.envs.spec import SimTask
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.envs.world import index_of
@@ -43,6 +42,7 @@ from ctrlrl.runs.record import Evaluation, load_run
 from ctrlrl.training.base_policy import BaseLike
 from ctrlrl.training.evaluation import evaluation_seeds
 from ctrlrl.training.loading import load, own_environment
+from ctrlrl.training.manifest_parts import action_of, finite, terms_of
 from ctrlrl.training.setup import EnvLike, make, on_cpu, read_config, read_provenance, step_of
 from ctrlrl.tree import Obs
 
@@ -210,76 +210,9 @@ def _entries(space: gym.Space[Any], exported: Exported, task: SimTask | None) ->
             group = next(iter(task.observations.values()))
         terms: tuple[Term, ...] = ()
         if group is not None and task is not None and all(term.measure is not None for term in group.values()):
-            terms = _terms(task, group)
+            terms = terms_of(task, group)
         entries.append(Entry(name=name, shape=shape, dtype=kind, terms=terms))  # type: ignore[arg-type]
     return tuple(entries)
-
-
-def _terms(task: SimTask, group: Mapping[str, ObsTerm]) -> tuple[Term, ...]:
-    env = SimVector(task, BatchSim(physics(task), 1, 1))  # which finds out how long each term is
-    places = next(own.names for own in env.groups.values() if own.names.keys() == group.keys())
-    terms = []
-    for name, term in group.items():
-        m, size = term.measure, (places[name].stop - places[name].start) // term.history
-        assert m is not None
-        terms.append(
-            Term(
-                name=name,
-                size=size,
-                measure=m.what,
-                unit=m.unit,
-                frame=m.frame,  # type: ignore[arg-type]
-                joints=tuple(m.joints),
-                offset=tuple(map(float, m.offset)),
-                frequency=m.frequency,
-                resolution=m.resolution,
-                select=tuple(m.select),
-                history=term.history,
-                delay=term.delay,
-                noise=term.noise,
-            )
-        )
-    return tuple(terms)
-
-
-def action_of(space: gym.Space[Any], task: SimTask | None) -> Action:
-    """What an action of `space` is, and does in `task`."""
-    if not isinstance(space, gym.spaces.Box):
-        shape = tuple(space.shape or ())
-        if isinstance(space, gym.spaces.Discrete):
-            first, last = float(space.start), float(space.start + space.n - 1)
-            return Action(kind="choice", shape=shape, low=(first,), high=(last,))
-        assert isinstance(space, gym.spaces.MultiDiscrete)
-        lows = [float(n) for n in space.start.ravel()]
-        highs = [float(n) for n in (space.start + space.nvec - 1).ravel()]
-        return Action(kind="choice", shape=shape, low=tuple(lows), high=tuple(highs))
-    low, high = (tuple(_finite(bound) for bound in part.ravel()) for part in (space.low, space.high))
-    effect = None if task is None else task.action.effect
-    if task is None or effect is None:
-        return Action(kind="box", shape=tuple(space.shape), low=low, high=high)
-    count = len(task.action.names)
-    return Action(
-        kind=effect.kind,
-        shape=tuple(space.shape),
-        joints=tuple(task.action.names),
-        unit=effect.unit,
-        low=low,
-        high=high,
-        scale=tuple(map(float, effect.scale)),
-        offset=tuple(map(float, effect.offset or [0.0] * count)),
-        lead=tuple(map(float, effect.lead)),
-        delay=task.action.delay,
-        smoothing=_smoothing(task),
-    )
-
-
-def _smoothing(task: SimTask) -> tuple[float, ...]:
-    """Time constants of the filters before the motors, as they were simulated."""
-    model = physics(task)
-    motors = [model.actuator(name).id for name in task.action.names] if task.robot is not None else []
-    filters = (mujoco.mjtDyn.mjDYN_FILTER, mujoco.mjtDyn.mjDYN_FILTEREXACT)
-    seconds = [model.actuator_dynprm[i, 0] if model.actuator_dyntype[i] in filters else 0.0 for i in motors]
-    return tuple(map(float, seconds)) if any(seconds) else ()
 
 
 def _carried(task: SimTask | None) -> bool:
@@ -308,8 +241,8 @@ def _joints(task: SimTask) -> tuple[Joint, ...]:
             Joint(
                 name=name,
                 unit=joint.unit,
-                lower=_finite(joint.lower),
-                upper=_finite(joint.upper),
+                lower=finite(joint.lower),
+                upper=finite(joint.upper),
                 default=default,
                 kp=joint.kp,
                 kd=joint.kd,
@@ -318,10 +251,6 @@ def _joints(task: SimTask) -> tuple[Joint, ...]:
             )
         )
     return tuple(joints)
-
-
-def _finite(number: float) -> float | None:
-    return float(number) if math.isfinite(number) else None
 
 
 # --- goldens ----------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ctrlrl.runs.provenance import (
     differences,
     now,
 )
-from ctrlrl.training.base_policy import BaseLike, evidence_of_data, keep_base, kept_base
+from ctrlrl.training.base_policy import BaseLike, evidence_kept, keep_base, kept_base
 from ctrlrl.training.base_session import Session
 from ctrlrl.training.callbacks import Callback
 from ctrlrl.training.loading import Run
@@ -99,11 +99,12 @@ def train(
     config = replace(config, out=str(out))
     require_vacant(out)
 
-    with evidence_of_data(out):
+    with evidence_kept(out, "data"):
         session = _session_class(algo)(algo, config, env, eval_env, network, encoder, base=base, quiet=quiet)
     try:
         asked, config = config, session.config
-        session.begin(callbacks)
+        with evidence_kept(out, f"{0:012d}"):
+            session.begin(callbacks)
         require_space(out, session.disk_needed())
         folder = RunFolder.create(out)
         with folder.locked():
@@ -189,7 +190,7 @@ def resume(
 
         source = env if env is not None else config.env or None
         made = {"base": base if base is not None else kept_base(folder, getattr(config, "base", None))}
-        with evidence_of_data(folder.path):
+        with evidence_kept(folder.path, "data"):
             session = _session_class(algo)(
                 algo, config, source, eval_env, network, encoder, **made, quiet=quiet, resumed=True
             )
@@ -200,7 +201,8 @@ def resume(
             machine = describe_machine(session.device, session.threads) | {"git": describe_source()}
             changed = differences(provenance, machine)
             notes = [f"the last bits may differ from an uninterrupted run: {', '.join(changed)}"] if changed else []
-            notes += session.restore(folder, state, callbacks)
+            with evidence_kept(folder.path, f"{done:012d}"):
+                notes += session.restore(folder, state, callbacks)
             # Everything has been read back: only now is anything changed.
             folder.forget_after(path, state["best"]["checkpoint"] if state["best"] else None)
             entry = {"started": now(), "from_step": done, "command": command_line(), "notes": notes}
