@@ -654,6 +654,66 @@ def test_an_onnx_file_and_a_function_are_bases(tmp_path: Path) -> None:
     assert torch.equal(open_base("tests.test_residual:make_still", space, TORQUE).act(obs)[0], torch.zeros(5, 1))
 
 
+@pytest.mark.parametrize("kind", ["onnx", "onnx of doubles", "bundle", "controller"])
+def test_what_builds_on_any_of_these_is_exported_as_one(
+    kind: str, base_run: tuple[Path, Dataset], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from ctrlrl.deploy.actor import Actor
+    from ctrlrl.training.export_run import export_run
+
+    base: Any = tmp_path / "bundle"
+    if kind == "bundle":  # of a policy with a memory
+        export_run(base_run[0], base)
+    elif kind == "controller":
+        base = PID(0.5, 0.4, 0.1, 0.05, TORQUE, columns=(2,))
+    else:
+        layers, base = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1), nn.Tanh()).eval(), tmp_path / "a.onnx"
+        given, opset = torch.zeros(1, 3), 18  # not the one of bundles
+        if kind == "onnx of doubles":
+            layers, given, opset = layers.double(), given.double(), 20
+        torch.onnx.export(layers, (given,), str(base), dynamo=True, verbose=False, opset_version=opset)
+    agent = SMALL["agent"] | {"critic_only": 0, "actor_lr": 1e-2}
+    how = SMALL | {"steps": 60, "eval_every": 0, "preset": False, "learning_starts": 20, "agent": agent}
+    run = ctrlrl.train("resfit", "Pendulum-v1", base=base, out=str(tmp_path / "run"), **how)
+    again = {"base": base} if isinstance(base, Policy) else {}
+    if kind != "controller":  # the run has its own
+        shutil.rmtree(base) if base.is_dir() else base.unlink()
+    bundle = export_run(run.path, tmp_path / "whole", checkpoint="last", **again)
+    assert bundle.manifest.network.runtimes == ("onnx", "numpy", "c")  # each of which gave the goldens
+    policy = ctrlrl.load(run.path, checkpoint="last", **again).policy
+    actor, state, corrected = Actor(bundle), policy.initial_state(1), False
+    for _ in range(7):
+        obs = torch.randn(1, 3)
+        action, state, extras = policy.act(obs, state)
+        corrected |= not torch.equal(action, 2 * extras[BASE])
+        np.testing.assert_allclose(actor.act({"observation": obs[0].numpy()}), action[0].numpy(), atol=1e-4)
+    assert corrected
+
+
+def test_a_model_that_cannot_be_put_into_another_is_refused(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    from ctrlrl.deploy.graft import StoredModel, _converted
+
+    node = onnx.helper.make_node("Odd", ["x"], ["y"], domain="elsewhere")
+    x, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy")
+    opsets = [onnx.helper.make_opsetid("", 20), onnx.helper.make_opsetid("elsewhere", 1)]
+    odd = onnx.helper.make_model(onnx.helper.make_graph([node], "odd", [x], [y]), opset_imports=opsets)
+
+    class Stored(StoredModel):
+        source = "odd.onnx"
+
+        def model(self) -> Any:
+            return odd
+
+        def act(self, *how: Any, **more: Any) -> Any:
+            raise NotImplementedError
+
+    with pytest.raises(UsageError, match=r"odd.onnx has operations of elsewhere: it cannot be exported"):
+        _converted(Stored(), {"": 20})
+
+
 def make_still(observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Any:
     return lambda obs: np.zeros((len(obs), 1))
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ctrlrl.deploy.graft import StoredModel, graft
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.policy import Policy
 from ctrlrl.tree import Obs, map_obs
@@ -104,12 +105,15 @@ def to_onnx(policy: Policy, obs: Obs) -> Exported:
 
 def _export(policy: Policy, obs: Obs, observed: tuple[str, ...], state: Mapping[str, Tensor]) -> onnx.ModelProto:
     acts = _Acts(policy, obs, observed, tuple(state)).eval()
+    stored = {str(i): module for i, module in enumerate(policy.modules()) if isinstance(module, StoredModel)}
+    for place, module in stored.items():
+        module.place = place
     given = [obs[name] if isinstance(obs, dict) else obs for name in observed]
     try:
         with _quiet():
             program: Any = torch.onnx.export(
                 acts,
-                (*given, *state.values()),
+                (*given, *(value.clone() for value in state.values())),  # one tensor twice would be one input
                 input_names=[*observed, *(f"state.{name}" for name in state)],
                 output_names=[ACTION, *(f"next.{name}" for name in state)],
                 dynamo=True,
@@ -121,6 +125,8 @@ def _export(policy: Policy, obs: Obs, observed: tuple[str, ...], state: Mapping[
         why = str(error.__cause__ or error).strip().splitlines()
         raise UsageError(f"torch cannot export this policy: {why[0] if why else type(error).__name__}") from error
     model: onnx.ModelProto = program.model_proto
+    if stored:
+        graft(model, stored)
     return _stripped(model)
 
 

@@ -295,11 +295,9 @@ class LinearFeedback(Policy):
         columns: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
-        self.group, self.columns, self.scaling = (
-            group,
-            list(columns) if columns is not None else None,
-            ActionScaling(space),
-        )
+        self.group, self.scaling = group, ActionScaling(space)
+        self.columns: Tensor | None  # a tensor: runtimes of bundles know index_select, and no other indexing
+        self.register_buffer("columns", None if columns is None else torch.tensor(columns), persistent=False)
         self.gain = nn.Parameter(torch.as_tensor(gain, dtype=torch.float32), requires_grad=False)
         self.target = nn.Parameter(torch.as_tensor(target, dtype=torch.float32), requires_grad=False)
         self.offset = nn.Parameter(torch.as_tensor(offset, dtype=torch.float32), requires_grad=False)
@@ -310,7 +308,7 @@ class LinearFeedback(Policy):
             if self.group is None and len(obs) > 1:
                 raise UsageError(f"which of {', '.join(obs)} is the state? group=... says it")
             obs = obs[self.group] if self.group is not None else next(iter(obs.values()))
-        return obs.float() if self.columns is None else obs[:, self.columns].float()
+        return obs.float() if self.columns is None else obs.index_select(1, self.columns).float()
 
     def act(
         self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False

@@ -7,7 +7,7 @@ import importlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -15,21 +15,20 @@ import torch
 from torch import Tensor
 
 from ctrlrl.data.store import Dataset
+from ctrlrl.deploy.bundle import Bundle
 from ctrlrl.envs.sim_vector import SimVector
 from ctrlrl.envs.spaces import build_space
 from ctrlrl.envs.spec import SimTask
 from ctrlrl.envs.tasks.registry import is_robot_task, make_robot_task
 from ctrlrl.envs.vector import VectorEnv
 from ctrlrl.errors import BadBaseAction, CtrlrlError, UsageError
-from ctrlrl.nn.policy import Policy, PolicyState
+from ctrlrl.nn.policy import Policy
 from ctrlrl.nn.residual import Base, CallablePolicy
 from ctrlrl.runs.checkpoint import save_checkpoint
 from ctrlrl.runs.folder import RunFolder
-from ctrlrl.training.base_fit import box_of, require_bundle_fits, require_run_fits, require_same
-from ctrlrl.tree import Obs, obs_items
-
-if TYPE_CHECKING:
-    from ctrlrl.deploy.bundle import Bundle
+from ctrlrl.training.base_fit import box_of, require_bundle_fits, require_run_fits
+from ctrlrl.training.base_onnx import BundlePolicy, OnnxPolicy
+from ctrlrl.tree import Obs
 
 BaseLike = str | Path | Policy | Callable[[Obs], Any]
 """A run's folder, a bundle's, an ONNX file, MODULE:FUNCTION, a policy, or a function of observations."""
@@ -64,8 +63,6 @@ def open_base(
         return CallablePolicy(source)
     path = Path(source)
     if (path / "manifest.json").is_file():
-        from ctrlrl.deploy.bundle import Bundle
-
         bundle, own = Bundle.open(path), (observation_space, action_space)
         require_bundle_fits(str(path), bundle.manifest, own_spaces=own, own_task=task, own_dt=control_dt)
         return BundlePolicy(bundle, action_space)
@@ -209,114 +206,6 @@ def _observations(dataset: Dataset, rows: np.ndarray[Any, Any], device: torch.de
 
     own = dataset.observation
     return {name: one(column) for name, column in own.items()} if isinstance(own, dict) else one(own)
-
-
-class BundlePolicy(Policy):
-    """The network of a bundle, run row by row in NumPy: bundles are for one robot.
-
-    Attributes:
-        bundle: it.
-    """
-
-    def __init__(self, bundle: Bundle, action_space: gym.Space[Any]) -> None:
-        super().__init__()
-        self.bundle, self._box = bundle, box_of(action_space)
-        self._runtime = bundle.runtime()
-        network = bundle.manifest.network
-        self._memory, goldens = dict(network.state), bundle.goldens()
-        for name in self._memory:
-            blank = torch.zeros_like(torch.from_numpy(goldens[f"network/input/{name}"][:1]))
-            self.register_buffer(_plain(name), blank, persistent=False)
-
-    def initial_state(self, n: int) -> PolicyState:
-        blank = {name: self.get_buffer(_plain(name)) for name in self._memory}
-        return {name: value.repeat(n, *[1] * (value.dim() - 1)) for name, value in blank.items()}
-
-    def act(
-        self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
-    ) -> tuple[Tensor, PolicyState, dict[str, Tensor]]:
-        device = obs_items(obs)[0][1].device
-        entries = self.bundle.manifest.observation
-        given = {e.name: (obs[e.name] if isinstance(obs, dict) else obs).cpu().numpy().astype(e.dtype) for e in entries}
-        n = len(next(iter(given.values())))
-        state = state or self.initial_state(n)
-        given |= {name: value.cpu().numpy() for name, value in state.items()}
-        rows = []
-        for i in range(n):
-            out = self._runtime.run({name: value[i : i + 1] for name, value in given.items()})
-            rows.append({name: np.array(out[name]) for name in ("action", *self._memory.values())})
-        after = {
-            name: torch.from_numpy(np.concatenate([row[out] for row in rows])).to(device)
-            for name, out in self._memory.items()
-        }
-        action = torch.from_numpy(np.concatenate([row["action"] for row in rows])).float().to(device)
-        return action.view(n, *self._box.shape), after, {}
-
-
-def _plain(name: str) -> str:
-    return name.replace(".", "_")
-
-
-class OnnxPolicy(Policy):
-    """An ONNX file with one input for each entry of the observation, named as it (any name, where there is one alone),
-    and one output, actions in the environment's units.
-
-    Raises:
-        UsageError: onnxruntime is missing or cannot read it, or its inputs and output are others; names both sides.
-    """
-
-    def __init__(self, path: Path, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
-        super().__init__()
-        from ctrlrl.deploy.runtimes import onnx_session
-
-        self._session = onnx_session(str(path), path)
-        box, inputs = box_of(action_space), self._session.get_inputs()
-        self._shape = box.shape
-        spaces = observation_space.spaces if isinstance(observation_space, gym.spaces.Dict) else {"": observation_space}
-        names = [one.name for one in inputs]
-        if len(inputs) == len(spaces) == 1:
-            self._names = {names[0]: next(iter(spaces))}
-        elif set(names) <= set(spaces):
-            self._names = {name: name for name in names}
-        else:
-            raise UsageError(f"{path} reads {', '.join(names)}; the environment gives {', '.join(spaces)}")
-        told = {one.name: tuple(one.shape) for one in inputs}
-        differences = [
-            f"{name}: it reads {told[name][1:]}, the environment gives {spaces[entry].shape}"
-            for name, entry in self._names.items()
-            if not _fits(told[name][1:], spaces[entry].shape or ())
-        ]
-        outputs = self._session.get_outputs()
-        if len(outputs) != 1 or not _fits(tuple(outputs[0].shape)[1:], box.shape):
-            found = ", ".join(f"{one.name} {tuple(one.shape)[1:]}" for one in outputs)
-            differences.append(f"action: it gives {found}, the environment takes {box.shape}")
-        require_same(str(path), differences, [])
-        kinds = {"tensor(float)": np.float32, "tensor(double)": np.float64}
-        if odd := [one.type for one in inputs if one.type not in kinds]:
-            raise UsageError(f"{path} reads {', '.join(odd)}; inputs must be of float or double")
-        self._types = {one.name: kinds[one.type] for one in inputs}
-        firsts = {told[name][0] for name in told}
-        self._single = 1 in firsts
-        if fixed := [first for first in firsts if isinstance(first, int) and first != 1]:
-            raise UsageError(f"{path} takes {fixed[0]} rows at a time; it must take one, or any number")
-
-    def act(
-        self, obs: Obs, state: PolicyState | None = None, *, explore: bool = False
-    ) -> tuple[Tensor, PolicyState, dict[str, Tensor]]:
-        first = obs_items(obs)[0][1]
-        given = {}
-        for name, entry in self._names.items():
-            value = (obs[entry] if isinstance(obs, dict) else obs).cpu().numpy()
-            given[name] = value.astype(self._types[name])
-        rows = [slice(i, i + 1) for i in range(len(first))] if self._single else [slice(None)]
-        parts = [self._session.run(None, {name: value[row] for name, value in given.items()})[0] for row in rows]
-        action = torch.from_numpy(np.concatenate(parts)).float().to(first.device)
-        return action.view(len(first), *self._shape), state or {}, {}
-
-
-def _fits(told: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
-    """Whether a shape, in which what is no number is left open, is `shape`."""
-    return len(told) == len(shape) and all(not isinstance(a, int) or a == b for a, b in zip(told, shape, strict=True))
 
 
 def _call(source: str, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Policy:
