@@ -35,6 +35,32 @@ def make_batch(groups: int = 1, rows: int = B, seed: int = 0) -> Batch:
     return Batch(obs, action, none, none, obs, flag, flag.long(), {}, {}, mask=mask)
 
 
+@pytest.mark.parametrize("policy", ["deterministic", "mixture", "flow"])
+@pytest.mark.parametrize("trunk", ["mlp", "transformer"])
+def test_plans_are_made_of_what_a_camera_shows(policy: str, trunk: str) -> None:
+    """A bright picture asks for actions that rise, a dark one for such that fall; the numbers beside it say nothing."""
+    space = gym.spaces.Dict({"camera": gym.spaces.Box(0, 255, (3, 24, 24), np.uint8), "joints": OBS})
+    numbers: dict[str, Any] = {"chunk": H, "hidden": (32,), "policy": policy, "trunk": trunk, "lr": 3e-3}
+    own = BC(space, ACT, BCConfig(**numbers, random_shift=2), seed=1)
+    rows = 32
+    bright = torch.arange(rows) % 2 == 0
+    rising = torch.linspace(-1.5, 1.5, H)[None, :, None].expand(rows, H, A)
+    obs = {
+        "camera": torch.where(bright[:, None, None, None], 220, 30).to(torch.uint8).expand(rows, 3, 24, 24)[None],
+        "joints": torch.zeros(1, rows, 5),
+    }
+    action = torch.where(bright[:, None, None], rising, -rising)[None]
+    none, flag = torch.zeros(1, rows), torch.zeros(1, rows, dtype=torch.bool)
+    mask = torch.ones(1, rows, H, dtype=torch.bool)
+    for _ in range(300 if policy == "flow" else 100):
+        own.update(Batch(obs, action, none, none, obs, flag, flag.long(), {}, {}, mask=mask))
+    assert isinstance(own.policy, ChunkPolicy)
+    here, state = {name: value[0] for name, value in obs.items()}, own.policy.initial_state(rows)
+    for t in range(H):  # all of one plan
+        done, state, _ = own.policy.act(here, state)
+        assert float((done - action[0, :, t]).abs().mean()) < 0.35, t
+
+
 @pytest.mark.parametrize("trunk", ["mlp", "transformer"])
 def test_what_each_head_loses(trunk: str) -> None:
     batch = make_batch()[0]
