@@ -101,7 +101,7 @@ def terms_apart(theirs: Sequence[Term], own: Sequence[Term]) -> list[tuple[str, 
     there, here = {term.name: term for term in theirs}, {term.name: term for term in own}
     apart = [(name, "the environment has no such term") for name in there if name not in here]
     apart += [(name, "the base does not read it") for name in here if name not in there]
-    for name in there.keys() & here.keys():
+    for name in (name for name in there if name in here):
         one, other = there[name], here[name]
         if (one.size, one.unit, one.history) != (other.size, other.unit, other.history):
             apart.append((name, f"it reads {_numbers(one)}, the environment gives {_numbers(other)}"))
