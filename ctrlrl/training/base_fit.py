@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import numpy as np
 
+from ctrlrl.deploy.to_onnx import BARE
 from ctrlrl.envs.spec import SimTask
 from ctrlrl.errors import UsageError
 from ctrlrl.training.manifest_parts import action_of, terms_of
@@ -15,9 +16,6 @@ from ctrlrl.training.spaces import alike
 
 if TYPE_CHECKING:
     from ctrlrl.deploy.manifest import Action, Manifest, Term
-
-OBSERVATION = "observation"
-"""What observations without names are called."""
 
 
 def require_run_fits(
@@ -67,7 +65,7 @@ def require_bundle_fits(
     """
     observation_space, action_space = own_spaces
     named = isinstance(observation_space, gym.spaces.Dict)
-    spaces = dict(observation_space.spaces) if named else {OBSERVATION: observation_space}  # type: ignore[attr-defined]
+    spaces = dict(observation_space.spaces) if named else {BARE: observation_space}  # type: ignore[attr-defined]
     observations = []
     for entry in manifest.observation:
         terms = []
@@ -113,7 +111,7 @@ def terms_apart(theirs: Sequence[Term], own: Sequence[Term]) -> list[tuple[str, 
         if not _near(one.offset, other.offset):
             apart.append((name, f"its offset is {list(one.offset)}, the environment's {list(other.offset)}"))
     if not apart and list(there) != list(here):
-        apart.append((OBSERVATION, f"the order is {', '.join(there)}, and the environment's {', '.join(here)}"))
+        apart.append((BARE, f"the order is {', '.join(there)}, and the environment's {', '.join(here)}"))
     return apart
 
 

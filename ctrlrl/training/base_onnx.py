@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ctrlrl.deploy.bundle import Bundle
 from ctrlrl.deploy.graft import StoredModel
+from ctrlrl.deploy.runtimes import onnx_session
 from ctrlrl.errors import UsageError
 from ctrlrl.nn.policy import PolicyState
 from ctrlrl.training.base_fit import box_of, require_same
@@ -100,8 +101,6 @@ class OnnxPolicy(StoredModel):
 
     def __init__(self, path: Path, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> None:
         super().__init__()
-        from ctrlrl.deploy.runtimes import onnx_session
-
         self._session, self._path = onnx_session(str(path), path), path
         box, inputs = box_of(action_space), self._session.get_inputs()
         self._shape = box.shape
