@@ -161,9 +161,10 @@ class LanguageConfig(Config):
     arXiv:2401.14151)."""
     temperature: float = 1.0
     """By which the model's logits are divided, where it acts and where it learns."""
-    critic: Literal["separate", "shared", "frozen"] = "separate"
-    """What critics read: a copy of the model, trained by their loss; the policy's own features, of which they train
-    nothing; or those without the adapter."""
+    critic: Literal["separate", "small", "shared", "joint", "frozen"] = "separate"
+    """What critics read: a copy of the model, trained by their loss; a small encoder of their own, of two layers of
+    critic_hidden units; the policy's own features, of which they train nothing, or, of PPO alone, which train the
+    policy's model too (joint); or those without the adapter."""
     critic_hidden: int = 128
     """Units of the hidden layer between these features and a value."""
     lora_rank: int = 0
@@ -205,7 +206,9 @@ class LanguageConfig(Config):
         for name in ("prompt_tokens", "goal_tokens", "candidate_tokens", "max_candidates"):
             self.require(name, 1 <= getattr(self, name) <= 100_000, "between 1 and 100,000")
         fits = self.critic != "frozen" or self.lora_rank > 0 or self.model is None
-        self.require("critic", fits, "separate or shared without an adapter (lora_rank), which frozen goes without")
+        self.require("critic", fits, "another one without an adapter (lora_rank), which frozen goes without")
+        whole = self.critic != "small" or self.critic_hidden % 8 == 0
+        self.require("critic_hidden", whole, "a multiple of 8 with critic small: units of its encoder's 4 heads")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -350,7 +350,7 @@ def ppo(config: LanguageConfig = SMALL, **settings: Any) -> PPO:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("critic", ["separate", "shared"])
+@pytest.mark.parametrize("critic", ["separate", "small", "shared", "joint"])
 def test_the_first_ratio_is_one(temperature: float, critic: str) -> None:
     """Dropout, a temperature of acting alone, other padding in another batch, or a stale cache would move it."""
     config = LanguageConfig(**{**SMALL.to_dict(), "temperature": temperature, "critic": critic})
@@ -376,20 +376,62 @@ def test_the_first_ratio_is_one(temperature: float, critic: str) -> None:
     assert steps == 4 and float(metrics["kl"]) >= 0 and bool(torch.isfinite(torch.stack(list(metrics.values()))).all())
 
 
-def test_what_is_shared_is_not_trained_by_critics_and_what_is_separate_is() -> None:
-    for critic in ("separate", "shared"):
-        config = LanguageConfig(**{**SMALL.to_dict(), "critic": critic})
-        env = echo(config=config)
-        agent = SACDiscrete(
-            env.observation_space, env.action_space, SACDiscreteConfig(), seed=1, network=tiny(config=config)
-        )
-        own = {id(p) for p in agent.policy.parameters()}
-        assert not own & {id(p) for p in agent.critics.parameters()}
-        size = sum(p.numel() for p in agent.critics.parameters())
-        assert (size > sum(p.numel() for p in agent.policy.parameters())) == (critic == "separate")
-        assert {id(p) for p in agent.target_critics.parameters()}.isdisjoint(
-            {id(p) for p in agent.critics.parameters()}
-        )
+@pytest.mark.parametrize("critic", ["separate", "small", "shared"])
+def test_critics_train_what_is_their_own_alone(critic: str) -> None:
+    config = LanguageConfig(**{**SMALL.to_dict(), "critic": critic})
+    env = echo(config=config)
+    agent = SACDiscrete(
+        env.observation_space, env.action_space, SACDiscreteConfig(), seed=1, network=tiny(config=config)
+    )
+    own, theirs = list(agent.policy.parameters()), list(agent.critics.parameters())
+    assert {id(p) for p in own}.isdisjoint(map(id, theirs))
+    assert {id(p) for p in agent.target_critics.parameters()}.isdisjoint(map(id, theirs))
+    heads = sum(p.numel() for name, p in agent.critics.named_parameters() if ".heads." in name)
+    assert (sum(p.numel() for p in theirs) == heads) == (critic == "shared")
+    agent.value(agent.critics, env.reset(0)).square().mean().backward()
+    assert all(p.grad is None for p in own)
+    assert sum(float(p.grad.abs().sum()) for p in theirs if p.grad is not None) > 0
+    words = [p for name, p in agent.critics.named_parameters() if name.endswith("embed_tokens.weight")]
+    assert bool(words) == (critic != "shared") and all(bool((p.grad != 0).any()) for p in words)  # through all layers
+
+
+@pytest.mark.parametrize("critic", ["joint", "shared"])
+def test_the_loss_of_ppos_critic_trains_the_policys_model_where_it_is_joint(critic: str) -> None:
+    """As GLAM's does."""
+    config = LanguageConfig(**{**SMALL.to_dict(), "critic": critic})
+    agent = ppo(config)
+    assert agent.critic is not None
+    assert {id(p) for p in agent.policy.parameters()}.isdisjoint(map(id, agent.critic.parameters()))
+    agent.critic(echo(config=config).reset(0)).square().mean().backward()
+    read = [p for name, p in agent.policy.named_parameters() if "lm_head" not in name]
+    trained = [p.grad is not None and bool((p.grad != 0).any()) for p in read]
+    assert all(trained) if critic == "joint" else not any(trained)
+
+
+def test_critics_that_have_an_optimizer_of_their_own_cannot_be_joint() -> None:
+    config = LanguageConfig(**{**SMALL.to_dict(), "critic": "joint"})
+    env = echo(config=config)
+    for agent in (SACDiscrete, IQLDiscrete):
+        with pytest.raises(UsageError, match=r"language\.critic joint is for ppo.*separate, small, shared or frozen"):
+            agent(env.observation_space, env.action_space, network=tiny(config=config))
+
+
+def test_a_small_encoder_is_smaller_than_the_model_and_reads_every_token() -> None:
+    config = LanguageConfig(**{**SMALL.to_dict(), "critic": "small", "critic_hidden": 16})
+    network = tiny(hidden=64, config=config)
+    critics = network.critics(2, 1, candidates=True)
+    assert sum(p.numel() for p in critics.parameters()) < sum(p.numel() for p in network.model.parameters()) / 3
+    obs = echo(config=config).reset(0)
+    assert isinstance(obs, dict)
+    ids, candidates = network.encoder(echo(config=config).observation_space)(obs), obs["candidates"]
+    values = critics(ids, candidates, None)
+    for column in range(ids.shape[1]):
+        other = ids.clone()
+        other[:, column] = torch.where(ids[:, column] >= 0, (ids[:, column] + 1) % network.model.vocabulary, -1)
+        moved = (critics(other, candidates, None) != values)[0, :, 0]  # (B,)
+        assert torch.equal(moved, ids[:, column] >= 0)
+    with pytest.raises(UsageError, match=r"language\.critic_hidden.*multiple of 8"):
+        LanguageConfig(critic="small", critic_hidden=12)
 
 
 def play(policy: Any, explore: bool = False, n: int = 64) -> float:

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from ctrlrl.config import LanguageConfig
 from ctrlrl.errors import UsageError
-from ctrlrl.language.model import LanguageModel
+from ctrlrl.language.model import LanguageModel, tiny_llama
 from ctrlrl.language.prefixes import Prefixes
 from ctrlrl.nn.encoder import Encoder
 from ctrlrl.nn.mlp import Backbone, CandidateNetwork, EnsembleMLP, TokenNetwork, TokenValues
 from ctrlrl.nn.recall import Recalling
 from ctrlrl.tree import Obs
+
+_LAYERS, _HEADS = 2, 4
+"""Of a small encoder."""
 
 
 class Tokens(Encoder):
@@ -134,12 +137,17 @@ class PromptValues(TokenValues):
 
 
 class Reader(nn.Module):
-    """The features that critics read: of a model of their own, or of the policy's, which they do not train."""
+    """The features that critics read: of a model of their own, or of the policy's."""
 
     def __init__(self, model: LanguageModel, config: LanguageConfig) -> None:
         super().__init__()
-        self.hidden_size, self._kind = model.hidden_size, config.critic
-        self.own = copy.deepcopy(model) if config.critic == "separate" else None
+        self._kind = config.critic
+        self.own: LanguageModel | None = None
+        if self._kind == "separate":
+            self.own = copy.deepcopy(model)
+        elif self._kind == "small":
+            self.own = LanguageModel(tiny_llama(model.vocabulary, config.critic_hidden, _LAYERS, _HEADS, model.longest))
+        self.hidden_size = (self.own or model).hidden_size
         self._policys = [model]  # in a list: it belongs to the policy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Reader:
@@ -170,8 +178,9 @@ class Reader(nn.Module):
             yield self.own
             return
         model = self._policys[0]
-        with torch.no_grad(), model.plain() if self._kind == "frozen" else contextlib.nullcontext():
-            yield model
+        with torch.set_grad_enabled(self._kind == "joint" and torch.is_grad_enabled()):
+            with model.plain() if self._kind == "frozen" else contextlib.nullcontext():
+                yield model
 
 
 class LanguageBackbone(Backbone):
@@ -194,6 +203,11 @@ class LanguageBackbone(Backbone):
         return LanguagePolicy(self.model, self.config, self.starts_word, self.end)
 
     def critics(self, members: int, outputs: int, *, candidates: bool) -> nn.Module:
+        if self.config.critic == "joint":
+            raise UsageError(
+                "language.critic joint is for ppo, whose one loss trains policy and critic: choose separate, small, "
+                "shared or frozen"
+            )
         reader = Reader(self.model, self.config)
         if candidates:
             return CandidateValues(reader, members, self.config.critic_hidden)

@@ -19,7 +19,7 @@ import torch
 from ctrlrl.config import LanguageConfig
 from ctrlrl.envs.text.base import TextEnv
 from ctrlrl.errors import UsageError
-from ctrlrl.language.model import LanguageModel, require_transformers
+from ctrlrl.language.model import LanguageModel, tiny_llama
 from ctrlrl.language.prompts import Prompts
 from ctrlrl.language.tiny_config import TinyConfig
 
@@ -51,7 +51,6 @@ def make_lm(
     Raises:
         UsageError: the folder holds something, or the task has no demonstrator.
     """
-    transformers = require_transformers()
     c, settings = config or TinyConfig(), language or LanguageConfig()
     if settings.chat:
         raise UsageError("a tiny model knows no conversation: leave language.chat out")
@@ -68,20 +67,14 @@ def make_lm(
     say(f"{len(turns):,} turns of {c.episodes} demonstrations, {len(tokenizer)} words")
 
     torch.manual_seed(c.seed)
-    causal = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=c.hidden,
-            intermediate_size=2 * c.hidden,
-            num_hidden_layers=c.layers,
-            num_attention_heads=c.heads,
-            num_key_value_heads=c.heads,
-            max_position_embeddings=c.context,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    causal = tiny_llama(
+        len(tokenizer),
+        c.hidden,
+        c.layers,
+        c.heads,
+        c.context,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     figures = imitate(LanguageModel(causal), tokenizer, turns, c, settings, say)
     path.mkdir(parents=True, exist_ok=True)

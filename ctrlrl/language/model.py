@@ -420,6 +420,23 @@ def load_model(config: LanguageConfig) -> LanguageModel:
     return LanguageModel(adapter.get_base_model(), adapter=adapter)
 
 
+def tiny_llama(vocabulary: int, hidden: int, layers: int, heads: int, context: int, **tokens: int) -> Any:
+    """A Llama of transformers with random weights, by torch's generator; `tokens` as its configuration takes them."""
+    transformers = require_transformers()
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        **{"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, **tokens},
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
 def _with_adapter(causal: Any, config: LanguageConfig) -> Any:
     try:
         import peft
