@@ -170,8 +170,13 @@ class PPO(OnPolicyAgent):
         if self.critic is not None:
             learned.append(self.critic.to(self.device))
             self._keep(critic=self.critic)
-        weights = trained(*learned)
-        self.optimizer = Adam(weights, c.lr if c.lr_schedule == "constant" else self.lr, eps=1e-5)
+        weights, own = trained(*learned), len(trained(self.policy))
+        lr = c.lr if c.lr_schedule == "constant" else self.lr
+        # The policy's, where it is not always that: 0 while the critic alone learns.
+        self._policy_lr = torch.zeros((), device=self.device) if c.critic_only else None
+        lrs = [lr if self._policy_lr is None else self._policy_lr] * own
+        lrs += [lr if c.critic_lr is None else c.critic_lr] * (len(weights) - own)
+        self.optimizer = Adam(weights, lrs, eps=1e-5)
         self._keep(policy=self.policy, optimizer=self.optimizer, returns=self.returns, lr=self.lr)
         if self.reference is not None:
             self._begun = torch.zeros((), dtype=torch.bool, device=self.device)
@@ -331,6 +336,8 @@ class PPO(OnPolicyAgent):
                 little = (kl < c.desired_kl / 2) & (kl > _ROUNDING)  # in the first minibatch nothing has moved yet
                 factor = torch.where(kl > 2 * c.desired_kl, 1 / 1.5, torch.where(little, 1.5, 1.0))
                 self.lr.mul_(factor).clamp_(1e-5, 1e-2)
+            if self._policy_lr is not None:
+                self._policy_lr.copy_(self.lr * (self.optimizer.steps >= c.critic_only))
         self.optimizer.descend(loss, max_norm=c.max_grad_norm)
         return metrics | {"kl": kl, "clipped": clipped_share}
 

@@ -31,6 +31,10 @@ class PPOConfig(Config):
     """Rows per gradient update; a rollout is split into the nearest whole number of minibatches. The paper has 64."""
     lr: float = 3e-4
     """Adam step size of policy and critic."""
+    critic_lr: float | None = None
+    """Another one for the critic: of a language model 10 to 30 times the policy's (TWOSOME, arXiv:2401.14151)."""
+    critic_only: int = 0
+    """First updates in which the critic alone learns, and the policy stays as it is (TWOSOME)."""
     lr_schedule: Literal["constant", "adaptive"] = "constant"
     """adaptive: after each minibatch divided by 1.5 where the policy moved by more than twice desired_kl, multiplied by
     it where it moved by less than half, between 1e-5 and 1e-2 (rsl_rl)."""
@@ -119,6 +123,10 @@ class PPOConfig(Config):
         self.require("lr", 0 < self.lr < 1, "in (0, 1)")
         adaptive = self.lr_schedule == "adaptive"
         self.require("lr", not adaptive or 1e-5 <= self.lr <= 1e-2, "between 1e-5 and 1e-2 where it is adaptive")
+        self.require("critic_lr", self.critic_lr is None or 0 < self.critic_lr < 1, "in (0, 1), or null for lr")
+        self.require("critic_only", self.critic_only >= 0, "at least 0")
+        fits = self.advantage == "gae" or (self.critic_lr is None and not self.critic_only)
+        self.require("advantage", fits, "gae with critic_lr or critic_only: others have no critic")
         self.require("desired_kl", self.desired_kl > 0, "above 0")
         self.require("target_kl", self.target_kl is None or self.target_kl > 0, "above 0, or null for none")
         self.require("clip", 0 < self.clip < 1, "in (0, 1)")

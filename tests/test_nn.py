@@ -41,6 +41,26 @@ def test_adam_equals_torchs_bit_for_bit_and_goes_on_from_its_state():
             optimizer.load_state_dict(state)
 
 
+def test_adam_takes_a_step_size_for_each_parameter_as_torchs_takes_groups():
+    g = torch.Generator().manual_seed(0)
+    ours = [torch.randn(3, generator=g), torch.randn(2, 2, generator=g), torch.randn(4, generator=g)]
+    theirs = [p.clone().requires_grad_() for p in ours]
+    later = torch.tensor(1e-3)
+    optimizer = Adam(ours, [1e-2, 1e-2, later])
+    groups = [{"params": theirs[:2], "lr": 1e-2}, {"params": theirs[2:], "lr": 1e-3}]
+    reference = torch.optim.Adam(groups, fused=True)
+    for i in range(4):
+        gradients = [torch.randn(p.shape, generator=g) for p in ours]
+        optimizer.step(gradients)
+        for p, gradient in zip(theirs, gradients, strict=True):
+            p.grad = gradient
+        reference.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        if i == 1:
+            later.fill_(0.05)
+            reference.param_groups[1]["lr"] = later.item()
+
+
 def test_adam_steps_right_where_gradients_lie_in_memory_in_another_order():
     for parameter in (torch.zeros(3, 2), torch.zeros(2, 3).t()):
         gradient = torch.arange(6.0).view(2, 3).t() - 2.5

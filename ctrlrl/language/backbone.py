@@ -178,9 +178,9 @@ class Reader(nn.Module):
             yield self.own
             return
         model = self._policys[0]
-        with torch.set_grad_enabled(self._kind == "joint" and torch.is_grad_enabled()):
-            with model.plain() if self._kind == "frozen" else contextlib.nullcontext():
-                yield model
+        learns = self._kind == "joint" and torch.is_grad_enabled()
+        with torch.set_grad_enabled(learns), model.plain() if self._kind == "frozen" else contextlib.nullcontext():
+            yield model
 
 
 class LanguageBackbone(Backbone):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -32,16 +33,19 @@ class Adam:
 
     Args:
         parameters: what is stepped, on one device.
-        lr: step size; a 0-d tensor where it changes.
+        lr: step size, or one for each parameter; 0-d tensors where they change.
         eps: added to the root of the second moment.
 
     Raises:
         UsageError: if a parameter has gaps in memory (a part of a larger tensor), which the kernel would step too.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], lr: float | Tensor, *, eps: float = 1e-8) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], lr: float | Tensor | Sequence[float | Tensor], *, eps: float = 1e-8
+    ) -> None:
         self.parameters = list(parameters)
-        self.lr, self.eps = lr, eps
+        self.lrs = list(lr) if isinstance(lr, Sequence) else [lr] * len(self.parameters)
+        self.eps = eps
         self.first = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self.second = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self.steps = torch.zeros((), device=self.parameters[0].device)
@@ -59,32 +63,35 @@ class Adam:
         if torch.compiler.is_compiling():  # which cannot trace the fused kernel, and fuses this
             # Both moments' bias corrections as two numbers, which leaves one root and one quotient for each weight.
             root = (1 - 0.999**self.steps).sqrt()
-            size, eps = self.lr * root / (1 - 0.9**self.steps), self.eps * root
-            for p, gradient, first, second in zip(self.parameters, gradients, self.first, self.second, strict=True):
+            bias, eps = 1 - 0.9**self.steps, self.eps * root
+            each = zip(self.parameters, gradients, self.first, self.second, self.lrs, strict=True)
+            for p, gradient, first, second, lr in each:
                 first.lerp_(gradient, 0.1)
                 second.lerp_(gradient * gradient, 0.001)
-                p.sub_(size * first / (second.sqrt() + eps))
+                p.sub_(lr * root / bias * first / (second.sqrt() + eps))
             return
         # The fused kernel walks through memory: it takes a gradient of another layout for one of the parameter's own.
         same = [
             g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
             for p, g in zip(self.parameters, gradients, strict=True)
         ]
-        torch._fused_adam_(
-            self.parameters,
-            same,
-            self.first,
-            self.second,
-            [],
-            [self.steps] * len(self.parameters),
-            lr=self.lr,
-            beta1=0.9,
-            beta2=0.999,
-            weight_decay=0.0,
-            eps=self.eps,
-            amsgrad=False,
-            maximize=False,
-        )
+        for _, group in itertools.groupby(range(len(same)), lambda i: id(self.lrs[i])):
+            which = list(group)
+            torch._fused_adam_(
+                [self.parameters[i] for i in which],
+                [same[i] for i in which],
+                [self.first[i] for i in which],
+                [self.second[i] for i in which],
+                [],
+                [self.steps] * len(which),
+                lr=self.lrs[which[0]],
+                beta1=0.9,
+                beta2=0.999,
+                weight_decay=0.0,
+                eps=self.eps,
+                amsgrad=False,
+                maximize=False,
+            )
 
     def descend(self, loss: Tensor, *, max_norm: float = math.inf) -> None:
         """Step down the gradient of `loss` with respect to the parameters alone, shortened to `max_norm` in all.
