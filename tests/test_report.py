@@ -187,7 +187,7 @@ def test_numbers_that_no_run_writes_are_unreadable_lines(tmp_path: Path) -> None
 def test_report_holds_what_it_promises_and_loads_nothing(tmp_path: Path) -> None:
     folder = write_run(
         tmp_path / "a",
-        success=0.7,
+        success=0.5,
         status={"state": "failed", "step": 1000, "message": "critic_loss became NaN"},
         changed=["agent.gamma"],
         sessions=[{"from_step": 0, "command": "ctrlrl train", "notes": ["environment 0 continues exactly"]}],
@@ -205,7 +205,8 @@ def test_report_holds_what_it_promises_and_loads_nothing(tmp_path: Path) -> None
         "critic_loss became NaN",
         "first 500 of 1,000 steps, return 5,523, best checkpoint at step 100,000, seed 10000",
         "-2.706 to 22.71",
-        "70%",
+        "50%",
+        "9% to 91%",
         "ctrlrl train sac --env HalfCheetah-v5 --steps 1000 --seed 0",
         "ctrlrl resume",
         "environment 0 continues exactly",

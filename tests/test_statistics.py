@@ -15,9 +15,11 @@ from ctrlrl.runs.statistics import (
     iqm,
     mean_interval,
     pooled_difference,
+    share_interval,
     stratified_bootstrap,
     student_t,
     time_to_threshold,
+    told_share,
 )
 
 
@@ -244,3 +246,23 @@ def test_align_refuses_what_it_cannot_place() -> None:
         align_curves([([1, 2], [3.0, 4.0]), ([2, 1], [3.0, 4.0])])
     with pytest.raises(UsageError, match="at least one curve"):
         align_curves([])
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "expected"),
+    [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0, 0.1611)), (1, 29, (0.0061, 0.1718))],
+)
+def test_interval_of_a_share_against_newcombe_1998(successes: int, trials: int, expected: tuple[float, float]) -> None:
+    """Two-sided confidence intervals for the single proportion, table I, method 3."""
+    assert share_interval(successes, trials) == pytest.approx(expected, abs=6e-5)
+    low, high = share_interval(trials - successes, trials)
+    assert (1 - high, 1 - low) == pytest.approx(expected, abs=6e-5)
+
+
+def test_a_share_is_told_with_its_interval() -> None:
+    assert told_share(300, 300) == "300 of 300, 95 % interval [0.987, 1.000]"
+    for successes, trials in ((-1, 5), (6, 5), (0, 0)):
+        with pytest.raises(UsageError, match=f"no share: {successes} of {trials}"):
+            share_interval(successes, trials)
+    with pytest.raises(UsageError, match="confidence"):
+        share_interval(1, 2, confidence=1.0)

@@ -176,7 +176,7 @@ def _say(episode: dict[str, Any]) -> None:
 
 def _lines(outcome: Outcome, bundle: Bundle) -> list[str]:
     from ctrlrl.deploy.report import saturation
-    from ctrlrl.runs.statistics import mean_interval
+    from ctrlrl.runs.statistics import mean_interval, told_share
 
     lines, c, ended = [], outcome.controller, [e for e in outcome.episodes if not e["given up"]]
     if returns := outcome.returns:
@@ -184,7 +184,7 @@ def _lines(outcome: Outcome, bundle: Bundle) -> list[str]:
         mean = sum(returns) / len(returns)
         lines.append(f"mean return {mean:,.2f}, 95 % interval [{low:,.2f}, {high:,.2f}], {len(returns)} episodes")
         if all(e["success"] is not None for e in ended):
-            lines.append(f"success {sum(e['success'] > 0 for e in ended)} of {len(ended)}")
+            lines.append(f"success {told_share(sum(e['success'] > 0 for e in ended), len(ended))}")
         for name in ended[0]["figures"]:
             values = [e["figures"][name] for e in ended if name in e["figures"]]
             lines.append(f"{name} {sum(values) / len(values):,.4g}")

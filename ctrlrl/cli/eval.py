@@ -41,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
     if options.episodes is not None and options.episodes < 1:
         raise UsageError(f"--episodes must be at least 1, got {options.episodes}")
     grid = None if options.video_grid is None else _rows_and_columns(options.video_grid)
-    from ctrlrl.runs.statistics import mean_interval
+    from ctrlrl.runs.statistics import mean_interval, told_share
     from ctrlrl.training.loading import evaluate_run, film_grid  # imports torch: only now
 
     result = evaluate_run(
@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
     low, high = mean_interval(result.returns)
     print(f"mean return {result.mean:,.2f}, 95 % interval [{low:,.2f}, {high:,.2f}], {len(result.seeds)} episodes")
     if result.success is not None:
-        print(f"success {sum(result.success)} of {len(result.success)}")
+        print(f"success {told_share(sum(result.success), len(result.success))}")
     for name, value in result.figures.items():
         print(f"{name.removeprefix('episode/')} {value:,.4g}")
     if grid is not None:  # after the numbers, which must not be lost where nothing can be drawn

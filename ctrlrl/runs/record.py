@@ -14,7 +14,7 @@ import numpy as np
 
 from ctrlrl.errors import UsageError
 from ctrlrl.runs.plots import Series
-from ctrlrl.runs.statistics import Floats, mean_interval
+from ctrlrl.runs.statistics import Floats, mean_interval, share_interval
 
 RATES = ("steps_per_s", "updates_per_s")
 """Speeds of training, which a training record holds beside its metrics."""
@@ -82,6 +82,13 @@ class Evaluation:
     def interval(self) -> tuple[float, float]:
         """95 % Student-t interval of the mean; NaN for one episode."""
         return mean_interval(self.returns)
+
+    @property
+    def success_interval(self) -> tuple[float, float]:
+        """95 % interval of the success rate (Wilson); NaN where the task knows none."""
+        if self.success is None:
+            return math.nan, math.nan
+        return share_interval(round(self.success * len(self.returns)), len(self.returns))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

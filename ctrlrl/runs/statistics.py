@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import TypeAlias
 
 import numpy as np
@@ -116,6 +117,29 @@ def mean_interval(returns: npt.ArrayLike, confidence: float = 0.95) -> tuple[flo
     mean = float(values.mean())
     half = student_t(len(values) - 1, confidence) * float(values.std(ddof=1)) / math.sqrt(len(values))
     return mean - half, mean + half
+
+
+def share_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a probability (1927), of which `successes` of `trials` independent episodes are seen.
+
+    It stays within [0, 1], and says something where all or none succeeded: 300 of 300 is 0.987 to 1.
+
+    Raises:
+        UsageError: a confidence outside (0, 1), no trials, or more successes than trials.
+    """
+    _check_confidence(confidence)
+    if not 0 <= successes <= trials or not trials:
+        raise UsageError(f"no share: {successes} of {trials}")
+    z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
+    share, rest = successes / trials, z2 / trials
+    half = math.sqrt(rest * (share * (1 - share) + rest / 4))
+    return max(0.0, (share + rest / 2 - half) / (1 + rest)), min(1.0, (share + rest / 2 + half) / (1 + rest))
+
+
+def told_share(successes: int, trials: int) -> str:
+    """How a success rate is told: `90 of 100, 95 % interval [0.826, 0.945]`."""
+    low, high = share_interval(successes, trials)
+    return f"{successes} of {trials}, 95 % interval [{low:.3f}, {high:.3f}]"
 
 
 @dataclass(frozen=True, slots=True)
