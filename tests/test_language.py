@@ -39,7 +39,8 @@ from ctrlrl.language.prompts import ChatPrompts
 from ctrlrl.language.text_vector import TextVector
 from ctrlrl.language.tiny_config import TinyConfig
 from ctrlrl.replay.rollout import Rollout
-from ctrlrl.training.collect import RandomPolicy
+from ctrlrl.runs.record import load_run
+from ctrlrl.training.collect import RandomPolicy, collect
 from ctrlrl.training.collector import Collector
 from tests.runs import assert_same
 
@@ -620,6 +621,71 @@ def test_another_model_in_its_place_is_noticed(tmp_path: Path) -> None:
         given = {"steps": 32, "num_envs": 4, "language": options, "env_kwargs": kwargs, "out": str(tmp_path / "no")}
         with pytest.raises(UsageError, match=said):
             ctrlrl.train(algo, "text/GuessNumber", **SETTINGS | given | wrong)
+
+
+MAZE: dict[str, Any] = {"max_candidates": 4, "prompt_tokens": 30, "candidate_tokens": 2}
+
+
+def maze_model(folder: Path, seed: int, episodes: int = 10) -> str:
+    """A tiny model for the maze; with few episodes it knows fewer words."""
+    lm = TinyConfig(hidden=16, heads=2, layers=1, episodes=2, epochs=1, seed=seed)
+    make_lm(lambda: make_text_env("text/Maze", {"max_turns": 8}), folder, lm, vocabulary_episodes=episodes)
+    return str(folder)
+
+
+def test_what_was_learned_or_collected_with_another_model_is_refused(tmp_path: Path) -> None:
+    """Of an adapter the weights below it, of a dataset the words of its tokens."""
+    same, other = maze_model(tmp_path / "a", 0), maze_model(tmp_path / "b", 1)
+    fewer = maze_model(tmp_path / "c", 0, episodes=0)
+    agent = {"batch_size": 8, "entropy_penalty": 0.0, "q_clip": 0.0}
+    small = SETTINGS | {
+        "steps": 16,
+        "num_envs": 4,
+        "learning_starts": 8,
+        "agent": agent,
+        "env_kwargs": {"max_turns": 8},
+    }
+    lora = MAZE | {"lora_rank": 2, "lora_targets": ["q_proj"]}
+
+    def train(name: str, model: str, **more: Any) -> ctrlrl.Run:
+        settings = small | {"language": lora | {"model": model}, "out": str(tmp_path / name)} | more
+        return ctrlrl.train("sac-discrete", "text/Maze", **settings)
+
+    run = train("run", same, eval_every=16, eval_episodes=1)
+    with pytest.raises(
+        UsageError, match=r"--init-from .*another model than .*/b \(frozen.*\), and an adapter fits its own"
+    ):
+        train("no", other, init_from=str(run.path))
+    train("yes", same, init_from=str(run.path))
+    data = collect(run.path, tmp_path / "data", tier="replay", reference_episodes=1).path
+    for algo, settings in (
+        (
+            "bc",
+            {"updates": 2, "language": MAZE, "agent": {"batch_size": 8}, "threads": 1, "quiet": True, "eval_every": 0},
+        ),
+        ("sac-discrete", small | {"language": MAZE}),
+    ):
+        for model, fits in ((fewer, False), (other, True)):
+            given = settings | {"language": MAZE | {"model": model}, "data": str(data)}
+            given |= {"out": str(tmp_path / f"{algo}-{fits}")}
+            if fits:  # the same words in the same order, whatever the weights
+                ctrlrl.train(algo, "text/Maze", **given)
+                continue
+            with pytest.raises(UsageError, match=r"tokens of .*data are those of another tokenizer than that of .*/c"):
+                ctrlrl.train(algo, "text/Maze", **given)
+
+
+def test_a_model_is_evaluated_before_it_learns(tmp_path: Path) -> None:
+    """Also where it writes its answers; so that what a report calls before is."""
+    for algo, form in (("sac-discrete", "candidates"), ("ppo", "tokens")):
+        config = LanguageConfig(**{**SMALL.to_dict(), "form": form})
+        more = {"steps": 64, "num_envs": 8, "eval_every": 32, "eval_episodes": 4, "eval_env": echo(4, config)}
+        more |= {"rollout_steps": 32} if algo == "ppo" else {"learning_starts": 32}
+        run = ctrlrl.train(
+            algo, echo(8, config), network=tiny(config=config), out=str(tmp_path / algo), **SETTINGS | more
+        )
+        steps = [one.step for one in load_run(run.path).evaluations]
+        assert steps == [0, 32, 64]
 
 
 def test_random_answers_are_those_on_offer() -> None:

@@ -67,19 +67,19 @@ def backbone(config: LanguageConfig) -> LanguageBackbone:
 def digests(config: LanguageConfig, policy: Policy) -> dict[str, str]:
     """By what a run knows its model again: hashes of the weights of `policy` that are frozen, and of the tokenizer's
     words."""
-    words = json.dumps(_tokenizer(config.model).get_vocab(), sort_keys=True)
-    tokenizer = hashlib.sha256(words.encode()).hexdigest()
     model = next(module for module in policy.modules() if isinstance(module, LanguageModel))
-    return {"frozen": digest_of(model), "tokenizer": tokenizer}
+    return {"frozen": digest_of(model), "tokenizer": words_digest(config)}
 
 
-def require_same_model(config: LanguageConfig, policy: Policy, before: dict[str, str]) -> None:
-    """Raise UsageError unless the model of `policy` is the one that a run was trained with, by its `digests`."""
-    if differing := [what for what, value in digests(config, policy).items() if before.get(what, value) != value]:
-        raise UsageError(
-            f"the model {config.model} is no longer the one that the run was trained with ({', '.join(differing)}): "
-            "put the former one there"
-        )
+def words_digest(config: LanguageConfig) -> str:
+    """A hash of the words of the model's tokenizer, and of their ids."""
+    words = json.dumps(_tokenizer(config.model).get_vocab(), sort_keys=True)
+    return hashlib.sha256(words.encode()).hexdigest()
+
+
+def differing(config: LanguageConfig, policy: Policy, before: dict[str, str]) -> list[str]:
+    """In what the model of `policy` is another one than the one of these `digests`."""
+    return [what for what, value in digests(config, policy).items() if before.get(what, value) != value]
 
 
 def require_fits(config: LanguageConfig, longest: int) -> None:

@@ -18,7 +18,7 @@ from ctrlrl.mirror import ReflectedBox
 from ctrlrl.nn.discrete import Choices, make_choices
 from ctrlrl.nn.distributions import Categorical, DiagonalGaussian, Distribution, TokenSequence
 from ctrlrl.nn.encoder import Encoder, ObservationNormalizer
-from ctrlrl.nn.mlp import MLP, Network, TokenNetwork, at_least_float32
+from ctrlrl.nn.mlp import MLP, Network, TokenNetwork, at_least_float32, knows_something
 from ctrlrl.nn.policy import ActionScaling, Policy, PolicyState
 from ctrlrl.nn.recurrence import Recurrence
 from ctrlrl.tokens import TokenSpace
@@ -174,6 +174,10 @@ class StochasticPolicy(Policy):
     def distribution(self, obs: Obs, state: PolicyState | None = None) -> Distribution:
         """Over decisions at observations (N, ...)."""
         return self._step(obs, state or {})[0]
+
+    @property
+    def pretrained(self) -> bool:
+        return knows_something(self.trunk)
 
     def unroll(
         self, obs: Obs, state: PolicyState, start: Tensor

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ctrlrl.errors import UsageError, nearest
 from ctrlrl.nn.distributions import Categorical
 from ctrlrl.nn.encoder import Encoder, ObservationNormalizer
-from ctrlrl.nn.mlp import CandidateNetwork, Network, at_least_float32
+from ctrlrl.nn.mlp import CandidateNetwork, Network, at_least_float32, knows_something
 from ctrlrl.nn.policy import Policy, PolicyState
 from ctrlrl.tree import Obs
 
@@ -218,7 +218,7 @@ class CategoricalPolicy(Policy):
 
     @property
     def pretrained(self) -> bool:
-        return isinstance(self.trunk, CandidateNetwork) and self.trunk.pretrained
+        return knows_something(self.trunk)
 
     def mask(self, obs: Obs) -> Tensor | None:
         return self.choices.mask(obs)

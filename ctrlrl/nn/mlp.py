@@ -65,7 +65,13 @@ class CandidateNetwork(nn.Module, ABC):
 
 
 class TokenNetwork(nn.Module, ABC):
-    """A network that writes answers token by token, each knowing those before it. Ids are -1 after the last one."""
+    """A network that writes answers token by token, each knowing those before it. Ids are -1 after the last one.
+
+    Attributes:
+        pretrained: whether its answers mean something before it has learned.
+    """
+
+    pretrained = False
 
     @abstractmethod
     def generate(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -75,6 +81,11 @@ class TokenNetwork(nn.Module, ABC):
     def log_prob(self, features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Of answers (B, D): each token's log-probability after those before it, and the entropy there; (B, D) each, 0
         where there is no token."""
+
+
+def knows_something(trunk: nn.Module) -> bool:
+    """Whether a policy's `trunk` is of use before it has learned."""
+    return isinstance(trunk, CandidateNetwork | TokenNetwork) and trunk.pretrained
 
 
 class TokenValues(nn.Module, ABC):

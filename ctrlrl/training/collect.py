@@ -109,7 +109,8 @@ def collect(
         checkpoint = folder.find_checkpoint("best")
         if tier.startswith("medium"):
             checkpoint = medium_checkpoint(folder, reference)
-        spaces = read_provenance(folder)["environment"]["spaces"]
+        former = read_provenance(folder)
+        spaces, language = former["environment"]["spaces"], former.get("language")
         writer = DatasetWriter.create(
             out,
             observation_space=build_space(spaces["observation"]),
@@ -127,7 +128,8 @@ def collect(
                 "seed": seed,
                 "env_kwargs": config.env_kwargs,
                 "git": describe_source(),
-            },
+            }
+            | ({"language": {"tokenizer": language["tokenizer"]}} if language else {}),
         )
         with writer:
             if tier.endswith("replay"):

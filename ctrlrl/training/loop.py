@@ -186,7 +186,8 @@ class Loop(ABC):
 
     def _starts_trained(self) -> bool:
         """Whether the policy is one that has learned before, so that it is evaluated before anything else."""
-        return any(getattr(self.config, name, None) is not None for name in ("init_from", "base"))
+        began = any(getattr(self.config, name, None) is not None for name in ("init_from", "base"))
+        return began or self.agent.policy.pretrained
 
     def _suspects(self) -> dict[str, Any]:
         """What is kept besides the weights for the post-mortem of a training that became non-finite."""

@@ -22,7 +22,7 @@ from ctrlrl.training.offline import (
     reward_scale,
     take_statistics,
 )
-from ctrlrl.training.setup import EnvLike, make
+from ctrlrl.training.setup import EnvLike, make, require_words_of
 from ctrlrl.training.warm_start import CRITICS_KEPT, VALUE_KEPT
 
 
@@ -53,6 +53,7 @@ class OfflineSession(Session):
             self.config = replace(self.config, env_kwargs=arguments)
         if isinstance(self.eval_source, str):
             self.config = replace(self.config, env=self.eval_source)
+        require_words_of(dataset, self.config)
         self.name = self.config.env or str(dataset.path)
         self.control_dt = dataset.control_dt
         self.observation_space, self.action_space = dataset.observation_space, dataset.action_space

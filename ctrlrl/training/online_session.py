@@ -23,7 +23,7 @@ from ctrlrl.training.off_policy import OffPolicyLoop, replay_hindsight
 from ctrlrl.training.offline import make_sampler, require_same_spaces, take_statistics
 from ctrlrl.training.offline_session import open_dataset, provenance_of
 from ctrlrl.training.on_policy import OnPolicyLoop
-from ctrlrl.training.setup import EnvLike, make, steps_natively
+from ctrlrl.training.setup import EnvLike, make, require_words_of, steps_natively
 from ctrlrl.tree import Obs
 
 _LOOPS: dict[str, type[CollectingLoop]] = {"off-policy": OffPolicyLoop, "on-policy": OnPolicyLoop}
@@ -57,6 +57,7 @@ class OnlineSession(Session):
         if dataset is not None:
             try:
                 require_same_spaces(dataset, self.env)
+                require_words_of(dataset, config)
             except UsageError:
                 self.close()
                 raise

@@ -13,6 +13,7 @@ import torch
 
 from ctrlrl.algorithms.registry import ALGORITHMS, find_algorithm, train_config_class
 from ctrlrl.config import Config, OffPolicyConfig, OnPolicyConfig, TrainConfig
+from ctrlrl.data.store import Dataset
 from ctrlrl.envs.frame_stack import FrameStack
 from ctrlrl.envs.make import has_native, make_env
 from ctrlrl.envs.tasks.registry import is_robot_task
@@ -265,11 +266,45 @@ def language_of(config: TrainConfig, policy: Policy) -> dict[str, Any]:
 def require_same_language(config: TrainConfig, policy: Policy, provenance: dict[str, Any]) -> None:
     """Raise UsageError where `policy`, before a checkpoint is read into it, has another language model than the one
     that `provenance` is of."""
-    before = provenance.get("language")
-    if config.language.model is not None and isinstance(before, dict):
-        from ctrlrl.language.adapter import require_same_model
+    if differs := _other_language(config, policy, provenance):
+        raise UsageError(
+            f"the model {config.language.model} is no longer the one that the run was trained with "
+            f"({', '.join(differs)}): put the former one there"
+        )
 
-        require_same_model(config.language, policy, before)
+
+def require_language_of(run: str, config: TrainConfig, policy: Policy, provenance: dict[str, Any]) -> None:
+    """Raise UsageError where `policy`, which is to begin with the weights of `run`, has another language model below
+    them than that run had."""
+    if differs := _other_language(config, policy, provenance):
+        raise UsageError(
+            f"--init-from {run}: it was trained with another model than {config.language.model} "
+            f"({', '.join(differs)}), and an adapter fits its own alone: --language.model as in its config.json"
+        )
+
+
+def require_words_of(dataset: Dataset, config: TrainConfig) -> None:
+    """Raise UsageError where `dataset` has token ids of another tokenizer than that of the language model of `config`;
+    of which datasets know since they are collected with it."""
+    before = dataset.provenance.get("language")
+    if config.language.model is None or not isinstance(before, dict):
+        return
+    from ctrlrl.language.adapter import words_digest
+
+    if before.get("tokenizer") != words_digest(config.language):
+        raise UsageError(
+            f"the tokens of {dataset.path} are those of another tokenizer than that of {config.language.model} "
+            "(language.model), to which they would mean other words: take the model that it was collected with"
+        )
+
+
+def _other_language(config: TrainConfig, policy: Policy, provenance: dict[str, Any]) -> list[str]:
+    before = provenance.get("language")
+    if config.language.model is None or not isinstance(before, dict):
+        return []
+    from ctrlrl.language.adapter import differing
+
+    return differing(config.language, policy, before)
 
 
 def eval_rows(source: EnvLike, episodes: int) -> int:

@@ -29,7 +29,7 @@ from ctrlrl.runs.checkpoint import load_checkpoint
 from ctrlrl.runs.folder import RunFolder
 from ctrlrl.runs.record import load_run
 from ctrlrl.training.offline import reward_scale
-from ctrlrl.training.setup import read_config, read_provenance, step_of
+from ctrlrl.training.setup import read_config, read_provenance, require_language_of, step_of
 from ctrlrl.training.spaces import alike
 
 CRITICS_KEPT, VALUE_KEPT = "critics: as they were", "V: as it was"
@@ -63,15 +63,17 @@ def warm_start(
     values_alone = getattr(config.agent, "learn", "both") == "value"  # type: ignore[attr-defined]
     path = folder.find_checkpoint("best" if there and not values_alone else "last")
     state = load_checkpoint(path)["agent"]
-    spaces = read_provenance(folder)["environment"]["spaces"]
+    provenance = read_provenance(folder)
+    spaces = provenance["environment"]["spaces"]
     for what, own in (("observation", observation_space), ("action", action_space)):
         theirs = build_space(spaces[what])
         if not alike(own, theirs, bounds=what == "action"):
             raise UsageError(
                 f"{run} was trained with the {what} space {theirs}, and this is {own}; they must be the same"
             )
+    require_language_of(run, own_config, agent.policy, provenance)
     notes = _policy(agent.policy, state["policy"], run)
-    former_data: dict[str, Any] = read_provenance(folder).get("data") or {}
+    former_data: dict[str, Any] = provenance.get("data") or {}
     notes += _values(agent, state, _meaning(config, former_data), _meaning(own_config, dataset))
     record = load_run(folder.path)
     return {
