@@ -367,7 +367,9 @@ class PPO(OnPolicyAgent):
         mask = valid if made is None else valid & made
         metrics: dict[str, Tensor] = {}
         if self.critic is None:
-            advantage = self._by_groups(rollout)[..., None]
+            groups = self._groups(rollout)
+            advantage = GROUP_ESTIMATORS[c.advantage](groups)[..., None]
+            metrics["groups_alike"] = groups.alike()
         else:
             advantage = gae(self._decisions(rollout, seen, mask if self._per_token else valid), c.gae_lambda)
             value, credited = seen.value, mask if self._per_token else valid
@@ -411,19 +413,12 @@ class PPO(OnPolicyAgent):
             mask=mask,
         )
 
-    def _by_groups(self, rollout: Rollout) -> Tensor:
-        """Advantages (T, N) of what others of the same task came to."""
+    def _groups(self, rollout: Rollout) -> Groups:
+        """What the estimators that need no critic look at."""
         c = self.config
-        assert rollout.groups is not None  # see `require`
-        size, rows = rollout.groups
-        reward, valid = torch.where(rollout.valid, rollout.reward, 0.0), rollout.valid
-        observed = torch.zeros_like(reward, dtype=torch.int64)
-        if c.advantage == "gigpo":
-            flat = [x[:-1].flatten(0, 1).flatten(1) for x in _entries(rollout.obs)]
-            same = torch.unique(torch.cat([x.double() for x in flat], -1), dim=0, return_inverse=True)[1]
-            observed = same.view_as(reward)
-        groups = Groups(reward, valid, observed, size, rows, c.gamma, c.step_weight)
-        return GROUP_ESTIMATORS[c.advantage](groups)
+        assert rollout.groups is not None and rollout.anchor is not None  # see `require`
+        reward = torch.where(rollout.valid, rollout.reward, 0.0)
+        return Groups(reward, rollout.valid, rollout.anchor, *rollout.groups, c.gamma, c.step_weight)
 
     def _look_back(self, rollout: Rollout) -> _Look:
         """Without memory."""

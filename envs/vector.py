@@ -49,6 +49,9 @@ class Step:
     achieved: Tensor | None = None
     """(N, A, g) goals that hold after the step, those of a row one after the other and then rows of -1; where
     `VectorEnv.goals` says that steps have them."""
+    anchor: Tensor | None = None
+    """(N,) int64: of what was acted on a number, the same where it was the same, whatever was told besides (earlier
+    turns, say); of environments in groups."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -245,6 +245,27 @@ def test_group_estimators_are_their_papers() -> None:
         assert bool((advantage[~valid] == 0).all())
 
 
+@pytest.mark.parametrize("history", [0, 2])
+def test_gigpo_compares_steps_at_which_the_same_was_shown_whatever_was_before(history: int) -> None:
+    """As its authors do: with a history in the prompt no two of them would be alike."""
+    config = LanguageConfig(**{**GROUPED.to_dict(), "history": history})
+    agent, env = agent_of(config, advantage="gigpo", step_weight=1.0)
+    shown: list[list[str]] = []
+    step = env.step
+    env.step = lambda action: (shown.append([s.observation for s in env._states]), step(action))[1]  # type: ignore[method-assign, func-returns-value]
+    rollout = collected(agent, env, horizon=2 * Echo.max_turns)
+    assert rollout.anchor is not None and len(shown) == rollout.horizon
+    numbers = rollout.anchor.tolist()
+    told: dict[str, int] = {}
+    for said, row in zip(shown, numbers, strict=True):
+        for text, number in zip(said, row, strict=True):
+            assert told.setdefault(text, number) == number
+    assert len(set(told.values())) == len(told) > 2
+    metrics, _ = agent.update(rollout)
+    returns = rollout.reward.view(2, Echo.max_turns, 2, 2).sum(1)
+    assert float(metrics["groups_alike"]) == float((returns[..., 0] == returns[..., 1]).float().mean())
+
+
 def test_groups_are_given_the_same_tasks_and_wait_for_each_other() -> None:
     env, g = echo(4, GROUPED), torch.Generator().manual_seed(0)
     size, rows = env.task_groups or (0, 0)

@@ -12,6 +12,7 @@ after a step are no part of what is observed: `Step.achieved` has them, as the i
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -126,6 +127,7 @@ class TextVector(VectorEnv):
         figures = {name: np.full(n, np.nan, np.float32) for name in ("success", *_FIGURES)}
         finals: list[TextState] = []
         told: dict[int, list[tuple[str, str]]] = {}  # of what ended
+        anchor = torch.tensor([self._number(s) for s in self._states]) if self.task_groups else None
         for row, env in enumerate(self._envs):
             shown = self._states[row]
             if self._waits[row]:
@@ -175,6 +177,7 @@ class TextVector(VectorEnv):
             valid=torch.from_numpy(acted).to(self.device),
             log={name: torch.from_numpy(value).to(self.device) for name, value in figures.items()},
             achieved=None if self.goals is None else self._achieved(finals, self.goals.most),
+            anchor=None if anchor is None else anchor.to(self.device),
         )
 
     def get_state(self) -> EnvState:
@@ -331,6 +334,11 @@ class TextVector(VectorEnv):
         if len(ids) > self._config.goal_tokens:
             raise UsageError(f"the goal {goal!r} has {len(ids)} tokens: language.goal_tokens must be as many")
         return ids
+
+    def _number(self, state: TextState) -> int:
+        """Of what is shown, and offered if one chooses; another one for anything else."""
+        text = "\0".join((state.observation, *(() if self._free else state.commands)))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
     def _tokenized(self, text: str) -> tuple[int, ...]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)

@@ -23,7 +23,7 @@ class Groups:
     Attributes:
         reward: (T, N), 0 where there is no transition.
         valid: (T, N) bool.
-        observed: (T, N) int64, the same number where the same was observed.
+        observed: (T, N) int64, the same number where the same was shown (`Step.anchor`).
         size: G.
         rows: H, which divides T.
         gamma: discount per step.
@@ -42,6 +42,11 @@ class Groups:
         """(T / H, N / G, G), of each episode the sum of its rewards."""
         t, n = self.reward.shape
         return self.reward.view(t // self.rows, self.rows, n).sum(1).view(-1, n // self.size, self.size)
+
+    def alike(self) -> Tensor:
+        """Share of groups (0-d) whose episodes all came to the same, which say nothing."""
+        returns = self.returns()
+        return (returns == returns[..., :1]).all(-1).float().mean()
 
     def spread(self, value: Tensor) -> Tensor:
         """Of each episode (T / H, N / G, G) to each of its rows (T, N)."""

@@ -33,6 +33,7 @@ class Rollout:
         length: rows so far.
         reward: (T, N) float32.
         terminated, truncated, valid: (T, N) bool.
+        anchor: (T, N) int64, `Step.anchor`, where the environments are in groups.
         extras: (T, N, ...) each.
         policy_state: the policy's memory before row 0, for rows where `start[0]` is false.
         carried: what the agent carries from one rollout to the next, (N, ...) each: the state of a critic that
@@ -64,6 +65,7 @@ class Rollout:
         self._final = {k: torch.zeros_like(value[1:]) for k, value in self._obs.items()}
         self.reward = zeros(t, n)
         self.terminated, self.truncated, self.valid = (zeros(t, n, dtype=torch.bool) for _ in range(3))
+        self.anchor = None if groups is None else zeros(t, n, dtype=torch.int64)
         self._fresh = zeros(t + 1, n, dtype=torch.bool)  # where `begin` says so
         self.extras = {k: zeros(t, n, *v.shape[1:], dtype=v.dtype) for k, v in (extras or {}).items()}
         self.policy_state = {k: v.clone() for k, v in (policy_state or {}).items()}
@@ -117,6 +119,10 @@ class Rollout:
         t = self.length
         stored = [self.reward[t], self.terminated[t], self.truncated[t], self.valid[t]]
         given = [step.reward, step.terminated, step.truncated, step.valid]
+        if self.anchor is not None:
+            assert step.anchor is not None
+            stored.append(self.anchor[t])
+            given.append(step.anchor)
         for name, value in extras.items():
             stored.append(self.extras[name][t])
             given.append(value)
@@ -169,6 +175,7 @@ class Rollout:
 
     def _columns(self) -> dict[str, Tensor]:
         own = {name: getattr(self, name) for name in ("reward", "terminated", "truncated", "valid")}
+        own |= {} if self.anchor is None else {"anchor": self.anchor}
         own |= {f"extras/{name}": value for name, value in self.extras.items()}
         return own | {f"final/{_name(key)}": value for key, value in self._final.items()}
 
