@@ -148,7 +148,7 @@ def test_goal_and_prompt_are_one_text() -> None:
 def test_candidates_are_normalized_as_asked() -> None:
     model, (prompt, candidates, exists) = model_of(), texts()
     begins = torch.zeros(V, dtype=torch.bool)
-    begins[candidates[0, 0, 0]] = begins[candidates[0, 0, 2]] = True
+    begins[candidates[0, 0, 2]] = True  # and the first token does always, with a blank before it or not
     log_prob = model.score(prompt, candidates, exists)[0][0, 0]
     for how, count in (("sum", 1), ("token", 3), ("word", 2)):
         policy = LanguageBackbone(model, LanguageConfig(normalize=how), begins, 1)(1, 1)  # type: ignore[arg-type]

@@ -72,6 +72,7 @@ class LanguagePolicy(CandidateNetwork, TokenNetwork, Recalling):
         counted = there
         if self.normalize == "word":
             counted = there & self.starts_word[candidates.clamp(min=0).long()]
+            counted[..., 0] = there[..., 0]  # after a chat template's prompt there is no blank before it
         return total / counted.sum(-1).clamp(min=1)
 
     def generate(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
