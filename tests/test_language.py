@@ -151,7 +151,7 @@ def test_candidates_are_normalized_as_asked() -> None:
     begins[candidates[0, 0, 2]] = True  # and the first token does always, with a blank before it or not
     log_prob = model.score(prompt, candidates, exists)[0][0, 0]
     for how, count in (("sum", 1), ("token", 3), ("word", 2)):
-        policy = LanguageBackbone(model, LanguageConfig(normalize=how), begins, 1)(1, 1)  # type: ignore[arg-type]
+        policy = LanguageBackbone(model, LanguageConfig(normalize=how), begins, (1,))(1, 1)  # type: ignore[arg-type]
         got = policy(prompt, candidates, exists)[0, 0]
         assert torch.allclose(got, log_prob.sum() / count, atol=1e-6)
     assert word_starts(word_tokenizer({"turn left", "go"}), 7).tolist() == [True] * 5 + [False] * 2
@@ -248,7 +248,7 @@ def tiny(seed: int = 0, hidden: int = 32, config: LanguageConfig = SMALL) -> Lan
     size = len(word_tokenizer(said()))
     sizes = {"hidden_size": hidden, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     made = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=size, **sizes))
-    return LanguageBackbone(LanguageModel(made), config, torch.ones(size, dtype=torch.bool), 1)
+    return LanguageBackbone(LanguageModel(made), config, torch.ones(size, dtype=torch.bool), (1,))
 
 
 def test_what_is_said_is_told_in_tokens_once() -> None:
@@ -505,7 +505,7 @@ def test_a_tiny_model_is_made_saved_and_read_back(tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "lm")
     assert sum(p.numel() for p in model.parameters()) == figures["parameters"]
     env = TextVector([Echo() for _ in range(4)], tokenizer, SMALL, name="echo")
-    network = LanguageBackbone(LanguageModel(model), SMALL, torch.ones(len(tokenizer), dtype=torch.bool), 1)
+    network = LanguageBackbone(LanguageModel(model), SMALL, torch.ones(len(tokenizer), dtype=torch.bool), (1,))
     policy = PPO(env.observation_space, env.action_space, seed=0, network=network).policy
     assert play(policy) > 0.95
     with pytest.raises(UsageError, match="is not empty: choose another --out"):

@@ -3,6 +3,7 @@ are tokenized in more than one way, dropout."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +15,8 @@ from ctrlrl.algorithms.ppo import PPO
 from ctrlrl.algorithms.ppo_config import PPOConfig
 from ctrlrl.config import LanguageConfig
 from ctrlrl.envs.text.registry import make_text_env
-from ctrlrl.language.adapter import word_starts
-from ctrlrl.language.backbone import LanguageBackbone
+from ctrlrl.language.adapter import backbone, text_environments, word_starts
+from ctrlrl.language.backbone import LanguageBackbone, LanguagePolicy
 from ctrlrl.language.model import LanguageModel
 from ctrlrl.language.text_vector import TextVector
 from tests.test_language import KINDS, causal
@@ -47,7 +48,7 @@ def agent_on(env: TextVector, kind: str) -> PPO:
     tokenizer, causal_model = env._tokenizer, causal(kind)
     causal_model.resize_token_embeddings(len(tokenizer))
     network = LanguageBackbone(
-        LanguageModel(causal_model), env._config, word_starts(tokenizer, len(tokenizer)), tokenizer.eos_token_id
+        LanguageModel(causal_model), env._config, word_starts(tokenizer, len(tokenizer)), (tokenizer.eos_token_id,)
     )
     numbers = {"lr": 1e-3, "minibatch_size": 8, "epochs": 1, "normalize_reward": False}
     return PPO(env.observation_space, env.action_space, PPOConfig(**numbers), seed=1, network=network)
@@ -114,3 +115,44 @@ def test_what_was_written_is_learned_from_though_its_text_has_other_tokens() -> 
             expected = logits.log_softmax(-1).gather(-1, torch.tensor(written)[:, None])[:, 0]
             assert torch.allclose(log_prob[t, row, : len(written)], expected.detach(), atol=1e-4)
     assert others > 12  # of 24
+
+
+def test_a_text_begins_as_the_model_has_read_them_and_ends_where_it_says(tmp_path: Path) -> None:
+    """Llama's and Gemma's begin with a token that a tokenizer adds by itself; turns of their conversations end with
+    another one than texts do, which the model's folder says."""
+    tokenizer = byte_pairs()
+    begin, turn = "<bos>", "<end_of_turn>"
+    tokenizer.add_special_tokens({"bos_token": begin, "additional_special_tokens": [turn]})
+    first, over = tokenizer.convert_tokens_to_ids([begin, turn])
+    template = tokenizers.processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, first)])
+    tokenizer.backend_tokenizer.post_processor = template
+    made = causal("llama")
+    made.resize_token_embeddings(len(tokenizer))
+    made.generation_config.eos_token_id = [0, over]
+    made.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    sizes = {"prompt_tokens": 80, "goal_tokens": 40, "candidate_tokens": 6, "form": "tokens", "critic_hidden": 16}
+    config = LanguageConfig(model=str(tmp_path / "lm"), **sizes)
+    env = text_environments("text/Maze", config, num_envs=2, env_kwargs={"max_turns": 5}, achieved=True)
+    obs = env.reset(0)
+    assert isinstance(obs, dict)
+    for row, state in enumerate(env._states):
+        ids = [i for name in ("goal", "prompt") for i in obs[name][row].tolist() if i >= 0]
+        text = f"goal : {state.goal}\nstate : {state.observation}\naction :"
+        assert ids == tokenizer.encode(text) and ids[0] == first
+    written = torch.tensor([[5, over, -1, -1, -1, -1], [5, 6, 7, 8, 9, 10]])
+    for _ in range(5):
+        step = env.step(written)
+    assert step.achieved is not None and int(step.achieved[0, 0][step.achieved[0, 0] >= 0][0]) == first
+    assert step.log["episode/unended"].tolist() == [0, 1] and step.log["episode/tokens"].tolist() == [2, 6]
+    policy = backbone(config)(1, 1)
+    assert isinstance(policy, LanguagePolicy)
+    prompt = torch.cat([obs["goal"], obs["prompt"]], -1).gather(
+        -1, (torch.cat([obs["goal"], obs["prompt"]], -1) >= 0).long().argsort(dim=-1, stable=True)
+    )
+    answers = policy.generate(prompt.repeat(300, 1), torch.Generator().manual_seed(0))
+    for end in (0, over):
+        at = (answers == end).nonzero()
+        assert len(at) > 3
+        for row, column in at.tolist():
+            assert bool((answers[row, column + 1 :] == -1).all())

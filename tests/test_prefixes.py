@@ -102,10 +102,10 @@ def test_answers_and_scores_are_the_same(kind: str) -> None:
     read, less, more = columns_read(model), 0, 0
     for prompt in conversation():
         read.clear()
-        one = model.generate(prompt, length=4, end=1, temperature=0.7, generator=ours, kept=written)
+        one = model.generate(prompt, length=4, ends=(1,), temperature=0.7, generator=ours, kept=written)
         less += sum(read)
         read.clear()
-        two = model.generate(prompt, length=4, end=1, temperature=0.7, generator=theirs)
+        two = model.generate(prompt, length=4, ends=(1,), temperature=0.7, generator=theirs)
         more += sum(read)
         assert torch.equal(one, two)
         candidates = torch.randint(0, V, (6, 3, 2), generator=torch.Generator().manual_seed(1))
@@ -177,13 +177,13 @@ def test_what_is_kept_has_room() -> None:
     )
     for extra, number in ((0.0, 0), (2.5, 2), (4.9, 4), (math.inf, 5)):  # rows 0 and 1 are told the same
         kept = Prefixes()
-        answers = model.generate(prompt, length=4, end=1, memory=beside + extra * one, kept=kept)
-        assert torch.equal(answers, model.generate(prompt, length=4, end=1))
+        answers = model.generate(prompt, length=4, ends=(1,), memory=beside + extra * one, kept=kept)
+        assert torch.equal(answers, model.generate(prompt, length=4, ends=(1,)))
         assert len(kept._said) == number if number else not kept._layers
         assert 2 * 4 * sum(x.numel() for layer in kept._layers for x in layer) <= extra * one
         if number:
             assert (kept._place >= 0).tolist() == [row < number + 1 for row in range(6)]  # the first ones
-            model.generate(prompt, length=4, end=1, memory=beside - 1, kept=kept)
+            model.generate(prompt, length=4, ends=(1,), memory=beside - 1, kept=kept)
             assert not kept._layers
     kept = Prefixes()
     model.score(prompt, prompt[:, None, -2:], None, kept=kept, memory=3.5 * one)

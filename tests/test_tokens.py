@@ -96,7 +96,7 @@ def test_what_is_written_is_what_is_likeliest_one_row_after_the_other(kind: str)
             expected[b, int(stop[0]) + 1 :] = -1
     assert (expected[1, 3:] == -1).all() and (expected[4] == -1).all()
     for memory in (math.inf, 1.0):  # all together, and one by one
-        assert torch.equal(model.generate(prompt, length=6, end=end, memory=memory), expected)
+        assert torch.equal(model.generate(prompt, length=6, ends=(end,), memory=memory), expected)
     heads, of_layers = 4 if kind in ("gpt2", "opt") else 2, 3 * 32
     assert model.bytes_of_row(10) == (2 * 2 * 8 * heads + of_layers) * 10 * 4 + 12 * V
 
@@ -104,7 +104,7 @@ def test_what_is_written_is_what_is_likeliest_one_row_after_the_other(kind: str)
 def test_what_is_drawn_is_as_likely_as_it_is_scored() -> None:
     model, (prompt, _, _) = model_of(), texts()
     g, n = torch.Generator().manual_seed(0), 20_000
-    answers = model.generate(prompt[:1].expand(n, -1), length=2, end=END, temperature=0.5, generator=g)
+    answers = model.generate(prompt[:1].expand(n, -1), length=2, ends=(END,), temperature=0.5, generator=g)
     assert bool((answers[answers[:, 0] == END][:, 1] == -1).all())
     kinds, counts = torch.unique(answers, dim=0, return_counts=True)
     log_prob, _ = model.token_log_prob(prompt[:1].expand(len(kinds), -1), kinds, 0.5)
@@ -347,7 +347,7 @@ def test_steps_are_compared_to_the_same_bits_on_a_gpu() -> None:
 def test_words_that_the_tokenizer_does_not_know_are_never_written() -> None:
     model, (prompt, _, _) = model_of(), texts()
     model.words = 5
-    answers = model.generate(prompt.repeat(100, 1), length=3, end=END, generator=torch.Generator().manual_seed(0))
+    answers = model.generate(prompt.repeat(100, 1), length=3, ends=(END,), generator=torch.Generator().manual_seed(0))
     assert int(answers.max()) == 4
     kinds = torch.cartesian_prod(torch.arange(5)[:5], torch.tensor([END]))
     log_prob, entropy = model.token_log_prob(prompt[:1].expand(5, -1), kinds)

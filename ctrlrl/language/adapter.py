@@ -15,7 +15,7 @@ from ctrlrl.config import LanguageConfig
 from ctrlrl.envs.text.registry import make_text_env
 from ctrlrl.errors import UsageError
 from ctrlrl.language.backbone import LanguageBackbone
-from ctrlrl.language.model import LanguageModel, digest_of, load_model, load_tokenizer
+from ctrlrl.language.model import LanguageModel, digest_of, ends_of, load_model, load_tokenizer
 from ctrlrl.language.text_vector import TextVector
 from ctrlrl.nn.policy import Policy
 
@@ -60,8 +60,7 @@ def backbone(config: LanguageConfig) -> LanguageBackbone:
     tokenizer = _tokenizer(config.model)
     require_fits(config, model.longest)
     model.words = min(model.vocabulary, len(tokenizer))
-    end = -1 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
-    return LanguageBackbone(model, config, word_starts(tokenizer, model.vocabulary), end)
+    return LanguageBackbone(model, config, word_starts(tokenizer, model.vocabulary), ends_of(tokenizer, config.model))
 
 
 def digests(config: LanguageConfig, policy: Policy) -> dict[str, str]:

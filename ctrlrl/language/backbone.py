@@ -56,10 +56,12 @@ class LanguagePolicy(CandidateNetwork, TokenNetwork, Recalling):
     starts_word: Tensor
     pretrained = True
 
-    def __init__(self, model: LanguageModel, config: LanguageConfig, starts_word: Tensor, end: int) -> None:
+    def __init__(
+        self, model: LanguageModel, config: LanguageConfig, starts_word: Tensor, ends: tuple[int, ...]
+    ) -> None:
         super().__init__()
         self.model, self.temperature, self.normalize = model, config.temperature, config.normalize
-        self._length, self._end, self._memory = config.candidate_tokens, end, config.generation_gib * 2**30
+        self._length, self._ends, self._memory = config.candidate_tokens, ends, config.generation_gib * 2**30
         self.register_buffer("starts_word", starts_word, persistent=False)
 
     def forward(self, features: Tensor, candidates: Tensor, exists: Tensor | None) -> Tensor:
@@ -79,7 +81,7 @@ class LanguagePolicy(CandidateNetwork, TokenNetwork, Recalling):
         return self.model.generate(
             features,
             length=self._length,
-            end=self._end,
+            ends=self._ends,
             temperature=self.temperature,
             generator=generator,
             memory=self._memory,
@@ -191,17 +193,19 @@ class LanguageBackbone(Backbone):
         model: it.
         config: how it answers, and what critics read.
         starts_word: (V,) bool, which tokens begin a word.
-        end: the token that ends an answer.
+        ends: the tokens that end an answer, each of them.
     """
 
-    def __init__(self, model: LanguageModel, config: LanguageConfig, starts_word: Tensor, end: int) -> None:
-        self.model, self.config, self.starts_word, self.end = model, config, starts_word, end
+    def __init__(
+        self, model: LanguageModel, config: LanguageConfig, starts_word: Tensor, ends: tuple[int, ...]
+    ) -> None:
+        self.model, self.config, self.starts_word, self.ends = model, config, starts_word, ends
 
     def encoder(self, space: gym.Space[Any]) -> Encoder:
         return Tokens(space)
 
     def __call__(self, inputs: int, outputs: int) -> nn.Module:
-        return LanguagePolicy(self.model, self.config, self.starts_word, self.end)
+        return LanguagePolicy(self.model, self.config, self.starts_word, self.ends)
 
     def critics(self, members: int, outputs: int, *, candidates: bool) -> nn.Module:
         if self.config.critic == "joint":

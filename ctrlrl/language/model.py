@@ -188,7 +188,7 @@ class LanguageModel(nn.Module):
         prompt: Tensor,
         *,
         length: int,
-        end: int,
+        ends: tuple[int, ...],
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
         memory: float = math.inf,
@@ -201,7 +201,7 @@ class LanguageModel(nn.Module):
         Args:
             prompt: (B, L); where there is none, nothing is written.
             length: tokens of an answer at most, C.
-            end: the token that ends it, which is part of it.
+            ends: the tokens that end it, any of them, which is part of it.
             temperature: that logits are divided by.
             generator: of the draws; None: the likeliest token each time.
             memory: bytes that keys, values and logits may take; as many rows at a time as fit, but at least one.
@@ -227,7 +227,7 @@ class LanguageModel(nn.Module):
                 most = self.most_kept(prompt.shape[1], room)
                 logits, cache = kept.read(self, different, rows, of_prompt, total=len(prompt), most=most)
             cache.batch_select_indices(of_prompt)
-            out[rows] = self._generate(prompt[rows], logits[of_prompt], cache, length, end, temperature, generator)
+            out[rows] = self._generate(prompt[rows], logits[of_prompt], cache, length, ends, temperature, generator)
         return out
 
     def bytes_of_row(self, tokens: int) -> int:
@@ -259,17 +259,18 @@ class LanguageModel(nn.Module):
         logits: Tensor,
         cache: Any,
         length: int,
-        end: int,
+        ends: tuple[int, ...],
         temperature: float,
         generator: torch.Generator | None,
     ) -> Tensor:
         out = torch.full((len(prompt), length), -1, dtype=torch.long, device=prompt.device)
         rows = torch.arange(len(prompt), device=prompt.device)  # that are written still
         said = prompt  # what each of them has read and written
+        last = torch.tensor(ends, device=prompt.device)
         for i in range(length):
             token = _draw(logits[:, : self.words] / temperature, generator)
             out[rows, i] = token
-            going = (token != end).nonzero().squeeze(-1)
+            going = (~torch.isin(token, last)).nonzero().squeeze(-1)
             if i == length - 1 or not len(going):
                 break
             if len(going) < len(rows):
@@ -400,6 +401,19 @@ def load_tokenizer(config: LanguageConfig) -> PreTrainedTokenizerBase:
     except (OSError, ValueError) as error:
         raise UsageError(f"no tokenizer at {path}: {' '.join(str(error).split())[:300]}") from None
     return tokenizer
+
+
+def ends_of(tokenizer: Any, model: str | None) -> tuple[int, ...]:
+    """The tokens that end an answer: the tokenizer's, and those that the model's folder says where a turn of a
+    conversation has an end of its own."""
+    said: list[int] = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if model is not None:
+        try:
+            more = require_transformers().GenerationConfig.from_pretrained(model).eos_token_id
+        except OSError:  # a folder without one
+            more = None
+        said += [] if more is None else [more] if isinstance(more, int) else more
+    return tuple(dict.fromkeys(said))
 
 
 def load_model(config: LanguageConfig) -> LanguageModel:

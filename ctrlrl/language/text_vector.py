@@ -25,6 +25,7 @@ from ctrlrl.config import LanguageConfig
 from ctrlrl.envs.text.base import TextEnv, TextState
 from ctrlrl.envs.vector import EnvState, Step, VectorEnv, VectorGoals, derive_seeds, require_as_many, seed_per_env
 from ctrlrl.errors import UsageError
+from ctrlrl.language.model import ends_of
 from ctrlrl.language.prompts import ChatPrompts, Prompts
 from ctrlrl.tokens import TokenSpace
 from ctrlrl.tree import Obs
@@ -37,8 +38,8 @@ class TextVector(VectorEnv):
     """Text environments stepped one after the other, for a model that chooses among commands or answers freely.
 
     Figures of an episode: `episode/turns`, `episode/valid`, the share of answers that meant something, `episode/cut`,
-    the share of prompts of which the oldest tokens were left out, and `episode/tokens`, the mean length of free
-    answers.
+    the share of prompts of which the oldest tokens were left out, and of free answers `episode/tokens`, their mean
+    length, and `episode/unended`, the share of those that were cut at `candidate_tokens`, without an end.
 
     In groups (`language.group_size`) each group is given tasks of its own, the same for its members, whose episodes
     begin together: who has finished sees an empty prompt and waits, in rows that are no transitions.
@@ -78,9 +79,12 @@ class TextVector(VectorEnv):
 
         offers = bool(self._envs[0].reset(0).commands)
         self._free = c.form == "tokens" or (c.form == "auto" and not offers)
+        self._ends = ends_of(tokenizer, c.model)
+        begins = tokenizer.encode("a")[:1] == [tokenizer.bos_token_id]  # as its model has read every text
+        self._bos = () if c.chat or not begins else (int(tokenizer.bos_token_id),)
         if not self._free and not offers:
             raise UsageError(f"{name} takes any text for an answer and offers no candidates: --language.form tokens")
-        if self._free and tokenizer.eos_token_id is None:
+        if self._free and not self._ends:
             raise UsageError(
                 f"the tokenizer of {c.model} has no token that ends a text (eos_token), which free answers need: set "
                 "one in its folder"
@@ -104,7 +108,7 @@ class TextVector(VectorEnv):
         self.goals = _goals_of(self._envs[0]) if achieved else None
         self._states: list[TextState] = []
         self.transcript: list[list[tuple[str, str]]] = [[] for _ in self._envs]
-        self._counts = np.zeros((self.num_envs, 4), np.int64)  # turns, valid answers, cut prompts, tokens of answers
+        self._counts = np.zeros((self.num_envs, 5), np.int64)  # turns, valid answers, cut prompts, tokens, unended
         self._first_said: list[str | None] = [None] * self.num_envs
         self._ids = functools.lru_cache(_SAID)(self._tokenized)
 
@@ -133,18 +137,19 @@ class TextVector(VectorEnv):
             if self._waits[row]:
                 finals.append(shown)
                 continue
-            answer, length = self._as_said(row, answers[row])
+            answer, length, ended = self._as_said(row, answers[row])
             step = env.step(answer)
             self.transcript[row].append((shown.observation, answer))
-            self._counts[row] += 1, step.valid, 0, length
+            self._counts[row] += 1, step.valid, 0, length, not ended
             reward[row], flags[:, row] = step.reward, (step.terminated, step.truncated)
             finals.append(step.state)
             self._states[row] = step.state
             if step.terminated or step.truncated:
                 told[row] = self.transcript[row]
-                turns, valid, cut, written = self._counts[row].tolist()
+                turns, valid, cut, written, unended = self._counts[row].tolist()
                 figures["success"][row] = np.nan if step.success is None else step.success
-                means = (turns, valid / turns, cut / turns, written / turns if self._free else np.nan)
+                of_answers = (written / turns, unended / turns) if self._free else (np.nan, np.nan)
+                means = (turns, valid / turns, cut / turns, *of_answers)
                 for name, value in zip(_FIGURES, means, strict=True):
                     figures[name][row] = value
                 if self._first_said[row] is None:
@@ -235,16 +240,16 @@ class TextVector(VectorEnv):
         self._states = [env.reset(seeds[row // size]) for row, env in enumerate(self._envs)]
         self._clock, self._waits[:] = 0, False
 
-    def _as_said(self, row: int, action: Any) -> tuple[str, int]:
-        """The text that an action is, and how many tokens were written."""
+    def _as_said(self, row: int, action: Any) -> tuple[str, int, bool]:
+        """The text that an action is, how many tokens were written, and whether the last one is an end."""
         if self._free:
             written = [token for token in action if token >= 0]
             text: str = self._tokenizer.decode(written, skip_special_tokens=True)
-            return text.strip(), len(written)
+            return text.strip(), len(written), bool(written) and written[-1] in self._ends
         commands = self._states[row].commands
         if not 0 <= action < len(commands):
             raise UsageError(f"{self.name}: no candidate {action}; environment {row} offers {len(commands)}")
-        return commands[action], 0
+        return commands[action], 0, True
 
     def _to_act_on(self) -> dict[str, Tensor]:
         """The observations of all rows.
@@ -275,7 +280,7 @@ class TextVector(VectorEnv):
                 if not self._free:
                     out["candidate_mask"][row, 0] = 1  # there must be something to choose; it is not read
                 continue
-            goal = self._goal(state.goal) if state.goal else ()
+            goal = self._goal(state.goal)
             prompt = self._ids(self._prompts.prompt(state.goal, state.observation, past, c.history))
             if acting and len(prompt) > c.prompt_tokens:
                 self._counts[row, 2] += 1
@@ -330,7 +335,7 @@ class TextVector(VectorEnv):
         Raises:
             UsageError: there are too many.
         """
-        ids = self._ids(self._prompts.goal(goal))
+        ids = self._bos + (self._ids(self._prompts.goal(goal)) if goal else ())
         if len(ids) > self._config.goal_tokens:
             raise UsageError(f"the goal {goal!r} has {len(ids)} tokens: language.goal_tokens must be as many")
         return ids
@@ -345,7 +350,7 @@ class TextVector(VectorEnv):
         return tuple(ids)
 
 
-_FIGURES = ("episode/turns", "episode/valid", "episode/cut", "episode/tokens")
+_FIGURES = ("episode/turns", "episode/valid", "episode/cut", "episode/tokens", "episode/unended")
 _WAITING = TextState("")
 """Of an environment whose episode is over and whose group goes on; known by being this one."""
 
