@@ -59,6 +59,8 @@ def causal(kind: str, seed: int = 0) -> Any:
         return transformers.OPTForCausalLM(opt)
     rest = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     rest |= {"num_key_value_heads": 2}
+    if kind == "mistral":  # which looks back no further than a window
+        return transformers.MistralForCausalLM(transformers.MistralConfig(sliding_window=5, **sizes, **rest))
     if kind == "llama":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **rest))
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes, **rest))
@@ -113,6 +115,22 @@ def test_scores_are_those_of_each_text_alone(kind: str) -> None:
         out = model.causal(prompt[b][prompt[b] >= 0][None], output_hidden_states=True)
         assert torch.allclose(logits[b], out.logits[0, -1], atol=1e-4)
         assert torch.allclose(at_end[b], out.hidden_states[-1][0, -1], atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [*KINDS, "mistral"])
+def test_candidates_are_scored_some_after_the_others_where_memory_is_short(kind: str) -> None:
+    model, (prompt, candidates, exists) = model_of(kind), texts()
+    log_prob, there = model.score(prompt, candidates, exists)
+    rows: list[int] = []
+    go_on = model.go_on
+    model.go_on = lambda ids, *rest, **how: (rows.append(len(ids)), go_on(ids, *rest, **how))[1]  # type: ignore[method-assign, func-returns-value]
+    for number in (0.5, 3.5, 100):
+        rows.clear()
+        memory = number * model.bytes_of_row(prompt.shape[1] + candidates.shape[2])
+        again, too = model.score(prompt, candidates, exists, memory=memory)
+        assert torch.equal(too, there) and torch.allclose(again, log_prob, atol=1e-5)
+        assert max(rows) == min(max(1, int(number)), int(exists.sum())) and sum(rows) == int(exists.sum())
 
 
 @pytest.mark.parametrize("kind", KINDS)

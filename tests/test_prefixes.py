@@ -186,8 +186,10 @@ def test_what_is_kept_has_room() -> None:
             model.generate(prompt, length=4, ends=(1,), memory=beside - 1, kept=kept)
             assert not kept._layers
     kept = Prefixes()
-    model.score(prompt, prompt[:, None, -2:], None, kept=kept, memory=3.5 * one)
+    model.score(prompt, prompt[:, None, -2:], None, kept=kept, memory=6 * model.bytes_of_row(width + 2) + 3.5 * one)
     assert len(kept._said) == 3
+    model.score(prompt, prompt[:, None, -2:], None, kept=kept, memory=6 * model.bytes_of_row(width + 2))
+    assert not kept._layers or len(kept._said) == 0
 
 
 @torch.no_grad()

@@ -97,8 +97,8 @@ def test_what_is_written_is_what_is_likeliest_one_row_after_the_other(kind: str)
     assert (expected[1, 3:] == -1).all() and (expected[4] == -1).all()
     for memory in (math.inf, 1.0):  # all together, and one by one
         assert torch.equal(model.generate(prompt, length=6, ends=(end,), memory=memory), expected)
-    heads, of_layers = 4 if kind in ("gpt2", "opt") else 2, 3 * 32
-    assert model.bytes_of_row(10) == (2 * 2 * 8 * heads + of_layers) * 10 * 4 + 12 * V
+    heads, between = (4, 128) if kind == "gpt2" else (4, 4 * 32) if kind == "opt" else (2, 64)
+    assert model.bytes_of_row(10) == (2 * 2 * 8 * heads + 24 * 32 + 2 * between) * 10 * 4 + 12 * V
 
 
 def test_what_is_drawn_is_as_likely_as_it_is_scored() -> None:

@@ -231,10 +231,13 @@ class LanguageModel(nn.Module):
         return out
 
     def bytes_of_row(self, tokens: int) -> int:
-        """What a row of so many tokens takes at most while it is written: keys and values of each layer, logits three
-        times, and for what layers make in between as much as what they all give."""
-        of_layers = (int(self.causal.config.num_hidden_layers) + 1) * self.hidden_size * self._bytes
-        return (self._bytes_of_token + of_layers) * tokens + 3 * 4 * self.vocabulary
+        """What a row of so many tokens takes while it is read and written: keys and values of each layer, logits three
+        times, and what one layer makes in between, 24 times its units and twice those between its two products: more
+        than Llamas of 64 to 512 units took (`scripts/bench_memory.py`)."""
+        c = self.causal.config
+        between = int(getattr(c, "intermediate_size", None) or 4 * self.hidden_size)
+        of_layer = (24 * self.hidden_size + 2 * between) * self._bytes
+        return (self._bytes_of_token + of_layer) * tokens + 3 * 4 * self.vocabulary
 
     def most_kept(self, tokens: int, memory: float) -> int:
         """Of how many prompts of so many tokens keys and values may be kept: twice, since new ones are made while the
@@ -297,8 +300,9 @@ class LanguageModel(nn.Module):
             candidates: (B, n, C).
             exists: (B, n) bool; None: all of them.
             temperature: that logits are divided by.
-            kept: of the rows' prompts before, where they are the same rows.
-            memory: bytes that these may take.
+            kept: of the rows' prompts before, where they are the same rows; in what is left of the memory.
+            memory: bytes that candidates with their prompts may take where there is no gradient; as many candidates at
+                a time as fit, but at least one.
 
         Returns:
             log-probabilities of each token (B, n, C), 0 where there is none, and which tokens there are (B, n, C).
@@ -307,26 +311,37 @@ class LanguageModel(nn.Module):
         if not len(which):  # all wait
             nothing = torch.zeros(candidates.shape, device=ids.device)
             return nothing, nothing.bool()
+        one = self.bytes_of_row(prompt.shape[1] + ids.shape[1])
+        at_once = len(ids) if torch.is_grad_enabled() else max(1, int(min(memory / one, len(ids))))
         if kept is None:
             first, _, cache = self.read(prompt, cache=True)
         else:
-            rows, most = torch.arange(len(prompt), device=ids.device), self.most_kept(prompt.shape[1], memory)
+            rows, room = torch.arange(len(prompt), device=ids.device), memory - min(at_once, len(ids)) * one
+            most = self.most_kept(prompt.shape[1], room)
             first, cache = kept.read(self, prompt, rows, rows, total=len(prompt), most=most)
-        cache.batch_select_indices(of_prompt)
-        logits, _ = self.go_on(ids, prompt[of_prompt], cache)
-        token = ids.clamp(min=0)
-        log_prob = torch.cat(  # of the first token, and of those after it
-            [
-                _log_prob(first / temperature, of_prompt, token[:, 0])[:, None],
-                _log_prob(logits[:, :-1] / temperature, None, token[:, 1:]),
-            ],
-            -1,
-        )
-        log_prob = log_prob * (ids >= 0)
+        parts = list(zip(ids.split(at_once), of_prompt.split(at_once), strict=True))  # type: ignore[no-untyped-call]
+        log_prob = torch.cat([self._scored(i, of, prompt, first, cache, temperature, len(parts)) for i, of in parts])
         count, n, length = candidates.shape
         scores = log_prob.new_zeros(count * n, length).index_copy(0, which, log_prob)
         there = torch.zeros(count * n, length, dtype=torch.bool, device=ids.device).index_copy(0, which, ids >= 0)
         return scores.view(count, n, length), there.view(count, n, length)
+
+    def _scored(
+        self, ids: Tensor, of_prompt: Tensor, prompt: Tensor, first: Tensor, cache: Any, temperature: float, parts: int
+    ) -> Tensor:
+        """Log-probabilities (M, C) of candidates (M, C), of the prompts that `of_prompt` (M,) names: of their first
+        token by what follows the prompts, (B, V), of those after it by the cache. That of one of several parts is left
+        as it was."""
+        if parts > 1:
+            cache = copy.deepcopy(cache)
+        cache.batch_select_indices(of_prompt)
+        logits, _ = self.go_on(ids, prompt[of_prompt], cache)
+        token = ids.clamp(min=0)
+        each = [
+            _log_prob(first / temperature, of_prompt, token[:, 0])[:, None],
+            _log_prob(logits[:, :-1] / temperature, None, token[:, 1:]),
+        ]
+        return torch.cat(each, -1) * (ids >= 0)
 
     def features(self, prompt: Tensor, candidates: Tensor, exists: Tensor | None) -> Tensor:
         """Features of each candidate's last token after the prompt (B, n, H), zeros where there is no candidate.

@@ -137,10 +137,10 @@ class TextVector(VectorEnv):
             if self._waits[row]:
                 finals.append(shown)
                 continue
-            answer, length, ended = self._as_said(row, answers[row])
+            answer, length, whole = self._as_said(row, answers[row])
             step = env.step(answer)
             self.transcript[row].append((shown.observation, answer))
-            self._counts[row] += 1, step.valid, 0, length, not ended
+            self._counts[row] += 1, step.valid, 0, length, not whole
             reward[row], flags[:, row] = step.reward, (step.terminated, step.truncated)
             finals.append(step.state)
             self._states[row] = step.state
