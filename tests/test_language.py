@@ -766,3 +766,22 @@ def test_commands_that_the_model_cannot_tell_apart_are_refused_and_a_model_made_
     shutil.rmtree(path)
     make_lm(lambda: make_text_env("text/GuessNumber", {"high": 16}), path, small)
     text_environments("text/GuessNumber", language, num_envs=1, env_kwargs={"high": 16}).reset(0)
+
+
+def test_numbers_may_be_written_digit_by_digit(tmp_path: Path) -> None:
+    """A word for each is more than demonstrations show: most sums of the calculator could not be told, or written."""
+    tokenizer = word_tokenizer({"what is 17 * 23 ?", PLAIN.command("answer -4")}, digits=True)
+    for text in ("what is 905 * 3 ?", "answer -396"):
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids, skip_special_tokens=True) == text
+    unknown = {}
+    for digits in (False, True):
+        config = TinyConfig(hidden=16, heads=2, layers=1, episodes=10, epochs=1, digits=digits)
+        out = tmp_path / str(digits)
+        figures = make_lm(lambda: make_text_env("text/Calculator"), out, config, vocabulary_episodes=5)
+        language = LanguageConfig(model=str(out), form="tokens", candidate_tokens=16)
+        env = text_environments("text/Calculator", language, num_envs=8, env_kwargs={"max_turns": 1})
+        env.reset(0)
+        told = env.step(torch.full((8, 16), -1)).log["episode/unknown"].mean()
+        unknown[digits] = figures["unknown"], float(told)
+    assert min(unknown[False]) > 0.2 and unknown[True] == (0, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -59,12 +61,22 @@ def _make_lm(arguments: Sequence[str]) -> int:
         language=options.language,
         say=print,
     )
+    right, task = f"{figures['accuracy']:.1%}", f"{options.env}{_arguments_of(options)}"
     print(
-        f"{options.out}: {figures['parameters']:,} weights, {figures['words']} words, right in "
-        f"{figures['accuracy']:.1%} of the turns. Train it: ctrlrl train ppo --env {options.env} --language.model "
-        f"{options.out}"
+        f"{options.out}: {figures['parameters']:,} weights, {figures['words']} words, right in {right} of the turns. "
+        f"Train it: ctrlrl train ppo --env {task} --language.model {options.out}"
     )
+    if figures["unknown"]:
+        print(
+            f"{figures['unknown']:.0%} of the turns of other episodes have words that it does not know: more "
+            "--episodes, or, where these are numbers, --digits"
+        )
     return 0
+
+
+def _arguments_of(options: MakeLM) -> str:
+    """The environment's arguments as they are typed."""
+    return f" --env-kwargs {shlex.quote(json.dumps(options.env_kwargs))}" if options.env_kwargs else ""
 
 
 @dataclass(frozen=True, kw_only=True)

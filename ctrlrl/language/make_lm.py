@@ -46,7 +46,8 @@ def make_lm(
         say: is told how it goes.
 
     Returns:
-        `loss` and `accuracy` over the last epoch, `words` of the vocabulary, `parameters` of the model.
+        `loss` and `accuracy` over the last epoch, `words` of the vocabulary, `parameters` of the model, and `unknown`,
+        the share of turns of other demonstrations in which a word stands that it does not know.
 
     Raises:
         UsageError: the folder holds something, or the task has no demonstrator.
@@ -62,8 +63,9 @@ def make_lm(
     if len({chosen < 0 for *_, chosen in turns}) > 1:
         raise UsageError("the task offers commands now and then: --language.form tokens takes all answers as free")
     texts |= seen_at_random(env, vocabulary_episodes, c.seed)
+    others = demonstrations(env, min(c.episodes, 100), c.seed + 10_000, settings.history, settings.form)[0]
     env.close()
-    tokenizer = word_tokenizer(texts)
+    tokenizer = word_tokenizer(texts, digits=c.digits)
     say(f"{len(turns):,} turns of {c.episodes} demonstrations, {len(tokenizer)} words")
 
     torch.manual_seed(c.seed)
@@ -80,7 +82,12 @@ def make_lm(
     path.mkdir(parents=True, exist_ok=True)
     causal.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    return figures | {"words": len(tokenizer), "parameters": sum(p.numel() for p in causal.parameters())}
+    unknown = sum(tokenizer.unk_token_id in tokenizer.encode("".join(_told(turn))) for turn in others) / len(others)
+    return figures | {
+        "unknown": unknown,
+        "words": len(tokenizer),
+        "parameters": sum(p.numel() for p in causal.parameters()),
+    }
 
 
 Turn = tuple[str, str, tuple[str, ...], int]
@@ -117,6 +124,11 @@ def demonstrations(env: TextEnv, episodes: int, seed: int, history: int, form: s
     return turns, texts
 
 
+def _told(turn: Turn) -> tuple[str, ...]:
+    goal, prompt, said, _ = turn
+    return (goal, prompt, *map(PLAIN.command, said))
+
+
 def seen_at_random(env: TextEnv, episodes: int, seed: int) -> set[str]:
     """Texts of episodes with random answers."""
     texts: set[str] = set()
@@ -136,16 +148,23 @@ def seen_at_random(env: TextEnv, episodes: int, seed: int) -> set[str]:
     return texts
 
 
-def word_tokenizer(texts: set[str]) -> Any:
-    """A tokenizer with a token for each word of `texts`, and one for words it does not know."""
+def word_tokenizer(texts: set[str], *, digits: bool = False) -> Any:
+    """A tokenizer with a token for each word of `texts`, and one for words it does not know; with `digits` one for each
+    digit, and for the blank before a number."""
     import tokenizers
     import transformers
 
-    split = tokenizers.pre_tokenizers.WhitespaceSplit()
+    pre = tokenizers.pre_tokenizers
+    split = pre.WhitespaceSplit()
+    if digits:
+        texts = texts | {"0 1 2 3 4 5 6 7 8 9"}
+        split = pre.Sequence([split, pre.Metaspace(prepend_scheme="always"), pre.Digits(individual_digits=True)])
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
     vocabulary = {word: i for i, word in enumerate([UNKNOWN, END, *words])}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNKNOWN))
     made.pre_tokenizer = split
+    if digits:
+        made.decoder = tokenizers.decoders.Metaspace(prepend_scheme="always")
     return transformers.PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=made, unk_token=UNKNOWN, eos_token=END, pad_token=END, clean_up_tokenization_spaces=False
     )

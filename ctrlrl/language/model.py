@@ -228,6 +228,7 @@ class LanguageModel(nn.Module):
                 logits, cache = kept.read(self, different, rows, of_prompt, total=len(prompt), most=most)
             cache.batch_select_indices(of_prompt)
             out[rows] = self._generate(prompt[rows], logits[of_prompt], cache, length, ends, temperature, generator)
+            del logits, cache  # before the next ones are made
         return out
 
     def bytes_of_row(self, tokens: int) -> int:
@@ -471,7 +472,9 @@ def _with_adapter(causal: Any, config: LanguageConfig) -> Any:
         import peft
     except ImportError:
         raise UsageError(f"language.lora_rank needs peft: {_EXTRA}") from None
-    names = list(config.lora_targets) or None
+    names: list[str] | str | None = list(config.lora_targets) or None
+    if names == ["all-linear"]:
+        names = "all-linear"  # peft's word for every linear layer
     settings = peft.LoraConfig(
         r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=names, lora_dropout=0.0, task_type="CAUSAL_LM"
     )

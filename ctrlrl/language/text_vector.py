@@ -2,8 +2,8 @@
 
 Shapes: N rows, n candidates. An observation is a dict of int32 ids, -1 where there is no token: `goal` and `prompt`,
 each padded on its left, and where one is chosen `candidates` (n, C), padded on the right, and `candidate_mask` (n,). An
-action is the index of a candidate, or an answer's ids (C,), -1 after its end. Ids are what is stored and learned from;
-no text is tokenized a second time.
+action is the index of a candidate, or an answer's ids (C,), -1 after its end. Ids are what is stored and learned from,
+of an answer those that were written.
 
 The goal stands first, so that another goal can be put in its place: what follows does not depend on it. Goals that hold
 after a step are no part of what is observed: `Step.achieved` has them, as the ids that `goal` would have.
@@ -38,8 +38,9 @@ class TextVector(VectorEnv):
     """Text environments stepped one after the other, for a model that chooses among commands or answers freely.
 
     Figures of an episode: `episode/turns`, `episode/valid`, the share of answers that meant something, `episode/cut`,
-    the share of prompts of which the oldest tokens were left out, and of free answers `episode/tokens`, their mean
-    length, and `episode/unended`, the share of those that were cut at `candidate_tokens`, without an end.
+    the share of prompts of which the oldest tokens were left out, `episode/unknown`, that of prompts with a word that
+    the model does not know, and of free answers `episode/tokens`, their mean length, and `episode/unended`, the share
+    of those that were cut at `candidate_tokens`, without an end.
 
     In groups (`language.group_size`) each group is given tasks of its own, the same for its members, whose episodes
     begin together: who has finished sees an empty prompt and waits, in rows that are no transitions.
@@ -108,7 +109,9 @@ class TextVector(VectorEnv):
         self.goals = _goals_of(self._envs[0]) if achieved else None
         self._states: list[TextState] = []
         self.transcript: list[list[tuple[str, str]]] = [[] for _ in self._envs]
-        self._counts = np.zeros((self.num_envs, 5), np.int64)  # turns, valid answers, cut prompts, tokens, unended
+        self._counts = np.zeros(
+            (self.num_envs, 6), np.int64
+        )  # turns, valid answers, cut prompts, tokens, unended, unknown
         self._first_said: list[str | None] = [None] * self.num_envs
         self._ids = functools.lru_cache(_SAID)(self._tokenized)
 
@@ -140,16 +143,16 @@ class TextVector(VectorEnv):
             answer, length, whole = self._as_said(row, answers[row])
             step = env.step(answer)
             self.transcript[row].append((shown.observation, answer))
-            self._counts[row] += 1, step.valid, 0, length, not whole
+            self._counts[row] += 1, step.valid, 0, length, not whole, 0
             reward[row], flags[:, row] = step.reward, (step.terminated, step.truncated)
             finals.append(step.state)
             self._states[row] = step.state
             if step.terminated or step.truncated:
                 told[row] = self.transcript[row]
-                turns, valid, cut, written, unended = self._counts[row].tolist()
+                turns, valid, cut, written, unended, unknown = self._counts[row].tolist()
                 figures["success"][row] = np.nan if step.success is None else step.success
                 of_answers = (written / turns, unended / turns) if self._free else (np.nan, np.nan)
-                means = (turns, valid / turns, cut / turns, *of_answers)
+                means = (turns, valid / turns, cut / turns, *of_answers, unknown / turns)
                 for name, value in zip(_FIGURES, means, strict=True):
                     figures[name][row] = value
                 if self._first_said[row] is None:
@@ -284,6 +287,8 @@ class TextVector(VectorEnv):
             prompt = self._ids(self._prompts.prompt(state.goal, state.observation, past, c.history))
             if acting and len(prompt) > c.prompt_tokens:
                 self._counts[row, 2] += 1
+            if acting and self._tokenizer.unk_token_id in (*goal, *prompt):
+                self._counts[row, 5] += 1
             _to_the_right(out["goal"][row], goal)
             _to_the_right(out["prompt"][row], prompt[-c.prompt_tokens :])
             if self._free:
@@ -350,7 +355,7 @@ class TextVector(VectorEnv):
         return tuple(ids)
 
 
-_FIGURES = ("episode/turns", "episode/valid", "episode/cut", "episode/tokens", "episode/unended")
+_FIGURES = ("episode/turns", "episode/valid", "episode/cut", "episode/tokens", "episode/unended", "episode/unknown")
 _WAITING = TextState("")
 """Of an environment whose episode is over and whose group goes on; known by being this one."""
 

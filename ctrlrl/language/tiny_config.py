@@ -21,6 +21,9 @@ class TinyConfig(Config):
     """Attention heads."""
     context: int = 512
     """Tokens it can read."""
+    digits: bool = False
+    """Write numbers digit by digit, in place of a word for each: for numbers that the demonstrations are too few to
+    show all of."""
     episodes: int = 100
     """Demonstrated episodes."""
     epochs: int = 20

@@ -87,6 +87,11 @@ def export_run(
     loaded = load(run, checkpoint=checkpoint, network=network, encoder=encoder, base=base)
     folder = RunFolder(loaded.path)
     algo, config = read_config(folder)
+    if config.language.model is not None:
+        raise UsageError(
+            f"the policy of {run} is a language model, which is exported as a folder of transformers: ctrlrl language "
+            "export"
+        )
     path = folder.find_checkpoint(checkpoint)
     source = own_environment(loaded, env)
     prepare_cpu()

@@ -11,6 +11,7 @@ lent to a game while it is asked, and given back as they were. Games that fetch 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -29,9 +30,9 @@ _NOTHING = "begin"
 class _Game(Replayed):
     """What the two have in common: random numbers of their own, and how a game that cannot be made is refused."""
 
-    def __init__(self, game: str, known: Any, max_turns: int) -> None:
+    def __init__(self, game: str, known: Any, invalid_penalty: float, max_turns: int) -> None:
         super().__init__(max_turns)
-        self.game = game
+        self.game, self.invalid_penalty = game, invalid_penalty
         self._random: Any = None
         self._goal = ""
         if game not in known:
@@ -62,7 +63,8 @@ class _Game(Replayed):
 
     def _answer(self, answer: str) -> TextStep:
         with self._lent():
-            return self._say(answer)
+            step = self._say(answer)
+        return step if step.valid else dataclasses.replace(step, reward=step.reward - self.invalid_penalty)
 
     def _state(self, said: str) -> TextState:
         return TextState(said.strip() or _NOTHING, (), self._goal)
@@ -92,12 +94,20 @@ class TextArena(_Game):
     A second invalid answer in a row ends most games. A game's own limit of turns is an end, `max_turns` a cut.
     """
 
-    def __init__(self, game: str = "GuessTheNumber-v0", *, brackets: bool = True, max_turns: int = 100) -> None:
+    def __init__(
+        self,
+        game: str = "GuessTheNumber-v0",
+        *,
+        brackets: bool = True,
+        invalid_penalty: float = 0.0,
+        max_turns: int = 100,
+    ) -> None:
         """Make the game.
 
         Args:
             game: its ID.
             brackets: put answers without any into the brackets that the games look for: `5` becomes `[5]`.
+            invalid_penalty: taken, besides, where the game says that an answer was invalid.
             max_turns: of an episode.
 
         Raises:
@@ -105,7 +115,9 @@ class TextArena(_Game):
         """
         self._package = imported("textarena", "textarena")
         self.brackets = brackets
-        super().__init__(game, imported("textarena.envs.registration", "textarena").ENV_REGISTRY, max_turns)
+        super().__init__(
+            game, imported("textarena.envs.registration", "textarena").ENV_REGISTRY, invalid_penalty, max_turns
+        )
 
     def _make(self) -> None:
         env = self._package.make(self.game)
@@ -146,12 +158,20 @@ class Gem(_Game):
     as valid, GEM does not tell them apart.
     """
 
-    def __init__(self, game: str = "game:GuessTheNumber-v0-easy", *, boxed: bool = True, max_turns: int = 100) -> None:
+    def __init__(
+        self,
+        game: str = "game:GuessTheNumber-v0-easy",
+        *,
+        boxed: bool = True,
+        invalid_penalty: float = 0.0,
+        max_turns: int = 100,
+    ) -> None:
         r"""Make the game.
 
         Args:
             game: its ID.
             boxed: put answers without one into the box that the games look for: `5` becomes `\boxed{5}`.
+            invalid_penalty: taken, besides, where the game could not read an answer.
             max_turns: of an episode.
 
         Raises:
@@ -160,7 +180,7 @@ class Gem(_Game):
         self._package = imported("gem", "gem-llm")
         self._unread = float(imported("gem.utils.constants", "gem-llm").LanguageGameReward.format_error_reward)
         self.boxed, self._return = boxed, 0.0
-        super().__init__(game, imported("gem.envs.registration", "gem-llm").ENV_REGISTRY, max_turns)
+        super().__init__(game, imported("gem.envs.registration", "gem-llm").ENV_REGISTRY, invalid_penalty, max_turns)
 
     def _make(self) -> None:
         self._env = self._package.make(self.game)
