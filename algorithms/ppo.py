@@ -304,7 +304,8 @@ class PPO(OnPolicyAgent):
             deviation = ((share * centered.square()).sum() * number / (number - 1).clamp(min=1)).sqrt()
             advantage = centered / (deviation + 1e-8)
         # L_clip, eq. 7
-        surrogate = torch.minimum(ratio * advantage, ratio.clamp(1 - c.clip, 1 + c.clip) * advantage)
+        near = ratio.clamp(1 - c.clip, 1 + (c.clip if c.clip_high is None else c.clip_high))
+        surrogate = torch.minimum(ratio * advantage, near * advantage)
         if c.stale_rollouts:
             stale = self._of_ratio(batch.log_prob - batch.behaviour, made).exp()
             surrogate = stale.clamp(max=c.stale_weight) * surrogate
@@ -331,7 +332,7 @@ class PPO(OnPolicyAgent):
 
         with torch.no_grad():
             kl = (per_row * (ratio - 1 - log_ratio).sum(-1, keepdim=True)).sum()  # of old from new, as it is sampled
-            clipped_share = (weight * ((ratio - 1).abs() > c.clip)).sum()
+            clipped_share = (weight * (near != ratio)).sum()
             if c.lr_schedule == "adaptive":
                 little = (kl < c.desired_kl / 2) & (kl > _ROUNDING)  # in the first minibatch nothing has moved yet
                 factor = torch.where(kl > 2 * c.desired_kl, 1 / 1.5, torch.where(little, 1.5, 1.0))

@@ -44,6 +44,8 @@ class PPOConfig(Config):
     """No further epoch on a rollout once the mean divergence of one exceeds 1.5 times this; by default all are made."""
     clip: float = 0.2
     """Largest change of the probability ratio that still pays."""
+    clip_high: float | None = None
+    """Another one for a ratio that rises, which leaves what is unlikely more room (DAPO, arXiv:2503.14476, has 0.28)."""
     value_clip: float | None = None
     """Largest change of a value that still pays, in units of the (normalized) return; by default there is none."""
     value_coef: float = 0.5
@@ -130,6 +132,7 @@ class PPOConfig(Config):
         self.require("desired_kl", self.desired_kl > 0, "above 0")
         self.require("target_kl", self.target_kl is None or self.target_kl > 0, "above 0, or null for none")
         self.require("clip", 0 < self.clip < 1, "in (0, 1)")
+        self.require("clip_high", self.clip_high is None or self.clip_high > 0, "above 0, or null for clip")
         self.require("value_clip", self.value_clip is None or self.value_clip > 0, "above 0, or null for none")
         self.require("value_coef", self.value_coef >= 0, "0 or more")
         self.require("entropy_coef", self.entropy_coef >= 0, "0 or more")

@@ -101,7 +101,7 @@ class PPOReference:
         policy, critic = ({k[2:]: v for k, v in both.items() if k.startswith(one)} for one in ("p/", "v/"))
         ratio = torch.exp(self.log_prob(policy, b["obs"], b["raw"]) - b["log_prob"])
         advantage = (b["advantage"] - b["advantage"].mean()) / (b["advantage"].std() + 1e-8)
-        gain = torch.min(ratio * advantage, ratio.clip(1 - c.clip, 1 + c.clip) * advantage).mean()
+        gain = torch.min(ratio * advantage, ratio.clip(1 - c.clip, 1 + (c.clip_high or c.clip)) * advantage).mean()
         target, value = b["advantage"] + b["value"], self.net(critic, b["obs"])[:, 0]
         error = (value - target) ** 2
         if c.value_clip is not None:
@@ -126,6 +126,7 @@ class PPOReference:
         {},
         {"value_clip": 0.1, "entropy_coef": 0.01, "max_grad_norm": 0.1},
         {"critic_lr": 1e-2},
+        {"clip": 0.02, "clip_high": 0.04},
         {"critic_only": 12, "critic_lr": 1e-3},
     ],
 )

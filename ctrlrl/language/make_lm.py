@@ -155,7 +155,7 @@ def word_tokenizer(texts: set[str], *, digits: bool = False) -> Any:
     import transformers
 
     pre = tokenizers.pre_tokenizers
-    split = pre.WhitespaceSplit()
+    split: Any = pre.WhitespaceSplit()
     if digits:
         texts = texts | {"0 1 2 3 4 5 6 7 8 9"}
         split = pre.Sequence([split, pre.Metaspace(prepend_scheme="always"), pre.Digits(individual_digits=True)])
