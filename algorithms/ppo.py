@@ -336,9 +336,11 @@ class PPO(OnPolicyAgent):
             if c.lr_schedule == "adaptive":
                 little = (kl < c.desired_kl / 2) & (kl > _ROUNDING)  # in the first minibatch nothing has moved yet
                 factor = torch.where(kl > 2 * c.desired_kl, 1 / 1.5, torch.where(little, 1.5, 1.0))
-                self.lr.mul_(factor).clamp_(1e-5, 1e-2)
+                moves = self.optimizer.steps >= c.critic_only  # else what there is of a divergence is rounding
+                self.lr.mul_(torch.where(moves, factor, 1.0)).clamp_(1e-5, 1e-2)
             if self._policy_lr is not None:
-                self._policy_lr.copy_(self.lr * (self.optimizer.steps >= c.critic_only))
+                lr = self.lr if c.lr_schedule == "adaptive" else c.lr
+                self._policy_lr.copy_(lr * (self.optimizer.steps >= c.critic_only))
         self.optimizer.descend(loss, max_norm=c.max_grad_norm)
         return metrics | {"kl": kl, "clipped": clipped_share}
 

@@ -32,7 +32,8 @@ class PPOConfig(Config):
     lr: float = 3e-4
     """Adam step size of policy and critic."""
     critic_lr: float | None = None
-    """Another one for the critic: of a language model 10 to 30 times the policy's (TWOSOME, arXiv:2401.14151)."""
+    """Another one for the critic: of a language model 10 to 30 times the policy's (TWOSOME, arXiv:2401.14151). What
+    the two share steps by lr."""
     critic_only: int = 0
     """First updates in which the critic alone learns, and the policy stays as it is (TWOSOME)."""
     lr_schedule: Literal["constant", "adaptive"] = "constant"
@@ -45,7 +46,7 @@ class PPOConfig(Config):
     clip: float = 0.2
     """Largest change of the probability ratio that still pays."""
     clip_high: float | None = None
-    """Another one for a ratio that rises, which leaves what is unlikely more room (DAPO, arXiv:2503.14476, has 0.28)."""
+    """Another one for a ratio that rises: leaves what is unlikely more room (DAPO, arXiv:2503.14476, has 0.28)."""
     value_clip: float | None = None
     """Largest change of a value that still pays, in units of the (normalized) return; by default there is none."""
     value_coef: float = 0.5

@@ -127,7 +127,7 @@ def test_candidates_are_scored_some_after_the_others_where_memory_is_short(kind:
     model.go_on = lambda ids, *rest, **how: (rows.append(len(ids)), go_on(ids, *rest, **how))[1]  # type: ignore[method-assign, func-returns-value]
     for number in (0.5, 3.5, 100):
         rows.clear()
-        memory = number * model.bytes_of_row(prompt.shape[1] + candidates.shape[2])
+        memory = number * (model.bytes_of_row(prompt.shape[1] + candidates.shape[2]) + 2 * 12 * V)
         again, too = model.score(prompt, candidates, exists, memory=memory)
         assert torch.equal(too, there) and torch.allclose(again, log_prob, atol=1e-5)
         assert max(rows) == min(max(1, int(number)), int(exists.sum())) and sum(rows) == int(exists.sum())

@@ -185,11 +185,11 @@ def test_what_is_kept_has_room() -> None:
             assert (kept._place >= 0).tolist() == [row < number + 1 for row in range(6)]  # the first ones
             model.generate(prompt, length=4, ends=(1,), memory=beside - 1, kept=kept)
             assert not kept._layers
-    kept = Prefixes()
-    model.score(prompt, prompt[:, None, -2:], None, kept=kept, memory=6 * model.bytes_of_row(width + 2) + 3.5 * one)
+    kept, scored = Prefixes(), 6 * (model.bytes_of_row(width + 2) + 12 * V)
+    model.score(prompt, prompt[:, None, -2:], None, kept=kept, memory=scored + 3.5 * one)
     assert len(kept._said) == 3
-    model.score(prompt, prompt[:, None, -2:], None, kept=kept, memory=6 * model.bytes_of_row(width + 2))
-    assert not kept._layers or len(kept._said) == 0
+    model.score(prompt, prompt[:, None, -2:], None, kept=kept, memory=scored - 1)
+    assert not kept._layers
 
 
 @torch.no_grad()

@@ -261,6 +261,19 @@ def test_gigpo_compares_steps_at_which_the_same_was_shown_whatever_was_before(hi
         for text, number in zip(said, row, strict=True):
             assert told.setdefault(text, number) == number
     assert len(set(told.values())) == len(told) > 2
+    saved = rollout.state_dict()
+    again = Rollout(
+        env.observation_space,
+        horizon=rollout.horizon,
+        num_envs=4,
+        extras={k: v[0] for k, v in rollout.extras.items()},
+        groups=(2, 3),
+    )
+    again.load_state_dict(saved)
+    assert torch.equal(again.anchor, rollout.anchor)  # type: ignore[arg-type]
+    saved["columns"].pop("anchor")  # of a version before
+    with pytest.raises(UsageError, match="resume from one at the end of a rollout"):
+        again.load_state_dict(saved)
     metrics, _ = agent.update(rollout)
     returns = rollout.reward.view(2, Echo.max_turns, 2, 2).sum(1)
     assert float(metrics["groups_alike"]) == float((returns[..., 0] == returns[..., 1]).float().mean())

@@ -234,7 +234,7 @@ class LanguageModel(nn.Module):
     def bytes_of_row(self, tokens: int) -> int:
         """What a row of so many tokens takes while it is read and written: keys and values of each layer, logits three
         times, and what one layer makes in between, 24 times its units and twice those between its two products: more
-        than Llamas of 64 to 512 units took (`scripts/bench_memory.py`)."""
+        than Llamas of 64 to 512 units took for up to 400 tokens (`scripts/bench_memory.py`)."""
         c = self.causal.config
         between = int(getattr(c, "intermediate_size", None) or 4 * self.hidden_size)
         of_layer = (24 * self.hidden_size + 2 * between) * self._bytes
@@ -312,29 +312,37 @@ class LanguageModel(nn.Module):
         if not len(which):  # all wait
             nothing = torch.zeros(candidates.shape, device=ids.device)
             return nothing, nothing.bool()
-        one = self.bytes_of_row(prompt.shape[1] + ids.shape[1])
+        # Logits of all tokens of a candidate, in `bytes_of_row` of one.
+        one = self.bytes_of_row(prompt.shape[1] + ids.shape[1]) + 3 * 4 * self.vocabulary * (ids.shape[1] - 1)
         at_once = len(ids) if torch.is_grad_enabled() else max(1, int(min(memory / one, len(ids))))
-        if kept is None:
-            first, _, cache = self.read(prompt, cache=True)
-        else:
-            rows, room = torch.arange(len(prompt), device=ids.device), memory - min(at_once, len(ids)) * one
-            most = self.most_kept(prompt.shape[1], room)
+        if kept is not None and len(ids) > at_once:
+            kept.clear()  # there is room for no more than what is scored
+            kept = None
+        if kept is not None:
+            rows, most = (
+                torch.arange(len(prompt), device=ids.device),
+                self.most_kept(prompt.shape[1], memory - len(ids) * one),
+            )
             first, cache = kept.read(self, prompt, rows, rows, total=len(prompt), most=most)
-        parts = list(zip(ids.split(at_once), of_prompt.split(at_once), strict=True))  # type: ignore[no-untyped-call]
-        log_prob = torch.cat([self._scored(i, of, prompt, first, cache, temperature, len(parts)) for i, of in parts])
+            log_prob = self._scored(ids, of_prompt, prompt, first, cache, temperature)
+        else:
+            parts = []
+            for part, of in zip(ids.split(at_once), of_prompt.split(at_once), strict=True):  # type: ignore[no-untyped-call]
+                begin, end = int(of[0]), int(of[-1]) + 1  # the prompts of these candidates
+                first, _, cache = self.read(prompt[begin:end], cache=True)
+                parts.append(self._scored(part, of - begin, prompt[begin:end], first, cache, temperature))
+                del first, cache  # before the next ones are made
+            log_prob = torch.cat(parts)
         count, n, length = candidates.shape
         scores = log_prob.new_zeros(count * n, length).index_copy(0, which, log_prob)
         there = torch.zeros(count * n, length, dtype=torch.bool, device=ids.device).index_copy(0, which, ids >= 0)
         return scores.view(count, n, length), there.view(count, n, length)
 
     def _scored(
-        self, ids: Tensor, of_prompt: Tensor, prompt: Tensor, first: Tensor, cache: Any, temperature: float, parts: int
+        self, ids: Tensor, of_prompt: Tensor, prompt: Tensor, first: Tensor, cache: Any, temperature: float
     ) -> Tensor:
         """Log-probabilities (M, C) of candidates (M, C), of the prompts that `of_prompt` (M,) names: of their first
-        token by what follows the prompts, (B, V), of those after it by the cache. That of one of several parts is left
-        as it was."""
-        if parts > 1:
-            cache = copy.deepcopy(cache)
+        token by what follows the prompts, (B, V), of those after it by the cache, which is used up."""
         cache.batch_select_indices(of_prompt)
         logits, _ = self.go_on(ids, prompt[of_prompt], cache)
         token = ids.clamp(min=0)
@@ -420,14 +428,15 @@ def load_tokenizer(config: LanguageConfig) -> PreTrainedTokenizerBase:
 
 
 def ends_of(tokenizer: Any, model: str | None) -> tuple[int, ...]:
-    """The tokens that end an answer: the tokenizer's, and those that the model's folder says where a turn of a
-    conversation has an end of its own."""
+    """The tokens that end an answer: the tokenizer's, and those of the model's `generation_config.json`, or else of its
+    `config.json`, which name what ends a turn of a conversation."""
     said: list[int] = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     if model is not None:
-        try:
-            more = require_transformers().GenerationConfig.from_pretrained(model).eos_token_id
-        except OSError:  # a folder without one
-            more = None
+        transformers, more = require_transformers(), None
+        for kind in (transformers.GenerationConfig, transformers.AutoConfig):
+            with contextlib.suppress(OSError, ValueError):  # a folder without one
+                more = kind.from_pretrained(model).eos_token_id
+                break
         said += [] if more is None else [more] if isinstance(more, int) else more
     return tuple(dict.fromkeys(said))
 

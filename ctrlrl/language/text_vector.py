@@ -215,6 +215,7 @@ class TextVector(VectorEnv):
                 continue
             self._states.append(env.set_state(saved["env"]))
             self.transcript[row] = [(said, answer) for said, answer in saved["transcript"]]
+            self._counts[row] = 0
             self._counts[row, : len(saved["counts"])] = saved["counts"]  # runs of before counted no tokens
             self._waits[row], self._clock, self._seed = saved.get("group", (False, 0, 0))
             if self._waits[row]:
@@ -247,8 +248,9 @@ class TextVector(VectorEnv):
         """The text that an action is, how many tokens were written, and whether the last one is an end."""
         if self._free:
             written = [token for token in action if token >= 0]
-            text: str = self._tokenizer.decode(written, skip_special_tokens=True)
-            return text.strip(), len(written), bool(written) and written[-1] in self._ends
+            whole = bool(written) and written[-1] in self._ends
+            text: str = self._tokenizer.decode(written[:-1] if whole else written, skip_special_tokens=True)
+            return text.strip(), len(written), whole
         commands = self._states[row].commands
         if not 0 <= action < len(commands):
             raise UsageError(f"{self.name}: no candidate {action}; environment {row} offers {len(commands)}")
@@ -287,7 +289,7 @@ class TextVector(VectorEnv):
             prompt = self._ids(self._prompts.prompt(state.goal, state.observation, past, c.history))
             if acting and len(prompt) > c.prompt_tokens:
                 self._counts[row, 2] += 1
-            if acting and self._tokenizer.unk_token_id in (*goal, *prompt):
+            if acting and self._tokenizer.unk_token_id in (*goal[len(self._bos) :], *prompt):
                 self._counts[row, 5] += 1
             _to_the_right(out["goal"][row], goal)
             _to_the_right(out["prompt"][row], prompt[-c.prompt_tokens :])
@@ -326,7 +328,7 @@ class TextVector(VectorEnv):
                 )
             for i, goal in enumerate(state.achieved):
                 ids = self._goal(goal)
-                if self._tokenizer.unk_token_id in ids:
+                if self._tokenizer.unk_token_id in ids[len(self._bos) :]:
                     raise UsageError(
                         f"the goal {goal!r} has words that the model does not know, so that hindsight would take it "
                         "for others: make the model anew (ctrlrl language make-lm), or leave out --buffer.hindsight"

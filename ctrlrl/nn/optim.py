@@ -46,6 +46,8 @@ class Adam:
         self.parameters = list(parameters)
         self.lrs = list(lr) if isinstance(lr, Sequence) else [lr] * len(self.parameters)
         self.eps = eps
+        by_lr = itertools.groupby(range(len(self.lrs)), lambda i: id(self.lrs[i]))
+        self._groups = [list(places) for _, places in by_lr]  # one kernel each
         self.first = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self.second = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
         self.steps = torch.zeros((), device=self.parameters[0].device)
@@ -75,8 +77,7 @@ class Adam:
             g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
             for p, g in zip(self.parameters, gradients, strict=True)
         ]
-        for _, group in itertools.groupby(range(len(same)), lambda i: id(self.lrs[i])):
-            which = list(group)
+        for which in self._groups:
             torch._fused_adam_(
                 [self.parameters[i] for i in which],
                 [same[i] for i in which],

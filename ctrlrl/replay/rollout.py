@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ctrlrl.envs.vector import Step
+from ctrlrl.errors import UsageError
 from ctrlrl.tree import Obs
 
 
@@ -115,12 +116,17 @@ class Rollout:
         self._fresh[t] |= mask
 
     def add(self, step: Step, extras: Mapping[str, Tensor]) -> None:
-        """Store a row: from the latest observation, by the actions of which the policy said `extras`, to `step`."""
+        """Store a row: from the latest observation, by the actions of which the policy said `extras`, to `step`.
+
+        Raises:
+            UsageError: the environments are in groups, and the step has no `anchor`.
+        """
         t = self.length
         stored = [self.reward[t], self.terminated[t], self.truncated[t], self.valid[t]]
         given = [step.reward, step.terminated, step.truncated, step.valid]
         if self.anchor is not None:
-            assert step.anchor is not None
+            if step.anchor is None:
+                raise UsageError("environments in groups say by numbers what was shown: Step.anchor is missing")
             stored.append(self.anchor[t])
             given.append(step.anchor)
         for name, value in extras.items():
@@ -168,6 +174,13 @@ class Rollout:
             value[: t + 1] = state["obs"][_name(key)].to(self.device)
         self._fresh[: t + 1] = state["start"].to(self.device)
         for name, value in self._columns().items():
+            if name == "anchor" and name not in state["columns"]:
+                if t:
+                    raise UsageError(
+                        "the checkpoint is of a version that did not store what steps are compared by, amid a rollout: "
+                        "resume from one at the end of a rollout"
+                    )
+                continue
             value[:t] = state["columns"][name].to(self.device)
         # Copied: what lies in memory as a file does may be misaligned, which changes last bits of MKL's products.
         self.policy_state = {k: v.to(self.device, copy=True) for k, v in state["policy_state"].items()}

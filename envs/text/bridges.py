@@ -32,6 +32,8 @@ class _Game(Replayed):
 
     def __init__(self, game: str, known: Any, invalid_penalty: float, max_turns: int) -> None:
         super().__init__(max_turns)
+        if invalid_penalty < 0:
+            raise UsageError(f"invalid_penalty is taken from a reward: 0 or more, got {invalid_penalty}")
         self.game, self.invalid_penalty = game, invalid_penalty
         self._random: Any = None
         self._goal = ""
