@@ -43,7 +43,7 @@ from ctrlrl.nn.chunk import (
 from ctrlrl.nn.discrete import CategoricalPolicy
 from ctrlrl.nn.distributions import DiagonalGaussian
 from ctrlrl.nn.encoder import EncoderFactory
-from ctrlrl.nn.mlp import NetworkFactory
+from ctrlrl.nn.mlp import NetworkFactory, TokenNetwork
 from ctrlrl.nn.networks import Networks
 from ctrlrl.nn.optim import Adam, trained
 from ctrlrl.nn.policy import DeterministicPolicy, SquashedGaussianPolicy, require_bounded_box
@@ -93,17 +93,13 @@ class BC(ReplayAgent):
         low, high = c.log_std_bounds
         log_std = min(max(0.0, low), high)
         head = make_head(observation_space, action_space, self.title, log_std=log_std, action_mask=c.action_mask)
-        if isinstance(head, CategoricalHead) and c.policy != "deterministic":
+        drawn = isinstance(head, CategoricalHead | TokenHead)
+        if drawn and c.policy != "deterministic":
             raise UsageError(
                 f"agent.policy {c.policy} is for Box actions; the environment has {action_space}, for which the policy "
                 "is a categorical distribution: leave agent.policy out"
             )
-        if isinstance(head, TokenHead):
-            raise UsageError(
-                f"{self.title} of text is of candidates; free answers are imitated by `ctrlrl language make-lm`, and "
-                "learned by ppo"
-            )
-        if isinstance(head, CategoricalHead) and c.chunk > 1:
+        if drawn and c.chunk > 1:
             raise UsageError(f"agent.chunk is for Box actions; the environment has {action_space}")
         with self._weights_from(seed):
             mirrored = None if c.plans else action_space
@@ -112,8 +108,11 @@ class BC(ReplayAgent):
             if isinstance(head, CategoricalHead):
                 trunk = networks.trunk(head.outputs, actions=head.inputs)
                 self.policy = CategoricalPolicy(features, trunk, head.choices, self.normalizer)
-            elif c.policy == "gaussian":
-                self.policy = StochasticPolicy(features, None, networks.trunk(head.outputs), head, self.normalizer)
+            elif c.policy == "gaussian" or isinstance(head, TokenHead):
+                trunk = networks.trunk(head.outputs)
+                if isinstance(head, TokenHead) and not isinstance(trunk, TokenNetwork):
+                    raise UsageError("answers of tokens need a language model: network=..., a Backbone that writes")
+                self.policy = StochasticPolicy(features, None, trunk, head, self.normalizer)
             else:
                 box = require_bounded_box(action_space, self.title)
                 dim = math.prod(box.shape)
@@ -156,8 +155,7 @@ class BC(ReplayAgent):
             loss = batch.weight * loss
         loss = loss.mean()
         self.optimizer.descend(loss)
-        if isinstance(self.policy, StochasticPolicy):
-            assert isinstance(self.policy.head, GaussianHead)
+        if isinstance(self.policy, StochasticPolicy) and isinstance(self.policy.head, GaussianHead):
             with torch.no_grad():
                 self.policy.head.log_std.clamp_(*self.config.log_std_bounds)
         return {"actor_loss": loss.detach()} | metrics
@@ -185,6 +183,13 @@ class BC(ReplayAgent):
                 "accuracy": (choices.mode == choice).all(-1).float().mean(),
                 "entropy": choices.entropy().detach().sum(-1).mean(),
                 "impossible_actions": 1 - exists.float().mean(),
+            }
+        if isinstance(policy, StochasticPolicy) and isinstance(policy.head, TokenHead):
+            log_prob, entropy = policy.distribution(obs).score(action)  # (B, D), 0 where there is no token
+            tokens = (action >= 0).sum()
+            return -log_prob.sum(-1), {
+                "log_prob_of_token": log_prob.detach().sum() / tokens,
+                "entropy": entropy.detach().sum() / tokens,
             }
         if isinstance(policy, DeterministicPolicy):
             target, mode = policy.scaling.to_unit(action), policy.action(obs)  # (B, A)

@@ -13,21 +13,28 @@ from torch import Tensor
 
 pytest.importorskip("transformers")
 
+import ctrlrl
 from ctrlrl.algorithms.bc import BC
+from ctrlrl.algorithms.bc_config import BCConfig
 from ctrlrl.algorithms.ppo import PPO
 from ctrlrl.algorithms.ppo_config import PPOConfig
 from ctrlrl.cli.main import run as command
 from ctrlrl.config import LanguageConfig
+from ctrlrl.envs.text.registry import make_text_env
 from ctrlrl.envs.vector import Step
 from ctrlrl.errors import UsageError
+from ctrlrl.language.make_lm import make_lm
 from ctrlrl.language.model import LanguageModel
 from ctrlrl.language.text_vector import _WAITING, TextVector
+from ctrlrl.language.tiny_config import TinyConfig
 from ctrlrl.replay.group_advantages import Groups, gigpo, grpo, rloo
 from ctrlrl.replay.rollout import Rollout
+from ctrlrl.runs.record import load_run
 from ctrlrl.tokens import TokenSpace
+from ctrlrl.training.collect import collect
 from ctrlrl.training.collector import Collector
 from tests.runs import assert_same
-from tests.test_language import KINDS, SMALL, Echo, V, by_hand, echo, model_of, texts, tiny
+from tests.test_language import KINDS, SMALL, Echo, V, _batch, by_hand, echo, model_of, texts, tiny
 
 END = 1
 FREE = LanguageConfig(**{**SMALL.to_dict(), "form": "tokens"})
@@ -393,8 +400,10 @@ def test_what_does_not_fit_is_refused() -> None:
         PPOConfig(credit="per-decision", advantage="grpo")
     with pytest.raises(UsageError, match="per-decision, where the credit is"):
         PPOConfig(credit="per-decision", ratio="joint")
-    with pytest.raises(UsageError, match="free answers are imitated by `ctrlrl language make-lm`"):
-        BC(env.observation_space, env.action_space, network=tiny(config=FREE))
+    with pytest.raises(UsageError, match="answers of tokens need a language model"):
+        BC(_box()[0], env.action_space)
+    with pytest.raises(UsageError, match="policy gaussian is for Box actions"):
+        BC(env.observation_space, env.action_space, BCConfig(policy="gaussian"), network=tiny(config=FREE))
     assert isinstance(env.action_space, TokenSpace) and env.action_space.shape == (3,)
 
 
@@ -476,3 +485,53 @@ def test_it_learns_to_answer(settings: dict[str, Any]) -> None:
         won = rollout.reward[rollout.ended]
     assert float((won > 0).float().mean()) > 0.9
     assert isinstance(agent.policy.trunk.model, LanguageModel)
+
+
+# Imitation of what was written.
+
+
+def expert_answers(env: TextVector) -> Tensor:
+    """(N, 3), what is right, and its end."""
+    out = torch.full((env.num_envs, 3), -1, dtype=torch.int32)
+    for row, one in enumerate(env._envs):
+        ids = [*env._tokenizer.encode(" " + (one.expert() or ""), add_special_tokens=False), END]
+        out[row, : len(ids)] = torch.tensor(ids)
+    return out
+
+
+def test_answers_of_tokens_are_imitated() -> None:
+    """The loss is an answer's negative log-likelihood: as of each text alone, without what comes after its end."""
+    env = echo(32, FREE)
+    obs = env.reset(0)
+    assert isinstance(obs, dict)
+    right = expert_answers(env)
+    agent = BC(env.observation_space, env.action_space, BCConfig(lr=3e-3), seed=1, network=tiny(config=FREE))
+    model = next(m for m in agent.policy.modules() if isinstance(m, LanguageModel))
+    loss, metrics = agent.losses(obs, right)
+    prompts = agent.policy.encoder(obs)  # type: ignore[union-attr]
+    for row in range(4):
+        written = right[row].long()
+        alone = by_hand(model, prompts[row], written[written >= 0])
+        assert float(loss[row]) == pytest.approx(-float(alone.sum()), abs=1e-4)
+    assert float(metrics["log_prob_of_token"]) == pytest.approx(-float(loss.sum()) / int((right >= 0).sum()), abs=1e-5)
+    for _ in range(60):
+        agent.update(_batch(obs, right, torch.zeros(32)))
+    written = agent.policy.act(obs)[0]
+    assert float((written == right).all(-1).float().mean()) > 0.9
+
+
+def test_a_run_that_writes_is_collected_and_imitated(tmp_path: Path) -> None:
+    small = {"threads": 1, "video": False, "quiet": True, "checkpoint_every": 10**6}
+    kwargs, lm = {"free": True}, TinyConfig(hidden=16, heads=2, layers=1, episodes=10, epochs=1)
+    make_lm(lambda: make_text_env("text/GuessNumber", kwargs), tmp_path / "lm", lm, vocabulary_episodes=10)
+    language = {"model": str(tmp_path / "lm"), "candidate_tokens": 4, "prompt_tokens": 40}
+    more = {"steps": 32, "num_envs": 4, "rollout_steps": 16, "agent": {"epochs": 1, "minibatch_size": 8}}
+    more |= {"eval_every": 32, "eval_episodes": 2, "env_kwargs": kwargs, "language": language}
+    run = ctrlrl.train("ppo", "text/GuessNumber", out=str(tmp_path / "run"), **small | more)
+    data = collect(run.path, tmp_path / "data", tier="expert", steps=40, num_envs=4, reference_episodes=1)
+    assert isinstance(data.action_space, TokenSpace) and data.action.dtype == "int32"
+    settings = {"updates": 4, "eval_every": 4, "eval_episodes": 2, "agent": {"batch_size": 8}, "language": language}
+    again = ctrlrl.train(
+        "bc", "text/GuessNumber", data=str(data.path), env_kwargs=kwargs, out=str(tmp_path / "bc"), **small | settings
+    )
+    assert [one.step for one in load_run(again.path).evaluations] == [0, 4]
