@@ -419,7 +419,7 @@ class PPO(OnPolicyAgent):
     def _groups(self, rollout: Rollout) -> Groups:
         """What the estimators that need no critic look at."""
         c = self.config
-        assert rollout.groups is not None and rollout.anchor is not None  # see `require`
+        assert rollout.groups is not None and rollout.anchor is not None  # see `require`; both or none
         reward = torch.where(rollout.valid, rollout.reward, 0.0)
         return Groups(reward, rollout.valid, rollout.anchor, *rollout.groups, c.gamma, c.step_weight)
 

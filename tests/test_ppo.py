@@ -529,8 +529,7 @@ def test_the_step_size_is_what_adam_uses():
 
 
 def test_at_first_the_critic_alone_learns_where_asked():
-    """The policy stays to the last bit, a convolution that both see through as well, also where it is compiled or the
-    training was interrupted."""
+    """The policy stays to the last bit until then, also where the training was interrupted."""
     c = PPOConfig(hidden=(16,), minibatch_size=24, epochs=2, critic_only=5, lr_schedule="adaptive")
     agent = PPO(OBS, ACT, c, seed=1)
     begun = copy.deepcopy(agent.policy.state_dict())
