@@ -43,7 +43,7 @@ from ctrlrl.nn.chunk import (
 from ctrlrl.nn.discrete import CategoricalPolicy
 from ctrlrl.nn.distributions import DiagonalGaussian
 from ctrlrl.nn.encoder import EncoderFactory
-from ctrlrl.nn.mlp import NetworkFactory, TokenNetwork
+from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.nn.networks import Networks
 from ctrlrl.nn.optim import Adam, trained
 from ctrlrl.nn.policy import DeterministicPolicy, SquashedGaussianPolicy, require_bounded_box
@@ -109,10 +109,7 @@ class BC(ReplayAgent):
                 trunk = networks.trunk(head.outputs, actions=head.inputs)
                 self.policy = CategoricalPolicy(features, trunk, head.choices, self.normalizer)
             elif c.policy == "gaussian" or isinstance(head, TokenHead):
-                trunk = networks.trunk(head.outputs)
-                if isinstance(head, TokenHead) and not isinstance(trunk, TokenNetwork):
-                    raise UsageError("answers of tokens need a language model: network=..., a Backbone that writes")
-                self.policy = StochasticPolicy(features, None, trunk, head, self.normalizer)
+                self.policy = StochasticPolicy(features, None, networks.trunk(head.outputs), head, self.normalizer)
             else:
                 box = require_bounded_box(action_space, self.title)
                 dim = math.prod(box.shape)

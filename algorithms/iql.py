@@ -1,6 +1,7 @@
 """Implicit Q-learning (Kostrikov et al. 2021, arXiv:2110.06169), which learns from a fixed set of data.
 
-Shapes: G gradient steps, B batch, A action dimensions, K critics. No action but the data's is ever asked for its value:
+Shapes: G gradient steps, B batch, M decisions (M = B, but where a row has several: `iql_tokens.py`), A action
+dimensions, K critics. No action but the data's is ever asked for its value:
 
     L_V = E[ |tau - 1(u < 0)| u^2 ],   u = min_k Q'_k(s, a) - V(s)                     eq. 5; Q' are the target critics
     L_Q = E[ (r + gamma V(s') - Q(s, a))^2 ]                                           eq. 6
@@ -58,7 +59,7 @@ from ctrlrl.tree import Obs, map_obs
 
 class ImplicitQ(OffPolicyAgent):
     """Implicit Q-learning for actions of any kind: the step. A subclass makes the networks, and says what Q(s, a) and
-    the policy's loss are.
+    the policy's loss are; where rows have several decisions also what V is at each, and what follows it.
 
     Attributes:
         value: V(s), observations (B, ...) to (B,).
@@ -97,18 +98,18 @@ class ImplicitQ(OffPolicyAgent):
         critic_obs, obs, next_obs, target_obs = self.look(batch, shift)
         metrics: dict[str, Tensor] = {}
 
-        v = self.value(obs)  # (B,)
+        v = self.v(obs, batch.action)  # (M,)
         with torch.no_grad():
-            target_q = self.q(self.target_critics, target_obs, batch.action).amin(0)  # (B,)
+            target_q = self.q(self.target_critics, target_obs, batch.action).amin(0)  # (M,)
             advantage = target_q - v
 
         if c.learn != "policy":
             # V: the expectile of Q', eq. 5. Q: towards r + gamma V(s'), eq. 6, summed over the ensemble.
             with torch.no_grad():
-                target = batch.reward + batch.discount * self.value(next_obs)
+                target = self.target(batch, v, next_obs)  # (M,)
             value_loss = expectile_loss(target_q - v, c.expectile).mean()
             self.value_optimizer.descend(value_loss)
-            q = self.q(self.critics, critic_obs, batch.action)  # (K, B)
+            q = self.q(self.critics, critic_obs, batch.action)  # (K, M)
             critic_loss = (q - target).square().mean(-1).sum()
             self.critic_optimizer.descend(critic_loss)
             metrics |= {"value_loss": value_loss.detach(), "critic_loss": critic_loss.detach()}
@@ -127,16 +128,26 @@ class ImplicitQ(OffPolicyAgent):
             polyak(self._target, self._critic, c.tau)
         return metrics
 
+    def v(self, obs: Obs, action: Tensor) -> Tensor:
+        """V(s), (M,), where the data's actions (B, ...) were chosen."""
+        out: Tensor = self.value(obs)
+        return out
+
+    def target(self, batch: Batch, v: Tensor, next_obs: Obs) -> Tensor:
+        """What Q is to be, (M,): r + gamma V(s'), eq. 6. `v` (M,) is V where the data's actions were chosen."""
+        out: Tensor = batch.reward + batch.discount * self.value(next_obs)
+        return out
+
     @abstractmethod
     def q(self, critics: Critics, obs: Obs, action: Tensor) -> Tensor:
-        """Q(s, a) of each critic, (K, B), of actions (B, ...) in the environment's units."""
+        """Q(s, a) of each critic, (K, M), of actions (B, ...) in the environment's units."""
 
     @abstractmethod
     def actor_loss(self, obs: Obs, action: Tensor, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The policy's loss, 0-d, and further metrics; `action` (B, ...) is the data's, `advantage` (B,)."""
+        """The policy's loss, 0-d, and further metrics; `action` (B, ...) is the data's, `advantage` (M,)."""
 
     def weigh(self, advantage: Tensor, log_prob: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Eq. 7, advantage-weighted regression, of (B,) each."""
+        """Eq. 7, advantage-weighted regression, of (M,) each."""
         c = self.config
         weight = (c.beta * advantage).exp().clamp(max=c.max_weight)
         metrics = {"weight_mean": weight.mean(), "weight_clipped": (weight >= c.max_weight).float().mean()}

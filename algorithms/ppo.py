@@ -31,7 +31,7 @@ from ctrlrl.nn.actor import StochasticPolicy, make_head
 from ctrlrl.nn.cpu import products_of
 from ctrlrl.nn.encoder import EncoderFactory
 from ctrlrl.nn.execution import executed
-from ctrlrl.nn.mlp import Backbone, NetworkFactory, TokenNetwork
+from ctrlrl.nn.mlp import Backbone, NetworkFactory
 from ctrlrl.nn.networks import OnPolicyNetworks, ValueFunction
 from ctrlrl.nn.normalizer import RunningNormalizer
 from ctrlrl.nn.optim import Adam, trained
@@ -152,8 +152,6 @@ class PPO(OnPolicyAgent):
             networks = OnPolicyNetworks(head.observation_space, c, network, encoder, action_space=action_space)
             self.normalizer = networks.normalizer
             memory, trunk = networks.policy_trunk(head.outputs, actions=head.inputs, gain=0.01)
-            if tokens and not isinstance(trunk, TokenNetwork):
-                raise UsageError("answers of tokens need a language model: network=..., a Backbone that writes")
             self.policy = StochasticPolicy(networks.policy_encoder, memory, trunk, head, self.normalizer)
             self.critic = networks.value_function(gain=1.0) if c.advantage == "gae" else None
         self.policy.to(self.device)
@@ -333,14 +331,14 @@ class PPO(OnPolicyAgent):
         with torch.no_grad():
             kl = (per_row * (ratio - 1 - log_ratio).sum(-1, keepdim=True)).sum()  # of old from new, as it is sampled
             clipped_share = (weight * (near != ratio)).sum()
+            moves = self.optimizer.steps >= c.critic_only  # before, what there is of a divergence is rounding
             if c.lr_schedule == "adaptive":
                 little = (kl < c.desired_kl / 2) & (kl > _ROUNDING)  # in the first minibatch nothing has moved yet
                 factor = torch.where(kl > 2 * c.desired_kl, 1 / 1.5, torch.where(little, 1.5, 1.0))
-                moves = self.optimizer.steps >= c.critic_only  # else what there is of a divergence is rounding
                 self.lr.mul_(torch.where(moves, factor, 1.0)).clamp_(1e-5, 1e-2)
             if self._policy_lr is not None:
                 lr = self.lr if c.lr_schedule == "adaptive" else c.lr
-                self._policy_lr.copy_(lr * (self.optimizer.steps >= c.critic_only))
+                self._policy_lr.copy_(lr * moves)
         self.optimizer.descend(loss, max_norm=c.max_grad_norm)
         return metrics | {"kl": kl, "clipped": clipped_share}
 

@@ -363,6 +363,16 @@ ALGORITHMS = {
             loop="offline",
         ),
         Algorithm(
+            name="iql-tokens",
+            title="Implicit Q-learning for answers that a language model writes",
+            actions="tokens",
+            data="dataset",
+            paper="Snell et al. 2022, arXiv:2206.11871; Kostrikov et al. 2021, arXiv:2110.06169",
+            config="ctrlrl.algorithms.iql_tokens_config:IQLTokensConfig",
+            agent="ctrlrl.algorithms.iql_tokens:IQLTokens",
+            loop="offline",
+        ),
+        Algorithm(
             name="cql-discrete",
             title="Conservative Q-learning for discrete actions, on double DQN",
             actions="Discrete",

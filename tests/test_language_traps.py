@@ -19,7 +19,7 @@ from ctrlrl.language.adapter import backbone, text_environments, word_starts
 from ctrlrl.language.backbone import LanguageBackbone, LanguagePolicy
 from ctrlrl.language.model import LanguageModel
 from ctrlrl.language.text_vector import TextVector
-from tests.test_language import KINDS, causal
+from tests.language import KINDS, causal
 from tests.test_tokens import collected
 
 END = "<eos>"

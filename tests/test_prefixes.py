@@ -23,8 +23,8 @@ from ctrlrl.nn.recall import Recall, Recalling
 from ctrlrl.training.collector import Collector
 from ctrlrl.training.evaluation import evaluate
 from ctrlrl.tree import map_obs
+from tests.language import KINDS, V, causal, echo, model_of
 from tests.runs import assert_same
-from tests.test_language import KINDS, V, causal, echo, model_of
 from tests.test_tokens import FREE, agent_of
 
 TALK = LanguageConfig(**{**FREE.to_dict(), "history": 2, "prompt_tokens": 32})

@@ -33,8 +33,8 @@ from ctrlrl.runs.record import load_run
 from ctrlrl.tokens import TokenSpace
 from ctrlrl.training.collect import collect
 from ctrlrl.training.collector import Collector
+from tests.language import KINDS, SMALL, Echo, V, _batch, by_hand, echo, model_of, texts, tiny
 from tests.runs import assert_same
-from tests.test_language import KINDS, SMALL, Echo, V, _batch, by_hand, echo, model_of, texts, tiny
 
 END = 1
 FREE = LanguageConfig(**{**SMALL.to_dict(), "form": "tokens"})
@@ -476,8 +476,9 @@ def test_groups_begin_together_after_a_fault(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"advantage": "grpo"}, {"advantage": "rloo"}, {"advantage": "gigpo"}])
 def test_it_learns_to_answer(settings: dict[str, Any]) -> None:
-    """From random weights. Where groups tell, nothing is learned of a task that none of a group ever solves: the word
-    of three tokens, here, which a random model writes once in thousands of times. All others are."""
+    """From random weights. Where groups tell, nothing is learned of a task that none of a group ever solves, as it can
+    be with the word of three tokens, here, which a random model writes once in thousands of times: such a task is won
+    by none or by all of its group. All others are won."""
     config = FREE if not settings else LanguageConfig(**{**FREE.to_dict(), "group_size": 8})
     numbers = {"lr": 3e-3, "entropy_coef": 0.01} if not settings else {"lr": 2e-3, "entropy_coef": 0.003}
     agent, env = agent_of(config, 32, minibatch_size=128, epochs=2, **numbers, **settings)
@@ -492,7 +493,8 @@ def test_it_learns_to_answer(settings: dict[str, Any]) -> None:
     assert isinstance(rollout.obs, dict)
     long = env._tokenizer.encode("dark", add_special_tokens=False)[0]
     hard = (rollout.obs["prompt"][:: Echo.max_turns][:2] == long).any(-1).view(2, 4, 8)[..., 0]  # of the first turns
-    assert float(won[~hard].mean()) > 0.9 and int((~hard).sum()) >= 4
+    assert float(won[~hard].mean()) > 0.9 and float(won.mean()) > 0.8
+    assert bool(((won[hard] < 0.1) | (won[hard] > 0.9)).all())
 
 
 # Imitation of what was written.

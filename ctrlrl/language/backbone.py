@@ -14,6 +14,7 @@ from typing import Any
 
 import gymnasium as gym
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ctrlrl.config import LanguageConfig
@@ -21,7 +22,7 @@ from ctrlrl.errors import UsageError
 from ctrlrl.language.model import LanguageModel, tiny_llama
 from ctrlrl.language.prefixes import Prefixes
 from ctrlrl.nn.encoder import Encoder
-from ctrlrl.nn.mlp import Backbone, CandidateNetwork, EnsembleMLP, TokenNetwork, TokenValues
+from ctrlrl.nn.mlp import Backbone, CandidateNetwork, EnsembleMLP, TokenCritics, TokenNetwork, TokenValues
 from ctrlrl.nn.recall import Recalling
 from ctrlrl.tree import Obs
 
@@ -139,6 +140,20 @@ class PromptValues(TokenValues):
         return out.view(before.shape[:2])
 
 
+class WrittenValues(TokenCritics):
+    """K values of each token of an answer, (K, B, C): of its features, after the prompt and the tokens before it."""
+
+    def __init__(self, reader: Reader, members: int, hidden: int) -> None:
+        super().__init__()
+        self.reader = reader
+        self.heads = EnsembleMLP(members, (reader.hidden_size, hidden, 1))
+
+    def along(self, features: Tensor, tokens: Tensor) -> Tensor:
+        at_tokens = self.reader.along(features, F.pad(tokens, (0, 1), value=-1))[:, 1:]  # (B, C, H), before the next
+        out: Tensor = self.heads(at_tokens.flatten(0, 1)).squeeze(-1)
+        return out.view(-1, *tokens.shape)
+
+
 class Reader(nn.Module):
     """The features that critics read: of a model of their own, or of the policy's."""
 
@@ -208,18 +223,24 @@ class LanguageBackbone(Backbone):
         return LanguagePolicy(self.model, self.config, self.starts_word, self.ends)
 
     def critics(self, members: int, outputs: int, *, candidates: bool) -> nn.Module:
-        if self.config.critic == "joint":
-            raise UsageError(
-                "language.critic joint is for ppo, whose one loss trains policy and critic: choose separate, small, "
-                "shared or frozen"
-            )
-        reader = Reader(self.model, self.config)
         if candidates:
-            return CandidateValues(reader, members, self.config.critic_hidden)
+            return CandidateValues(self._reader(), members, self.config.critic_hidden)
         raise UsageError("critics of a language model are of candidates; a text environment gives them")
+
+    def token_critics(self, members: int) -> TokenCritics:
+        return WrittenValues(self._reader(), members, self.config.critic_hidden)
 
     def value(self, outputs: int, *, candidates: bool) -> nn.Module:
         reader = Reader(self.model, self.config)
         if candidates:
             return CandidateValue(reader, self.config.critic_hidden)
         return PromptValues(reader, outputs, self.config.critic_hidden)
+
+    def _reader(self) -> Reader:
+        """Of critics, which a loss of their own trains."""
+        if self.config.critic == "joint":
+            raise UsageError(
+                "language.critic joint is for ppo, whose one loss trains policy and critic: choose separate, small, "
+                "shared or frozen"
+            )
+        return Reader(self.model, self.config)

@@ -154,7 +154,11 @@ def make_head(
 
 
 class StochasticPolicy(Policy):
-    """Encoder, recurrent layer if any, trunk and head. Extras: `decision`, what was drawn, (N, A) or (N, D)."""
+    """Encoder, recurrent layer if any, trunk and head. Extras: `decision`, what was drawn, (N, A) or (N, D).
+
+    Raises:
+        UsageError: answers of tokens are to be written by a network that does not write.
+    """
 
     def __init__(
         self,
@@ -165,6 +169,8 @@ class StochasticPolicy(Policy):
         normalizer: ObservationNormalizer | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(head, TokenHead) and not isinstance(trunk, TokenNetwork):
+            raise UsageError("answers of tokens need a language model: network=..., a Backbone that writes")
         self.normalizer = normalizer  # what `encoder` refers to; here, so that it is saved with the policy
         self.encoder, self.recurrence, self.trunk, self.head = encoder, recurrence, trunk, head
 

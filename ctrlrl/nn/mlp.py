@@ -46,6 +46,10 @@ class Backbone(ABC):
         """`members` critics, to (K, B, outputs); of candidates, to (K, B, n)."""
 
     @abstractmethod
+    def token_critics(self, members: int) -> TokenCritics:
+        """`members` critics of each token of an answer, to (K, B, D)."""
+
+    @abstractmethod
     def value(self, outputs: int, *, candidates: bool) -> nn.Module:
         """V(s), to (B, outputs); of candidates, to (B, n)."""
 
@@ -94,6 +98,14 @@ class TokenValues(nn.Module, ABC):
     @abstractmethod
     def along(self, features: Tensor, tokens: Tensor) -> Tensor:
         """V before each token of answers (B, D), to (B, D)."""
+
+
+class TokenCritics(nn.Module, ABC):
+    """K networks of values of what is written."""
+
+    @abstractmethod
+    def along(self, features: Tensor, tokens: Tensor) -> Tensor:
+        """Q of each token of answers (B, D) after those before it, to (K, B, D)."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:

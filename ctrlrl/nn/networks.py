@@ -25,6 +25,7 @@ from ctrlrl.nn.mlp import (
     EnsembleMLP,
     Members,
     NetworkFactory,
+    TokenCritics,
     TokenValues,
     at_least_float32,
     mlp,
@@ -86,6 +87,12 @@ class Critics(nn.Module):
         else:
             out = ensemble(features, members=members)
         return at_least_float32(out.squeeze(-1) if out.shape[-1] == 1 else out)
+
+    def along(self, obs: Obs, tokens: Tensor) -> Tensor:
+        """Q of each token of the answers (B, D) to observations (B, ...), to (K, B, D)."""
+        network: nn.Module = self.ensemble
+        assert isinstance(network, TokenCritics)
+        return at_least_float32(network.along(self.encoder(obs), tokens))
 
 
 class ValueFunction(nn.Module):
@@ -196,6 +203,11 @@ class Networks:
             sizes = (inputs, *self._settings.hidden, outputs)
             return Critics(encoder, EnsembleMLP(members, sizes, layer_norm=layer_norm))
         return Critics(encoder, Ensemble(members, lambda: self._make(inputs, outputs)))
+
+    def token_critics(self, members: int) -> Critics:
+        """`members` critics of observations and the tokens of an answer."""
+        assert isinstance(self._network, Backbone)
+        return Critics(self.critic_encoder(), cast(Ensemble, self._network.token_critics(members)))
 
     def value(self, *, actions: int = 0, outputs: int = 1, layer_norm: bool = False) -> ValueFunction:
         """V(s) of what critics read; its trunk takes `actions` numbers besides and gives `outputs`."""

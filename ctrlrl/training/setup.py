@@ -233,7 +233,7 @@ def require_objects(provenance: dict[str, Any], **given: object) -> None:
             )
 
 
-SPEAKS = ("bc", "iql-discrete", "ppo", "sac-discrete")
+SPEAKS = ("bc", "iql-discrete", "iql-tokens", "ppo", "sac-discrete")
 """Algorithms that a language model takes part in."""
 
 
