@@ -1,4 +1,4 @@
-"""IQL of tokens: updates against a reference that goes text by text, what has no part in them, what it learns, a run."""
+"""IQL of tokens: updates against a reference that goes text by text, what has no part in them, what is learned."""
 
 from __future__ import annotations
 
