@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -227,6 +228,28 @@ def test_a_run_is_resumed_told_and_exported(rank: int, tmp_path: Path, capsys: A
         assert (tmp_path / "lora" / "adapter_model.safetensors").exists()
     else:
         assert "has no adapter" in capsys.readouterr().err
+
+
+def test_a_model_that_was_told_otherwise_is_remarked(tmp_path: Path, capsys: Any) -> None:
+    """Also one that a run has trained; and the command that `make-lm` prints is told as the model was."""
+    env, lm, run = "text/Maze", str(tmp_path / "lm"), str(tmp_path / "run")
+    small = ["--episodes", "2", "--epochs", "1", "--hidden", "16", "--heads", "2", "--layers", "1"]
+    told = ["--language.history", "1", "--language.form", "tokens", "--language.candidate-tokens", "3"]
+    assert command(["language", "make-lm", "--env", env, "--out", lm, *small, *told]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "Train it: " in line)
+    asked = shlex.split(line.partition("Train it: ctrlrl ")[2])
+    assert asked[:4] == ["train", "ppo", "--env", env] and "--language.prompt-tokens" not in asked
+    train = ["--num-envs", "2", "--rollout-steps", "8", "--steps", "8", "--agent.minibatch-size", "8", "--no-video"]
+    train += ["--eval-every", "0", "--threads", "1"]
+    assert command([*asked, *train, "--out", run]) == 0
+    assert "has learned with" not in capsys.readouterr().out
+    assert command(["language", "export", run, "--checkpoint", "last", "--out", str(tmp_path / "out")]) == 0
+    for model in (lm, str(tmp_path / "out")):
+        options = ["--language.model", model, "--language.candidate-tokens", "3"]
+        assert command(["train", "ppo", "--env", env, *options, *train, "--out", f"{run}{len(model)}"]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        form, history = "form tokens and here it is candidates", "history 1 and here it is 0"
+        assert f"has learned with language.{form}, language.{history}" in said
 
 
 def test_another_model_in_its_place_is_noticed(tmp_path: Path) -> None:

@@ -20,6 +20,10 @@ COMMANDS = {
 }
 
 
+_TOLD = ("form", "history", "prompt_tokens", "goal_tokens", "candidate_tokens", "max_candidates")
+"""What a tiny model and its training must have alike."""
+
+
 def run(arguments: Sequence[str]) -> int:
     """Run one of the commands; returns the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -75,8 +79,12 @@ def _make_lm(arguments: Sequence[str]) -> int:
 
 
 def _arguments_of(options: MakeLM) -> str:
-    """The environment's arguments as they are typed."""
-    return f" --env-kwargs {shlex.quote(json.dumps(options.env_kwargs))}" if options.env_kwargs else ""
+    """Those of the environment, and of how it is told, as they are typed."""
+    words = f" --env-kwargs {shlex.quote(json.dumps(options.env_kwargs))}" if options.env_kwargs else ""
+    for name in _TOLD:
+        if (value := getattr(options.language, name)) != getattr(LanguageConfig(), name):
+            words += f" --language.{name.replace('_', '-')} {value}"
+    return words
 
 
 @dataclass(frozen=True, kw_only=True)

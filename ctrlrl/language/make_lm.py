@@ -20,7 +20,7 @@ from ctrlrl.config import LanguageConfig
 from ctrlrl.envs.text.base import TextEnv
 from ctrlrl.errors import UsageError
 from ctrlrl.language.model import LanguageModel, tiny_llama
-from ctrlrl.language.prompts import Prompts
+from ctrlrl.language.prompts import Prompts, note_manner
 from ctrlrl.language.tiny_config import TinyConfig
 
 UNKNOWN, END = "<unk>", "<eos>"
@@ -82,6 +82,7 @@ def make_lm(
     path.mkdir(parents=True, exist_ok=True)
     causal.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    note_manner(path, settings, tokens=turns[0][-1] < 0)
     unknown = sum(tokenizer.unk_token_id in tokenizer.encode("".join(_told(turn))) for turn in others) / len(others)
     return figures | {
         "unknown": unknown,

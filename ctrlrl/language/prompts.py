@@ -5,10 +5,16 @@ The goal is a text of its own that stands first, so that another can be put in i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from ctrlrl.config import LanguageConfig
 from ctrlrl.errors import UsageError
+
+_FILE = "ctrlrl.json"
+"""In a model's folder: how what it learned from was told."""
 
 
 class Prompts:
@@ -73,6 +79,29 @@ class ChatPrompts(Prompts):
                 "leave language.chat out"
             ) from None
         return text
+
+
+def note_manner(folder: Path, config: LanguageConfig, *, tokens: bool) -> None:
+    """Write into the folder of a model how it was told what it learned from, and whether it wrote its answers."""
+    (folder / _FILE).write_text(json.dumps(_manner(config, tokens), indent=2) + "\n")
+
+
+def other_manner(config: LanguageConfig, *, tokens: bool) -> str:
+    """A remark where the model that `config` names has learned from what was told otherwise; else nothing, as of
+    folders that do not say."""
+    try:
+        noted = json.loads((Path(config.model or "") / _FILE).read_text())
+    except (OSError, ValueError):
+        return ""
+    differs = [(k, noted[k], now) for k, now in _manner(config, tokens).items() if k in noted and noted[k] != now]
+    if not differs:
+        return ""
+    said = ", ".join(f"language.{name} {before} and here it is {now}" for name, before, now in differs)
+    return f"{config.model} has learned with {said}, so that it begins with less than it knows"
+
+
+def _manner(config: LanguageConfig, tokens: bool) -> dict[str, Any]:
+    return {"form": "tokens" if tokens else "candidates", "history": config.history, "chat": config.chat}
 
 
 def latest(past: Sequence[tuple[str, str]], history: int) -> Sequence[tuple[str, str]]:

@@ -40,6 +40,7 @@ from ctrlrl.training.setup import (
     EnvLike,
     eval_rows,
     given,
+    manner_of,
     networks_of,
     on_cpu,
     pick_device,
@@ -124,7 +125,7 @@ class Session(ABC):
             if getattr(agent, "recurrent", "none") != "none":  # unrolled, that takes minutes to compile
                 plain = False
             self.config, remark = settle_execution(self.config, self.device, plain=plain, resumed=resumed)
-            self.remark = "; ".join(filter(None, (self.remark, remark)))
+            self.remark = "; ".join(filter(None, (self.remark, remark, manner_of(config, self.action_space))))
             self.agent: Agent = algorithm.load_agent_class()(
                 self.observation_space,
                 self.action_space,
@@ -264,7 +265,10 @@ class Session(ABC):
                 loop.note(remark)
             if state is None and self.history is not None:
                 notes = "; ".join(self.history["notes"])
-                loop.note(f"starts from {self.history['run']}, {self.history['checkpoint']}; {notes}")
+                from_where = f"{self.history['run']}, {self.history['checkpoint']}"
+                if self.history["step"] == 0:  # of a policy that knew something, nothing learned was better
+                    from_where += ", as it was before it learned"
+                loop.note(f"starts from {from_where}; {notes}")
             if self.remark:
                 loop.note(self.remark)
             status("running")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ctrlrl.errors import UsageError
+from ctrlrl.nn.actor import TokenHead
 from ctrlrl.training.loading import load
 
 
@@ -15,6 +16,7 @@ def export_language(run: str | Path, out: str | Path, *, checkpoint: str = "best
         UsageError: the run has no language model, or no adapter; or the folder holds something.
     """
     from ctrlrl.language.model import LanguageModel, load_tokenizer
+    from ctrlrl.language.prompts import note_manner
 
     path = Path(out)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -28,3 +30,5 @@ def export_language(run: str | Path, out: str | Path, *, checkpoint: str = "best
     path.mkdir(parents=True, exist_ok=True)
     models[0].save(path, adapter=adapter)
     load_tokenizer(loaded.config.language).save_pretrained(path)
+    head = getattr(loaded.policy, "head", None)
+    note_manner(path, loaded.config.language, tokens=isinstance(head, TokenHead))

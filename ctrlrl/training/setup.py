@@ -24,6 +24,7 @@ from ctrlrl.nn.execution import multiplies_bfloat16, unavailable
 from ctrlrl.nn.mlp import NetworkFactory
 from ctrlrl.nn.policy import Policy
 from ctrlrl.runs.folder import RunFolder
+from ctrlrl.tokens import TokenSpace
 
 EnvLike = str | gym.Env[Any, Any] | gym.vector.VectorEnv[Any, Any, Any] | VectorEnv | Callable[[], gym.Env[Any, Any]]
 """An ID, an environment, a vector environment, or a function that makes one environment."""
@@ -252,6 +253,15 @@ def networks_of(algo: str, config: TrainConfig, network: NetworkFactory | None) 
     from ctrlrl.language.adapter import backbone  # imports transformers
 
     return backbone(config.language)
+
+
+def manner_of(config: TrainConfig, action_space: gym.Space[Any]) -> str:
+    """A remark where the language model that `config` names is told things otherwise than before."""
+    if config.language.model is None:
+        return ""
+    from ctrlrl.language.prompts import other_manner
+
+    return other_manner(config.language, tokens=isinstance(action_space, TokenSpace))
 
 
 def language_of(config: TrainConfig, policy: Policy) -> dict[str, Any]:
