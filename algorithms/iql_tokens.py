@@ -1,8 +1,9 @@
-"""Implicit Q-learning for answers written token by token: `iql.py`, whose step this is, with each token a decision.
+"""Implicit Q-learning for answers written token by token: `iql.py`, whose step this is, with each token a decision, as
+in ILQL (Snell et al. 2022, arXiv:2206.11871).
 
-As ILQL (Snell et al. 2022, arXiv:2206.11871) has it. Shapes: B batch, D tokens of an answer at most, M tokens that
-there are in all, row by row, K critics. A token is chosen at the observation and the tokens before it, whose value is
-V(s, w_<j); it leads there with certainty, without reward and without discount:
+Shapes: B batch, D tokens of an answer at most, M tokens that there are in all, row by row, K critics. A token is chosen
+at the observation and the tokens before it, whose value is V(s, w_<j), and leads for certain to where the next one is
+chosen, without reward and without discount (as in POAD, arXiv:2405.15821):
 
     Q(s, w_<=j)  towards  V(s, w_<=j)              inside an answer
                           r + gamma V(s')          at its last token
@@ -13,10 +14,11 @@ Expectations are over all tokens of the batch, so that a long answer counts more
 the likeliest token each time.
 
 Deviations from ILQL besides those of `iql.py`:
+- gamma is of a turn; there each token is discounted;
 - Q takes a token as it takes an action elsewhere, and gives one number for it; there it has one for each token of the
   vocabulary, and a term beside its loss (CQL's) that keeps those of tokens low which the data does not have;
 - the policy is trained by the weights above; there, as it acts, its logits are moved by Q - V;
-- what is no part of an answer is no decision: tokens of the observation are read and have no loss.
+- V and Q have networks and optimizers of their own; there both, and the target, read one, trained by one loss.
 """
 
 from __future__ import annotations

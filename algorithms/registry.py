@@ -213,7 +213,7 @@ ALGORITHMS = {
         Algorithm(
             name="ppo",
             title="Proximal policy optimization",
-            actions="Box, Discrete, MultiDiscrete",
+            actions="Box, Discrete, MultiDiscrete, tokens",
             data="environment",
             paper="Schulman et al. 2017, arXiv:1707.06347",
             config="ctrlrl.algorithms.ppo_config:PPOConfig",
@@ -408,7 +408,7 @@ ALGORITHMS = {
         Algorithm(
             name="bc",
             title="Behaviour cloning: supervised learning of the data's actions",
-            actions="Box, Discrete, MultiDiscrete",
+            actions="Box, Discrete, MultiDiscrete, tokens",
             data="dataset",
             paper="Pomerleau 1988, ALVINN",
             config="ctrlrl.algorithms.bc_config:BCConfig",

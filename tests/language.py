@@ -139,7 +139,7 @@ def play(policy: Any, explore: bool = False, n: int = 64) -> float:
     return float(won.float().mean())
 
 
-def _batch(obs: dict[str, Tensor], action: Tensor, reward: Tensor) -> Any:
+def batch_of(obs: dict[str, Tensor], action: Tensor, reward: Tensor) -> Any:
     from ctrlrl.replay.batch import Batch
 
     def one(x: Tensor) -> Tensor:

@@ -10,15 +10,17 @@ from typing import Any
 import gymnasium as gym
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 pytest.importorskip("transformers")
 
 import ctrlrl
 from ctrlrl.algorithms.bc import BC
 from ctrlrl.algorithms.bc_config import BCConfig
+from ctrlrl.algorithms.iql import IQL
 from ctrlrl.algorithms.iql_tokens import IQLTokens
 from ctrlrl.algorithms.iql_tokens_config import IQLTokensConfig
+from ctrlrl.algorithms.registry import train_config_class
 from ctrlrl.cli.main import run as command
 from ctrlrl.config import LanguageConfig
 from ctrlrl.envs.text.registry import make_text_env
@@ -30,7 +32,8 @@ from ctrlrl.language.tiny_config import TinyConfig
 from ctrlrl.replay.batch import Batch
 from ctrlrl.runs.record import load_run
 from ctrlrl.training.collect import collect
-from tests.language import SMALL, _batch, echo, tiny
+from ctrlrl.training.setup import networks_of, settle_execution
+from tests.language import SMALL, batch_of, echo, tiny
 from tests.runs import assert_same
 
 END = 1
@@ -65,7 +68,7 @@ def transitions(n: int = 8, seed: int = 0) -> Batch:
     action[0, 1:] = -1
     step = env.step(action)
     assert isinstance(step.obs, dict)
-    batch = _batch(obs, action, torch.randn(n, generator=g))
+    batch = batch_of(obs, action, torch.randn(n, generator=g))
     after = {name: value[None] for name, value in step.obs.items()}
     return replace(batch, next_obs=after, discount=0.9 * (torch.rand(1, n, generator=g) < 0.5))
 
@@ -146,7 +149,7 @@ def test_three_updates_equal_the_float64_reference() -> None:
 
 @pytest.mark.parametrize("critic", ["separate", "small", "shared"])
 def test_what_is_not_said_has_no_part(critic: str) -> None:
-    """A row without an answer, columns after the longest, and what stands after an end."""
+    """A row without an answer, and columns after the longest."""
     config = LanguageConfig(**{**FREE.to_dict(), "critic": critic})
     plain, other = made(config), made(config)
     batch = transitions()
@@ -156,16 +159,36 @@ def test_what_is_not_said_has_no_part(critic: str) -> None:
     theirs = other.update(replace(empty, action=wide))
     for name, value in plain.update(batch).items():
         assert torch.allclose(value, theirs[name], atol=1e-5), name
+    for mine, same in ((plain.policy, other.policy), (plain.critics, other.critics), (plain.value, other.value)):
+        for p, q in zip(mine.parameters(), same.parameters(), strict=True):
+            assert torch.allclose(p, q, atol=1e-5)
 
 
-def test_critics_that_read_the_policys_features_train_nothing_of_it() -> None:
-    for critic in ("shared", "frozen"):
-        agent = made(LanguageConfig(**{**FREE.to_dict(), "critic": critic}), learn="value")
-        before = copy.deepcopy(agent.policy.state_dict())
-        heads = [p.clone() for p in agent.critics.parameters()]
-        agent.update(transitions())
-        assert all(torch.equal(value, before[name]) for name, value in agent.policy.state_dict().items())
-        assert any(not torch.equal(p, q) for p, q in zip(agent.critics.parameters(), heads, strict=True))
+@pytest.mark.parametrize("critic", ["shared", "frozen"])
+def test_critics_that_read_the_policys_features_train_nothing_of_it(critic: str) -> None:
+    """`frozen` reads them without the adapter; target critics, though copied, read the same policy's."""
+    peft = pytest.importorskip("peft")
+    config = LanguageConfig(**{**FREE.to_dict(), "critic": critic, "lora_rank": 2})
+    network = tiny(config=config)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    adapter = peft.get_peft_model(network.model.causal, settings)
+    network.model = LanguageModel(adapter.get_base_model(), adapter=adapter)
+    env = echo(1, config)
+    agent = IQLTokens(env.observation_space, env.action_space, IQLTokensConfig(learn="value"), seed=1, network=network)
+    model = agent.policy.trunk.model
+    assert model.adapted and agent.target_critics.ensemble.reader._policys[0] is model
+    before, heads = copy.deepcopy(agent.policy.state_dict()), [p.clone() for p in agent.critics.parameters()]
+    batch = transitions()
+    agent.update(batch)
+    assert all(torch.equal(value, before[name]) for name, value in agent.policy.state_dict().items())
+    assert any(not torch.equal(p, q) for p, q in zip(agent.critics.parameters(), heads, strict=True))
+    with torch.no_grad():
+        first = agent.q(agent.target_critics, batch[0].obs, batch[0].action)
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.add_(1.0)
+        now = agent.q(agent.target_critics, batch[0].obs, batch[0].action)
+    assert torch.equal(now, first) == (critic == "frozen")
 
 
 # What it learns.
@@ -180,9 +203,9 @@ def test_it_learns_what_was_right_where_cloning_learns_both() -> None:
     agents.append(BC(env.observation_space, env.action_space, BCConfig(lr=1e-3), seed=1, network=tiny(config=FREE)))
     shares = []
     for agent in agents:
-        for _ in range(350):
+        for _ in range(600):
             good = torch.rand(32, 1, generator=g) < 0.5
-            agent.update(_batch(obs, torch.where(good, right, wrong), good[:, 0].float()))
+            agent.update(batch_of(obs, torch.where(good, right, wrong), good[:, 0].float()))
         said = torch.stack([agent.policy.act(obs, explore=True)[0] for _ in range(20)])
         shares.append(float((said == right).all(-1).float().mean()))
     assert shares[0] > 0.9 and 0.3 < shares[1] < 0.7
@@ -224,4 +247,18 @@ def test_what_does_not_fit_is_said() -> None:
     with pytest.raises(UsageError, match="IQL of tokens is for answers that a language model writes"):
         choosing = echo(1)
         IQLTokens(choosing.observation_space, choosing.action_space, network=tiny())
-    assert isinstance(made().policy.trunk, nn.Module)
+    with pytest.raises(UsageError, match=r"answers have up to 3 tokens.* up to 5: --language\.candidate-tokens 3"):
+        longer = LanguageConfig(**{**FREE.to_dict(), "candidate_tokens": 5})
+        IQLTokens(env.observation_space, env.action_space, network=tiny(config=longer))
+    with pytest.raises(UsageError, match="these are tokens: take bc, iql-tokens or ppo"):
+        IQL(space, env.action_space)
+    language: dict[str, Any] = {"model": "nowhere", "critic": "shared"}
+    given: dict[str, Any] = {"env": "text/GuessNumber", "data": "nowhere", "language": language, "out": "nowhere"}
+    made_of = train_config_class("iql-tokens").from_dict
+    config = made_of({"agent": {"learn": "policy"}, **given})
+    with pytest.raises(UsageError, match="take separate, small or frozen for both trainings"):
+        networks_of("iql-tokens", config, None)
+    for execution in ("compiled", "captured"):
+        config = made_of({"agent": {"execution": execution}, **given})
+        with pytest.raises(UsageError, match=r"depend on its texts\. Or take --agent\.execution eager"):
+            settle_execution(config, torch.device("cpu"), plain=False, resumed=False)

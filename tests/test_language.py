@@ -38,7 +38,7 @@ from ctrlrl.replay.rollout import Rollout
 from ctrlrl.runs.record import load_run
 from ctrlrl.training.collect import RandomPolicy, collect
 from ctrlrl.training.collector import Collector
-from tests.language import SMALL, _batch, echo, play, right_answers, tiny
+from tests.language import SMALL, batch_of, echo, play, right_answers, tiny
 from tests.runs import assert_same
 
 
@@ -182,7 +182,7 @@ def test_imitation_and_iql_take_the_model_too() -> None:
             if isinstance(agent, BC):
                 action = right
             reward = (action == right).float()
-            batch = _batch(obs, action, reward)
+            batch = batch_of(obs, action, reward)
             metrics = agent.update(batch)
         with torch.no_grad():
             hit = (agent.policy.act(obs)[0] == right).float().mean()

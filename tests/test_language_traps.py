@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
+
+pytest.importorskip("transformers")
+import tokenizers
 import transformers
 
 from ctrlrl.algorithms.ppo import PPO

@@ -17,6 +17,7 @@ class Algos:
 def run(arguments: Sequence[str]) -> int:
     """Print one line per algorithm; returns the exit code."""
     parse(Algos, arguments, "algos")
+    width = max(len(a.actions) for a in ALGORITHMS.values())
     for a in ALGORITHMS.values():
-        print(f"{a.name:<16} {a.actions:<28} {a.data:<12} {a.title} ({a.paper})")
+        print(f"{a.name:<16} {a.actions:<{width}} {a.data:<12} {a.title} ({a.paper})")
     return 0

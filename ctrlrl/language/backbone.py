@@ -62,7 +62,7 @@ class LanguagePolicy(CandidateNetwork, TokenNetwork, Recalling):
     ) -> None:
         super().__init__()
         self.model, self.temperature, self.normalize = model, config.temperature, config.normalize
-        self._length, self._ends, self._memory = config.candidate_tokens, ends, config.generation_gib * 2**30
+        self.length, self._ends, self._memory = config.candidate_tokens, ends, config.generation_gib * 2**30
         self.register_buffer("starts_word", starts_word, persistent=False)
 
     def forward(self, features: Tensor, candidates: Tensor, exists: Tensor | None) -> Tensor:
@@ -81,7 +81,7 @@ class LanguagePolicy(CandidateNetwork, TokenNetwork, Recalling):
     def generate(self, features: Tensor, generator: torch.Generator | None) -> Tensor:
         return self.model.generate(
             features,
-            length=self._length,
+            length=self.length,
             ends=self._ends,
             temperature=self.temperature,
             generator=generator,

@@ -157,7 +157,7 @@ class StochasticPolicy(Policy):
     """Encoder, recurrent layer if any, trunk and head. Extras: `decision`, what was drawn, (N, A) or (N, D).
 
     Raises:
-        UsageError: answers of tokens are to be written by a network that does not write.
+        UsageError: answers of tokens are to be written by a network that does not write, or not as long ones.
     """
 
     def __init__(
@@ -169,8 +169,16 @@ class StochasticPolicy(Policy):
         normalizer: ObservationNormalizer | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(head, TokenHead) and not isinstance(trunk, TokenNetwork):
-            raise UsageError("answers of tokens need a language model: network=..., a Backbone that writes")
+        if isinstance(head, TokenHead):
+            if not isinstance(trunk, TokenNetwork):
+                raise UsageError(
+                    "answers of tokens need a language model: --language.model DIR; network=..., a Backbone that writes"
+                )
+            if trunk.length != head.outputs:
+                raise UsageError(
+                    f"answers have up to {head.outputs} tokens, and the language model writes up to {trunk.length}: "
+                    f"--language.candidate-tokens {head.outputs}"
+                )
         self.normalizer = normalizer  # what `encoder` refers to; here, so that it is saved with the policy
         self.encoder, self.recurrence, self.trunk, self.head = encoder, recurrence, trunk, head
 

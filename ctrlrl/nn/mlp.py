@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
+from ctrlrl.errors import UsageError
+
 if TYPE_CHECKING:
     from ctrlrl.nn.encoder import Encoder
 
@@ -45,9 +47,13 @@ class Backbone(ABC):
     def critics(self, members: int, outputs: int, *, candidates: bool) -> nn.Module:
         """`members` critics, to (K, B, outputs); of candidates, to (K, B, n)."""
 
-    @abstractmethod
     def token_critics(self, members: int) -> TokenCritics:
-        """`members` critics of each token of an answer, to (K, B, D)."""
+        """`members` critics of each token of an answer, to (K, B, D).
+
+        Raises:
+            UsageError: there are none.
+        """
+        raise UsageError(f"{type(self).__name__} has no critics of tokens (token_critics)")
 
     @abstractmethod
     def value(self, outputs: int, *, candidates: bool) -> nn.Module:
@@ -72,9 +78,11 @@ class TokenNetwork(nn.Module, ABC):
     """A network that writes answers token by token, each knowing those before it. Ids are -1 after the last one.
 
     Attributes:
+        length: tokens of an answer at most, D.
         pretrained: whether its answers mean something before it has learned.
     """
 
+    length: int
     pretrained = False
 
     @abstractmethod

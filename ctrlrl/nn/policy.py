@@ -13,6 +13,7 @@ from ctrlrl.errors import UsageError
 from ctrlrl.nn.distributions import TanhNormal
 from ctrlrl.nn.encoder import Encoder, ObservationNormalizer
 from ctrlrl.nn.mlp import at_least_float32
+from ctrlrl.tokens import TokenSpace
 from ctrlrl.tree import Obs
 
 PolicyState = dict[str, Tensor]
@@ -123,6 +124,8 @@ def require_bounded_box(space: gym.Space[Any], algorithm: str) -> gym.spaces.Box
         raise UsageError(
             f"{algorithm} needs continuous actions (Box); the environment has {space}, for which there {instead}"
         )
+    if isinstance(space, TokenSpace):
+        raise UsageError(f"{algorithm} needs numbers for actions, and these are tokens: take bc, iql-tokens or ppo")
     if not isinstance(space, gym.spaces.Box) or not len(space.shape):
         raise UsageError(f"{algorithm} needs a Box of actions with at least one dimension; the environment has {space}")
     if not space.is_bounded("both"):

@@ -162,6 +162,8 @@ def settle_execution(
     asked, remark = agent.execution, ""
     if asked != "auto":
         reason = unavailable(asked, device)
+        if asked != "eager" and config.language.model is not None:
+            reason = "the shapes of a language model's step depend on its texts"
         if reason is not None and not resumed:
             raise UsageError(f"--agent.execution {asked}: {reason}. Or take --agent.execution eager")
         chosen = asked
@@ -248,6 +250,11 @@ def networks_of(algo: str, config: TrainConfig, network: NetworkFactory | None) 
         return network
     if algo not in SPEAKS:
         raise UsageError(f"a language model is for {', '.join(SPEAKS)} so far, not for {algo}")
+    if config.language.critic == "shared" and getattr(config.agent, "learn", "both") == "policy":  # type: ignore[attr-defined]
+        raise UsageError(
+            "language.critic shared: critics read the policy's features, which move, and with agent.learn policy they"
+            " do not follow: take separate, small or frozen for both trainings"
+        )
     if network is not None:
         raise UsageError("network=... and language.model are two networks for one policy: leave one of them out")
     from ctrlrl.language.adapter import backbone  # imports transformers
