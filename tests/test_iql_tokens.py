@@ -231,6 +231,8 @@ def test_a_run_is_resumed_and_exported(tmp_path: Path, capsys: Any) -> None:
     assert command(["resume", half, "--updates", "8"]) == 0
     assert [one.step for one in load_run(Path(half)).evaluations] == [0, 4, 8]
     assert_same(Path(whole), Path(half))
+    page = (Path(half) / "report.html").read_text()
+    assert "updates/s on average" in page and "which speaks" in page
     assert command(["language", "export", half, "--out", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out" / "config.json").exists()
 

@@ -25,10 +25,11 @@ class FinishedEpisode(Protocol):
 
 
 class Progress:
-    """Shows step, return, steps/s, updates/s and the time left; `quiet` shows nothing."""
+    """Shows step, return, steps/s where it `collects` (else steps are updates), updates/s and the time left; `quiet`
+    shows nothing."""
 
-    def __init__(self, total: int, *, start: int = 0, quiet: bool = False) -> None:
-        self.total, self.quiet = total, quiet
+    def __init__(self, total: int, *, start: int = 0, collects: bool = True, quiet: bool = False) -> None:
+        self.total, self.collects, self.quiet = total, collects, quiet
         self._step = self._first = start
         self._console = Console(stderr=False, highlight=False)
         self._live: Live | None = None
@@ -86,7 +87,8 @@ class Progress:
         if self._evaluation is not None:
             parts.append(f"evaluation {self._evaluation:,.1f}")
         if self._rates is not None:
-            parts.append(f"{self._rates[0]:,.0f} steps/s")
+            if self.collects:
+                parts.append(f"{self._rates[0]:,.0f} steps/s")
             parts.append(f"{self._rates[1]:,.0f} updates/s")
         if self._step < self.total and (left := self._seconds_left()) is not None:
             parts.append(f"{_duration(left)} left")

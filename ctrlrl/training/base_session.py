@@ -249,7 +249,7 @@ class Session(ABC):
             agent=self.agent,
             writers=[TensorBoard(folder.tensorboard, resumed_at=step if state else None), *writers],
             callbacks=callbacks,
-            progress=Progress(config.budget, start=step, quiet=self.quiet),
+            progress=Progress(config.budget, start=step, collects=self.collects, quiet=self.quiet),
             state=state,
             history=self.history,
             **self._parts(),
