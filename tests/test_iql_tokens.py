@@ -203,7 +203,7 @@ def test_it_learns_what_was_right_where_cloning_learns_both() -> None:
     agents.append(BC(env.observation_space, env.action_space, BCConfig(lr=1e-3), seed=1, network=tiny(config=FREE)))
     shares = []
     for agent in agents:
-        for _ in range(600):
+        for _ in range(600 if isinstance(agent, IQLTokens) else 150):
             good = torch.rand(32, 1, generator=g) < 0.5
             agent.update(batch_of(obs, torch.where(good, right, wrong), good[:, 0].float()))
         said = torch.stack([agent.policy.act(obs, explore=True)[0] for _ in range(20)])
