@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
+import ctrlrl
 from ctrlrl.config import LanguageConfig
+from ctrlrl.data.store import Dataset
 from ctrlrl.envs.text.base import TextEnv, TextState, TextStep
+from ctrlrl.envs.text.registry import make_text_env
 from ctrlrl.language.backbone import LanguageBackbone
-from ctrlrl.language.make_lm import PLAIN, word_tokenizer
+from ctrlrl.language.make_lm import PLAIN, make_lm, word_tokenizer
 from ctrlrl.language.model import LanguageModel
 from ctrlrl.language.text_vector import TextVector
+from ctrlrl.language.tiny_config import TinyConfig
+from ctrlrl.training.collect import collect
 
 V = 50
+END = 1
 KINDS = ["llama", "gpt2", "qwen2", "opt"]
 
 
@@ -157,3 +164,26 @@ def batch_of(obs: dict[str, Tensor], action: Tensor, reward: Tensor) -> Any:
         extras={},
         next_extras={},
     )
+
+
+def answers(env: TextVector, *, right: bool = True) -> Tensor:
+    """(N, 3) int32: the word that each `Echo` shows, or the next one, and the end where there is room for it."""
+    out = torch.full((env.num_envs, 3), -1, dtype=torch.int32)
+    for row, one in enumerate(env._envs):
+        word = Echo.words[(Echo.words.index(one.expert() or "") + (not right)) % len(Echo.words)]
+        ids = [*env._tokenizer.encode(" " + word, add_special_tokens=False), END][:3]
+        out[row, : len(ids)] = torch.tensor(ids)
+    return out
+
+
+def written_data(folder: Path) -> tuple[Dataset, dict[str, Any]]:
+    """Data of a tiny model that writes, which is in `folder` too, and settings of a training from it."""
+    small = {"threads": 1, "video": False, "quiet": True, "checkpoint_every": 10**6, "eval_episodes": 2}
+    kwargs, lm = {"free": True}, TinyConfig(hidden=16, heads=2, layers=1, episodes=10, epochs=1)
+    make_lm(lambda: make_text_env("text/GuessNumber", kwargs), folder / "lm", lm, vocabulary_episodes=10)
+    language = {"model": str(folder / "lm"), "candidate_tokens": 4, "prompt_tokens": 40}
+    small |= {"env_kwargs": kwargs, "language": language}
+    more = {"steps": 32, "num_envs": 4, "rollout_steps": 16, "agent": {"epochs": 1, "minibatch_size": 8}}
+    run = ctrlrl.train("ppo", "text/GuessNumber", out=str(folder / "run"), eval_every=32, **small | more)
+    data = collect(run.path, folder / "data", tier="expert", steps=40, num_envs=4, reference_episodes=1)
+    return data, small | {"data": str(data.path), "eval_every": 4, "agent": {"batch_size": 8}}

@@ -23,20 +23,14 @@ from ctrlrl.algorithms.iql_tokens_config import IQLTokensConfig
 from ctrlrl.algorithms.registry import train_config_class
 from ctrlrl.cli.main import run as command
 from ctrlrl.config import LanguageConfig
-from ctrlrl.envs.text.registry import make_text_env
 from ctrlrl.errors import UsageError
-from ctrlrl.language.make_lm import make_lm
 from ctrlrl.language.model import LanguageModel
-from ctrlrl.language.text_vector import TextVector
-from ctrlrl.language.tiny_config import TinyConfig
 from ctrlrl.replay.batch import Batch
 from ctrlrl.runs.record import load_run
-from ctrlrl.training.collect import collect
 from ctrlrl.training.setup import networks_of, settle_execution
-from tests.language import SMALL, batch_of, echo, tiny
+from tests.language import SMALL, answers, batch_of, echo, tiny, written_data
 from tests.runs import assert_same
 
-END = 1
 FREE = LanguageConfig(**{**SMALL.to_dict(), "form": "tokens"})
 
 
@@ -46,17 +40,6 @@ def made(config: LanguageConfig = FREE, **settings: Any) -> IQLTokens:
     return IQLTokens(
         env.observation_space, env.action_space, IQLTokensConfig(**numbers), seed=1, network=tiny(config=config)
     )
-
-
-def answers(env: TextVector, *, right: bool = True) -> Tensor:
-    """(N, 3) int32: the word that is shown, or the next one, and the end where there is room for it."""
-    out = torch.full((env.num_envs, 3), -1, dtype=torch.int32)
-    for row, one in enumerate(env._envs):
-        words = type(one).words  # type: ignore[attr-defined]
-        word = words[(words.index(one.expert() or "") + (not right)) % len(words)]
-        ids = [*env._tokenizer.encode(" " + word, add_special_tokens=False), END][:3]
-        out[row, : len(ids)] = torch.tensor(ids)
-    return out
 
 
 def transitions(n: int = 8, seed: int = 0) -> Batch:
@@ -215,16 +198,7 @@ def test_it_learns_what_was_right_where_cloning_learns_both() -> None:
 
 
 def test_a_run_is_resumed_and_exported(tmp_path: Path, capsys: Any) -> None:
-    small = {"threads": 1, "video": False, "quiet": True, "checkpoint_every": 10**6}
-    kwargs, lm = {"free": True}, TinyConfig(hidden=16, heads=2, layers=1, episodes=10, epochs=1)
-    make_lm(lambda: make_text_env("text/GuessNumber", kwargs), tmp_path / "lm", lm, vocabulary_episodes=10)
-    language = {"model": str(tmp_path / "lm"), "candidate_tokens": 4, "prompt_tokens": 40}
-    more = {"steps": 32, "num_envs": 4, "rollout_steps": 16, "agent": {"epochs": 1, "minibatch_size": 8}}
-    more |= {"eval_every": 32, "eval_episodes": 2, "env_kwargs": kwargs, "language": language}
-    run = ctrlrl.train("ppo", "text/GuessNumber", out=str(tmp_path / "run"), **small | more)
-    data = collect(run.path, tmp_path / "data", tier="expert", steps=40, num_envs=4, reference_episodes=1)
-    settings = {"eval_every": 4, "eval_episodes": 2, "agent": {"batch_size": 8}, "language": language}
-    settings |= small | {"data": str(data.path), "env_kwargs": kwargs}
+    _, settings = written_data(tmp_path)
     whole, half = str(tmp_path / "whole"), str(tmp_path / "half")
     ctrlrl.train("iql-tokens", "text/GuessNumber", out=whole, updates=8, **settings)
     ctrlrl.train("iql-tokens", "text/GuessNumber", out=half, updates=4, **settings)

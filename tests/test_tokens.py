@@ -20,23 +20,32 @@ from ctrlrl.algorithms.ppo import PPO
 from ctrlrl.algorithms.ppo_config import PPOConfig
 from ctrlrl.cli.main import run as command
 from ctrlrl.config import LanguageConfig
-from ctrlrl.envs.text.registry import make_text_env
 from ctrlrl.envs.vector import Step
 from ctrlrl.errors import UsageError
-from ctrlrl.language.make_lm import make_lm
 from ctrlrl.language.model import LanguageModel
 from ctrlrl.language.text_vector import _WAITING, TextVector
-from ctrlrl.language.tiny_config import TinyConfig
 from ctrlrl.replay.group_advantages import Groups, gigpo, grpo, rloo
 from ctrlrl.replay.rollout import Rollout
 from ctrlrl.runs.record import load_run
 from ctrlrl.tokens import TokenSpace
-from ctrlrl.training.collect import collect
 from ctrlrl.training.collector import Collector
-from tests.language import KINDS, SMALL, Echo, V, batch_of, by_hand, echo, model_of, texts, tiny
+from tests.language import (
+    END,
+    KINDS,
+    SMALL,
+    Echo,
+    V,
+    answers,
+    batch_of,
+    by_hand,
+    echo,
+    model_of,
+    texts,
+    tiny,
+    written_data,
+)
 from tests.runs import assert_same
 
-END = 1
 FREE = LanguageConfig(**{**SMALL.to_dict(), "form": "tokens"})
 GROUPED = LanguageConfig(**{**FREE.to_dict(), "group_size": 2})
 
@@ -500,21 +509,12 @@ def test_it_learns_to_answer(settings: dict[str, Any]) -> None:
 # Imitation of what was written.
 
 
-def expert_answers(env: TextVector) -> Tensor:
-    """(N, 3), what is right, and its end."""
-    out = torch.full((env.num_envs, 3), -1, dtype=torch.int32)
-    for row, one in enumerate(env._envs):
-        ids = [*env._tokenizer.encode(" " + (one.expert() or ""), add_special_tokens=False), END]
-        out[row, : len(ids)] = torch.tensor(ids)
-    return out
-
-
 def test_answers_of_tokens_are_imitated() -> None:
     """The loss is an answer's negative log-likelihood: as of each text alone, without what comes after its end."""
     env = echo(32, FREE)
     obs = env.reset(0)
     assert isinstance(obs, dict)
-    right = expert_answers(env)
+    right = answers(env)
     agent = BC(env.observation_space, env.action_space, BCConfig(lr=3e-3), seed=1, network=tiny(config=FREE))
     model = next(m for m in agent.policy.modules() if isinstance(m, LanguageModel))
     loss, metrics = agent.losses(obs, right)
@@ -531,17 +531,7 @@ def test_answers_of_tokens_are_imitated() -> None:
 
 
 def test_a_run_that_writes_is_collected_and_imitated(tmp_path: Path) -> None:
-    small = {"threads": 1, "video": False, "quiet": True, "checkpoint_every": 10**6}
-    kwargs, lm = {"free": True}, TinyConfig(hidden=16, heads=2, layers=1, episodes=10, epochs=1)
-    make_lm(lambda: make_text_env("text/GuessNumber", kwargs), tmp_path / "lm", lm, vocabulary_episodes=10)
-    language = {"model": str(tmp_path / "lm"), "candidate_tokens": 4, "prompt_tokens": 40}
-    more = {"steps": 32, "num_envs": 4, "rollout_steps": 16, "agent": {"epochs": 1, "minibatch_size": 8}}
-    more |= {"eval_every": 32, "eval_episodes": 2, "env_kwargs": kwargs, "language": language}
-    run = ctrlrl.train("ppo", "text/GuessNumber", out=str(tmp_path / "run"), **small | more)
-    data = collect(run.path, tmp_path / "data", tier="expert", steps=40, num_envs=4, reference_episodes=1)
+    data, settings = written_data(tmp_path)
     assert isinstance(data.action_space, TokenSpace) and data.action.dtype == "int32"
-    settings = {"updates": 4, "eval_every": 4, "eval_episodes": 2, "agent": {"batch_size": 8}, "language": language}
-    again = ctrlrl.train(
-        "bc", "text/GuessNumber", data=str(data.path), env_kwargs=kwargs, out=str(tmp_path / "bc"), **small | settings
-    )
+    again = ctrlrl.train("bc", "text/GuessNumber", updates=4, out=str(tmp_path / "bc"), **settings)
     assert [one.step for one in load_run(again.path).evaluations] == [0, 4]

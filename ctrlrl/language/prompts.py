@@ -93,6 +93,8 @@ def other_manner(config: LanguageConfig, *, tokens: bool) -> str:
         noted = json.loads((Path(config.model or "") / _FILE).read_text())
     except (OSError, ValueError):
         return ""
+    if not isinstance(noted, dict):
+        return ""
     differs = [(k, noted[k], now) for k, now in _manner(config, tokens).items() if k in noted and noted[k] != now]
     if not differs:
         return ""
